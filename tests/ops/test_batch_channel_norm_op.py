@@ -1,0 +1,225 @@
+"""The operation against the formulas in float64."""
+
+import pytest
+import torch
+from oracles import estimated_bcn, large_batch_bcn
+
+from wsbcn_d2.ops import batch_channel_norm
+
+# (N, C, H, W), groups: one group, group = channel, one channel a group of two, odd sizes, 1x1 pixels
+SHAPES = [
+    ((1, 32, 7, 9), 32),
+    ((2, 12, 5, 3), 1),
+    ((3, 6, 4, 4), 3),
+    ((1, 48, 1, 1), 4),
+    ((4, 10, 1, 6), 5),
+    ((2, 1, 8, 8), 1),
+]
+ORACLES = {False: estimated_bcn, True: large_batch_bcn}
+
+
+def make_inputs(shape, groups, dtype=torch.float64, offset=0.0, scale=1.0):
+    c = shape[1]
+    x = torch.randn(shape, dtype=torch.float64) * scale + offset
+    affine = [torch.randn(n, dtype=torch.float64) + 1 for n in (c, c, groups, groups)]
+    mean = torch.randn(c, dtype=torch.float64) * 0.3 + offset
+    var = torch.rand(c, dtype=torch.float64) + 0.5
+    return [t.to(dtype) for t in (x, *affine, mean, var)]
+
+
+def with_grad(tensors):
+    return [t.detach().clone().requires_grad_() for t in tensors[:5]] + [
+        t.clone() for t in tensors[5:]
+    ]
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+@pytest.mark.parametrize("shape,groups", SHAPES)
+def test_forward_estimates_and_gradients(shape, groups, batch_statistics):
+    if batch_statistics and shape[0] * shape[2] * shape[3] == 1:
+        pytest.skip("a batch of one value has no unbiased variance")
+    inputs = make_inputs(shape, groups)
+    ours, theirs = with_grad(inputs), with_grad(inputs)
+    y = batch_channel_norm(*ours, use_batch_statistics=batch_statistics, update_rate=0.3)
+    expected = ORACLES[batch_statistics](*theirs, rate=0.3)
+
+    torch.testing.assert_close(y, expected.y)
+    torch.testing.assert_close(ours[5], expected.running_mean)
+    torch.testing.assert_close(ours[6], expected.running_var)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.y.backward(dy)
+    for mine, other in zip(ours[:5], theirs[:5]):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_gradcheck(batch_statistics):
+    inputs = make_inputs((2, 6, 2, 3), 3)
+    mean, var = inputs[5:]
+
+    def f(*tensors):
+        return batch_channel_norm(
+            *tensors, mean.clone(), var.clone(), use_batch_statistics=batch_statistics
+        )
+
+    assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in inputs[:5]])
+
+
+def test_fixed_estimates_are_left_alone():
+    inputs = make_inputs((2, 8, 5, 5), 2)
+    y = batch_channel_norm(*inputs)
+    expected = estimated_bcn(*inputs, rate=None)
+    torch.testing.assert_close(y, expected.y)
+    again = make_inputs((2, 8, 5, 5), 2)[5:]
+    assert not torch.equal(inputs[5], again[0])  # random, so equality below means something
+    before = [t.clone() for t in inputs[5:]]
+    batch_channel_norm(*inputs, update_rate=0.0)
+    torch.testing.assert_close(inputs[5:], before, rtol=0, atol=0)
+
+
+def test_variance_is_taken_around_the_old_estimate():
+    """It then holds the variance between images too, which one image cannot show."""
+    x = torch.full((1, 2, 4, 4), 3.0)
+    mean, var = torch.zeros(2), torch.zeros(2)
+    ones, zeros = torch.ones(2), torch.zeros(2)
+    batch_channel_norm(x, ones, zeros, ones[:1], zeros[:1], mean, var, update_rate=0.5)
+    assert mean.tolist() == [1.5, 1.5]
+    assert var.tolist() == [4.5, 4.5]  # half of (3 - 0)^2; around the new mean it would be 1.125
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+@pytest.mark.parametrize("offset,scale", [(1000.0, 0.01), (-3e4, 1.0), (0.0, 1e-4), (0.0, 1e4)])
+def test_float32_far_from_zero(offset, scale, batch_statistics):
+    """Float32 results stay as accurate as the float32 input itself allows."""
+    shape, groups = (2, 16, 24, 40), 4
+    # what a few roundings of the values, or their mean, to float32 do to the normalized values
+    atol = max(1e-3, 4 * torch.finfo(torch.float32).eps * abs(offset) / scale)
+    inputs = make_inputs(shape, groups, torch.float32, offset, scale)
+    exact = [t.double() for t in inputs]
+    ours, theirs = with_grad(inputs), with_grad(exact)
+    y = batch_channel_norm(*ours, use_batch_statistics=batch_statistics, update_rate=0.1)
+    expected = ORACLES[batch_statistics](*theirs, rate=0.1)
+    torch.testing.assert_close(y.double(), expected.y, rtol=1e-3, atol=atol)
+    torch.testing.assert_close(ours[5].double(), expected.running_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours[6].double(), expected.running_var, rtol=1e-3, atol=1e-12)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.y.backward(dy.double())
+    for mine, other in zip(ours[:5], theirs[:5]):
+        top = other.grad.abs().max()
+        torch.testing.assert_close(mine.grad.double() / top, other.grad / top, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_half_precision_input_has_float32_statistics(dtype, batch_statistics):
+    x, *rest = make_inputs((2, 16, 30, 20), 4, torch.float32)
+    x = (x * 50).to(dtype)
+    ours = with_grad([x, *rest])
+    theirs = with_grad([t.double() for t in (x, *rest)])
+    y = batch_channel_norm(*ours, use_batch_statistics=batch_statistics, update_rate=0.1)
+    expected = ORACLES[batch_statistics](*theirs, rate=0.1)
+    assert y.dtype == dtype
+    precision = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), expected.y, rtol=precision, atol=precision)
+    # far below the resolution of the input dtype
+    torch.testing.assert_close(ours[5].double(), expected.running_mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[6].double(), expected.running_var, rtol=1e-5, atol=1e-5)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.y.backward(dy.double())
+    assert ours[0].grad.dtype == dtype and ours[1].grad.dtype == torch.float32
+    for mine, other in zip(ours[:5], theirs[:5]):
+        top = other.grad.abs().max()
+        torch.testing.assert_close(
+            mine.grad.double() / top, other.grad / top, rtol=0, atol=2 * precision
+        )
+
+
+def test_autocast_does_not_lower_the_precision():
+    inputs = make_inputs((1, 8, 40, 40), 2, torch.float32, offset=300.0)
+    plain, mixed = with_grad(inputs), with_grad(inputs)
+    y = batch_channel_norm(*plain, update_rate=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = batch_channel_norm(*mixed, update_rate=0.1)
+        z.sum().backward()
+    y.sum().backward()
+    torch.testing.assert_close(z, y, rtol=0, atol=0)
+    torch.testing.assert_close(mixed[6], plain[6], rtol=0, atol=0)
+    torch.testing.assert_close(mixed[0].grad, plain[0].grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_memory_formats(batch_statistics):
+    inputs = make_inputs((2, 8, 6, 5), 2)
+    reference, ours = with_grad(inputs), with_grad(inputs)
+    x = ours[0].detach().to(memory_format=torch.channels_last).requires_grad_()
+    y = batch_channel_norm(x, *ours[1:], use_batch_statistics=batch_statistics)
+    expected = batch_channel_norm(*reference, use_batch_statistics=batch_statistics)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(expected)
+    y.backward(dy.to(memory_format=torch.channels_last))
+    expected.backward(dy)
+    torch.testing.assert_close(x.grad, reference[0].grad)
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_non_contiguous_input_and_gradient():
+    inputs = make_inputs((2, 8, 6, 10), 2)
+    reference = with_grad(inputs)
+    wide = torch.randn(2, 8, 6, 20, dtype=torch.float64)
+    wide[..., ::2] = inputs[0]
+    x = wide[..., ::2].requires_grad_()
+    ours = with_grad(inputs)
+    y = batch_channel_norm(x, *ours[1:])
+    expected = batch_channel_norm(*reference)
+    torch.testing.assert_close(y, expected)
+    y.mean().backward()  # an expanded gradient
+    expected.mean().backward()
+    torch.testing.assert_close(x.grad, reference[0].grad)
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+@pytest.mark.parametrize("shape", [(0, 8, 7, 7), (2, 8, 0, 7)])
+def test_empty_input(shape, batch_statistics):
+    inputs = make_inputs(shape, 2, torch.float32)
+    before = [t.clone() for t in inputs[5:]]
+    ours = with_grad(inputs)
+    y = batch_channel_norm(*ours, use_batch_statistics=batch_statistics, update_rate=0.5)
+    assert y.shape == shape
+    y.sum().backward()
+    for t in ours[:5]:
+        torch.testing.assert_close(t.grad, torch.zeros_like(t))
+    torch.testing.assert_close(ours[5:], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 3e38])
+def test_non_finite_batch_leaves_the_estimates(bad, batch_statistics):
+    """3e38 is finite, but its square is not."""
+    inputs = make_inputs((1, 4, 5, 5), 2, torch.float32)
+    before = [t.clone() for t in inputs[5:]]
+    skipped = torch.tensor(0)
+    inputs[0][0, 1, 2, 3] = bad
+    kwargs = dict(use_batch_statistics=batch_statistics, update_rate=0.1, skipped_updates=skipped)
+    batch_channel_norm(*inputs, **kwargs)
+    torch.testing.assert_close(inputs[5:], before, rtol=0, atol=0)
+    assert skipped.item() == 1
+    inputs[0][0, 1, 2, 3] = 0.0
+    batch_channel_norm(*inputs, **kwargs)
+    assert skipped.item() == 1
+    assert not torch.equal(inputs[5], before[0])
+
+
+def test_saves_the_input_and_tables_only():
+    x = torch.randn(2, 16, 32, 32, requires_grad=True)
+    _, *rest = make_inputs(x.shape, 4, torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = batch_channel_norm(x, *[t.requires_grad_() for t in rest[:4]], *rest[4:])
+    large = [t for t in saved if t.numel() == x.numel()]
+    assert len(large) == 1 and large[0].data_ptr() == x.data_ptr()
+    assert sum(t.numel() for t in saved if t is not large[0]) < 10 * x.shape[0] * x.shape[1]
+    torch.relu_(y).sum().backward()  # the output may be overwritten

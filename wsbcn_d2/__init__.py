@@ -1,0 +1,45 @@
+"""Weight Standardization and Batch-Channel Normalization for Detectron2.
+
+Importing this package makes its norm options (``NORM: "BCN+WS"``) and backbones known to
+Detectron2; :func:`unregister` undoes it.
+"""
+
+try:
+    import detectron2  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "wsbcn_d2 is a plugin for Detectron2, which is not installed in this environment. "
+        "Install it from https://github.com/facebookresearch/detectron2, or run `make setup` in a "
+        "checkout of wsbcn_d2."
+    ) from error
+
+from .config import add_wsbcn_config
+from .detectron2_hooks import is_registered, register, unregister
+from .layers import (
+    BatchChannelNorm,
+    ChannelNorm,
+    WSConv2d,
+    WSConvTranspose2d,
+    standardize_weight,
+)
+from .norm_options import get_norm, list_norm_options
+from .summary import summarize
+from .version import __version__
+
+__all__ = [
+    "BatchChannelNorm",
+    "ChannelNorm",
+    "WSConv2d",
+    "WSConvTranspose2d",
+    "__version__",
+    "add_wsbcn_config",
+    "get_norm",
+    "is_registered",
+    "list_norm_options",
+    "register",
+    "standardize_weight",
+    "summarize",
+    "unregister",
+]
+
+register()

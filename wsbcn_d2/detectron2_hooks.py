@@ -1,0 +1,153 @@
+"""The only file that reaches into Detectron2: what :func:`register` changes, and why.
+
+1. The code of ``detectron2.layers.get_norm``. Its table of names is a local variable, and more
+   than a dozen modules, of Detectron2 and of projects, hold the function itself, having imported
+   it by name. Replacing the attribute of one module, or of all present ones, would miss some of
+   them; exchanging the code of the one function object reaches all, imported before or after.
+
+2. A hook of PyTorch, called whenever a module becomes part of another. It is where a norm layer
+   that asks for weight standardization meets the convolution that feeds it, whoever builds the
+   model: configs, LazyConfig, DefaultPredictor or other code. The convolution changes its class
+   and stays the same object, since FPN and others keep theirs in plain lists as well. The same
+   hook gives norm layers that RetinaNet's and FCOS's heads share between feature levels one set
+   of estimates a level, as Detectron2 does for the literal options "BN" and "SyncBN" only.
+
+3. A hook of PyTorch, called whenever a module gets a buffer. Meta-architectures register
+   ``pixel_mean`` when their parts are in place, which is the moment to say in the log what has
+   been standardized.
+
+4. The backbones of :mod:`wsbcn_d2.modeling` in Detectron2's BACKBONE_REGISTRY.
+"""
+
+import logging
+from types import CodeType
+from typing import Any, List, Optional
+
+from detectron2.layers import CycleBatchNormList
+from detectron2.layers import get_norm as detectron2_get_norm
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+)
+from torch.utils.hooks import RemovableHandle
+
+from .layers import BatchChannelNorm, is_convolution, standardize_
+from .modeling import BACKBONES
+from .norm_options import requests_weight_standardization
+from .summary import summarize
+
+logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
+
+# The layers that RetinaNetHead itself cycles through the levels, if their option is bare.
+_CYCLED = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+_stock_code: Optional[CodeType] = None
+_handles: List[RemovableHandle] = []
+
+
+def register() -> None:
+    """Makes the norm options and backbones of this package known to Detectron2.
+
+    Importing :mod:`wsbcn_d2` does it; doing it again changes nothing.
+    """
+    global _stock_code
+    if is_registered():
+        return
+    _stock_code = detectron2_get_norm.__code__
+    detectron2_get_norm.__code__ = _get_norm.__code__
+    _handles.append(register_module_module_registration_hook(_on_module))
+    _handles.append(register_module_buffer_registration_hook(_on_buffer))
+    for backbone in BACKBONES:
+        BACKBONE_REGISTRY.register(backbone)
+
+
+def unregister() -> None:
+    """Undoes :func:`register`. Models that have been built remain as they are."""
+    global _stock_code
+    if not is_registered():
+        return
+    detectron2_get_norm.__code__ = _stock_code
+    _stock_code = None
+    while _handles:
+        _handles.pop().remove()
+    for backbone in BACKBONES:
+        # The registry has no public way to remove an entry.
+        BACKBONE_REGISTRY._obj_map.pop(backbone.__name__)
+
+
+def is_registered() -> bool:
+    """Whether Detectron2 knows the norm options and backbones of this package at present."""
+    return _stock_code is not None
+
+
+def _get_norm(norm, out_channels):  # type: ignore[no-untyped-def]
+    # Only the code of this function is used, inside the module of Detectron2's: it can refer to
+    # nothing but its arguments and what it imports.
+    from wsbcn_d2.norm_options import get_norm
+
+    return get_norm(norm, out_channels)
+
+
+def _on_module(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None:
+    if child is None:
+        return
+    if requests_weight_standardization(child):
+        _standardize_feeding_conv(parent, name, child)
+    if isinstance(parent, RetinaNetHead) and name in ("cls_subnet", "bbox_subnet"):
+        _separate_levels(parent, child)
+    if "pixel_mean" in parent._buffers:  # a part that joins a model that seemed complete
+        _log_summary(child, f"{type(parent).__name__}.{name}")
+
+
+def _on_buffer(module: nn.Module, name: str, buffer: Optional[Tensor]) -> None:
+    if name == "pixel_mean":
+        _log_summary(module, type(module).__name__)
+
+
+def _standardize_feeding_conv(parent: nn.Module, name: str, norm: nn.Module) -> None:
+    """The convolution that a norm layer follows is the module that owns it, or else the last one
+    registered before it in the same parent (RetinaNet, FCOS, RegNet, ViT, any Sequential)."""
+    if is_convolution(parent):
+        standardize_(parent)
+        return
+    siblings = list(parent._modules)
+    before = siblings[: siblings.index(name)] if name in siblings else siblings
+    previous = [parent._modules[key] for key in before if parent._modules[key] is not None]
+    if previous and is_convolution(previous[-1]):
+        standardize_(previous[-1])
+        return
+    found = f"follows a {type(previous[-1]).__name__}" if previous else "follows no module"
+    logger.warning(
+        f"{type(parent).__name__}.{name} asks for weight standardization but {found} there, not a "
+        "convolution that can be standardized: '+WS' has no effect on it."
+    )
+
+
+def _separate_levels(head: RetinaNetHead, subnet: nn.Module) -> None:
+    shared = False
+    for name, norm in list(subnet.named_children()):
+        if isinstance(norm, BatchChannelNorm):
+            norm.set_num_levels(head._num_features)
+            shared = True
+        elif requests_weight_standardization(norm) and type(norm) in _CYCLED:
+            subnet._modules[name] = CycleBatchNormList(
+                head._num_features, type(norm), num_features=norm.num_features
+            )
+    if shared and _restart_levels not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(_restart_levels)
+
+
+def _restart_levels(head: nn.Module, inputs: Any) -> None:
+    """A forward pass that ended halfway must not shift the levels of the next."""
+    for module in head.modules():
+        if isinstance(module, BatchChannelNorm):
+            module.restart_levels()
+
+
+def _log_summary(module: nn.Module, name: str) -> None:
+    text = summarize(module)
+    if text:
+        logger.info(f"{name}: {text}")

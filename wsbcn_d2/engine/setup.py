@@ -1,0 +1,93 @@
+"""From a command line to a checked config."""
+
+import difflib
+import os
+import re
+from typing import Iterable, Iterator, Tuple
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+
+from ..config import add_wsbcn_config
+from ..data import check_datasets
+from ..norm_options import NormOption
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run, with a message for the person who wrote it."""
+
+
+def load_config(
+    config_file: str, opts: Iterable[str] = (), *, eval_only: bool = False, resume: bool = False
+) -> CfgNode:
+    """Reads a config and checks whatever can be checked before a model is built.
+
+    Without a GPU, ``MODEL.DEVICE: "cuda"`` (Detectron2's default) becomes ``"cpu"``.
+
+    Args:
+        config_file: path of a YAML config.
+        opts: alternating keys and values that override it.
+        eval_only: whether the training data may be absent.
+        resume: whether the run continues from a checkpoint in its output folder, if there is one.
+
+    Raises:
+        ConfigError: naming the key or file, what was found and what is allowed.
+    """
+    cfg = get_cfg()
+    add_wsbcn_config(cfg)
+    try:
+        cfg.merge_from_file(config_file)
+        cfg.merge_from_list(list(opts))
+    except KeyError as error:
+        raise ConfigError(_unknown_key(cfg, str(error.args[0]))) from error
+    except (AssertionError, OSError, ValueError) as error:
+        raise ConfigError(_unknown_key(cfg, str(error))) from error
+    _check_norm_options(cfg)
+    try:
+        check_datasets(cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    _check_weights(cfg, resume)
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def _unknown_key(cfg: CfgNode, message: str) -> str:
+    """Adds the keys that may have been meant to a message of yacs about an unknown key."""
+    match = re.search(r"Non-existent (?:config )?key: (\S+)", message)
+    if match is None:
+        return message
+    keys = [key for key, _ in _flatten(cfg)]
+    close = difflib.get_close_matches(match[1], keys, n=3)
+    return f"there is no config key {match[1]}" + (
+        f"; close to it are {', '.join(close)}" if close else ""
+    )
+
+
+def _flatten(cfg: CfgNode, prefix: str = "") -> Iterator[Tuple[str, object]]:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _check_norm_options(cfg: CfgNode) -> None:
+    for key, value in _flatten(cfg.MODEL, "MODEL."):
+        if key.endswith(".NORM") and isinstance(value, str) and value:
+            try:
+                NormOption.parse(value)
+            except ValueError as error:
+                raise ConfigError(f"{key}: {error}") from error
+
+
+def _check_weights(cfg: CfgNode, resume: bool) -> None:
+    path = cfg.MODEL.WEIGHTS.partition("?")[0]
+    if resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        return
+    if path and "://" not in path and not os.path.isfile(path):
+        raise ConfigError(
+            f"MODEL.WEIGHTS: there is no file {path!r}; give an existing file, a URL that "
+            'Detectron2 knows (detectron2://, https://), or "" to start from random weights'
+        )

@@ -1,0 +1,61 @@
+"""Detectron2's DefaultTrainer with evaluators by dataset type and data parallelism on any device."""
+
+import weakref
+from typing import Optional
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+from .evaluation import build_evaluator, inference_folder
+
+
+class Trainer(DefaultTrainer):
+    """A :class:`detectron2.engine.DefaultTrainer` for the configs of this package.
+
+    It differs from it in that
+
+    - :meth:`build_evaluator` chooses by the type of the dataset;
+    - several processes can train without GPUs.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """
+        Args:
+            cfg: a config with the keys of :func:`wsbcn_d2.add_wsbcn_config`.
+        """
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        # DefaultTrainer lets this call choose device_ids, and its choice assumes GPUs.
+        on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+        device_ids = [comm.get_local_rank()] if on_gpu else None
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer_class(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
+    ) -> DatasetEvaluator:
+        """
+        Args:
+            cfg: the config of the run.
+            dataset_name: name of a registered dataset.
+            output_folder: default: ``inference`` in the output folder of the run.
+        """
+        return build_evaluator(dataset_name, output_folder or inference_folder(cfg.OUTPUT_DIR))

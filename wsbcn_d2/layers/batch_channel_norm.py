@@ -1,0 +1,267 @@
+"""Batch-channel normalization and its channel part, as modules.
+
+Both are subclasses of :class:`torch.nn.GroupNorm`, which is what tools that look for normalization
+layers expect: Detectron2's solver gives their parameters ``WEIGHT_DECAY_NORM``, and the helpers
+that replace BatchNorm layers (FrozenBN conversion, SyncBN conversion, quantization), which would
+silently drop the channel normalization, leave them alone.
+"""
+
+from typing import Any, Callable, Dict, List, Optional
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import batch_channel_norm
+
+MODES = ("estimate", "batch", "sync")
+
+
+def check_groups(num_groups: int, num_channels: int) -> None:
+    """Raises ValueError unless ``num_groups`` is positive and divides ``num_channels``."""
+    if num_groups < 1 or num_channels < 1 or num_channels % num_groups:
+        raise ValueError(
+            f"{num_channels} channels cannot be divided into {num_groups} groups of equal size"
+        )
+
+
+def check_input(x: Tensor, num_channels: int) -> None:
+    """Raises ValueError unless ``x`` has shape (N, num_channels, H, W)."""
+    if x.dim() != 4 or x.shape[1] != num_channels:
+        raise ValueError(
+            f"expected an input of shape (N, {num_channels}, H, W), got {tuple(x.shape)}"
+        )
+
+
+class ChannelNorm(nn.GroupNorm):
+    """Channel normalization: group normalization whose affine is per group.
+
+    The second half of :class:`BatchChannelNorm` on its own (arXiv 1903.10520v2, Section 3.3; the
+    affine per group follows the authors' code).
+
+    Attributes:
+        weight, bias: (num_groups,), initialized to 1 and 0.
+    """
+
+    def __init__(self, num_channels: int, num_groups: int = 32, eps: float = 1e-5) -> None:
+        """
+        Args:
+            num_channels: C of the (N, C, H, W) inputs.
+            num_groups: number of groups; must divide ``num_channels``.
+            eps: added to the variance, inside the root.
+
+        Raises:
+            ValueError: if the groups do not divide the channels.
+        """
+        check_groups(num_groups, num_channels)
+        super().__init__(num_groups, num_channels, eps, affine=False)
+        self.weight = nn.Parameter(torch.ones(num_groups))
+        self.bias = nn.Parameter(torch.zeros(num_groups))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (N, C, H, W).
+
+        Returns:
+            Tensor of the same shape.
+        """
+        check_input(x, self.num_channels)
+        channels_per_group = self.num_channels // self.num_groups
+        weight = self.weight.repeat_interleave(channels_per_group)
+        bias = self.bias.repeat_interleave(channels_per_group)
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, groups={self.num_groups}"
+
+
+class BatchChannelNorm(nn.GroupNorm):
+    """Batch-channel normalization (arXiv 1903.10520v2, Section 3.3 and Algorithm 1).
+
+    Batch normalization, then channel normalization over groups of channels of each image; see
+    :mod:`wsbcn_d2.ops.batch_channel_norm` for the equations. Modes:
+
+    - ``"estimate"``: the batch normalization uses running estimates of the batch statistics, in
+      training too, so that it works with a single image. Each training forward moves the estimates
+      by ``update_rate`` towards the batch and then normalizes with them.
+    - ``"batch"``: the batch normalization is that of :class:`torch.nn.BatchNorm2d` (for large
+      batches).
+    - ``"sync"``: the same with statistics over the batches of all ranks, on any device, and with
+      empty batches on some ranks allowed. Every rank must call the layer equally often.
+
+    The estimates are updated in training mode only, and not while all affine parameters have
+    ``requires_grad=False``: a frozen layer normalizes with the estimates it has, in every mode.
+    The update also happens under ``no_grad``, but not when activation checkpointing recomputes a
+    forward pass. A batch with a non-finite value leaves the estimates of the layer as they are and
+    is counted in ``skipped_updates``. The estimates stay in float32 (float64 after ``.double()``)
+    whatever the dtype of the module.
+
+    Attributes:
+        weight, bias: affine of the batch normalization, (C,).
+        group_weight, group_bias: affine of the channel normalization, (num_groups,).
+        running_mean, running_var: estimates, (C,), or (num_levels, C) after
+            :meth:`set_num_levels`. With ``weight`` and ``bias`` they have the names of BatchNorm,
+            so that checkpoints of BatchNorm models load into this layer.
+        skipped_updates: number of non-finite batches seen; an integer buffer, not saved.
+        update_rate: float in [0, 1]; constant unless something outside changes it.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        update_rate: float = 0.1,
+        mode: str = "estimate",
+    ) -> None:
+        """
+        Args:
+            num_channels: C of the (N, C, H, W) inputs.
+            num_groups: groups of the channel normalization; must divide ``num_channels``.
+            eps: added to both variances, inside the roots.
+            update_rate: fraction, in [0, 1], by which the estimates move towards each batch.
+            mode: "estimate", "batch" or "sync".
+
+        Raises:
+            ValueError: if the groups do not divide the channels, the rate is out of range or the
+                mode is unknown.
+        """
+        check_groups(num_groups, num_channels)
+        if not 0.0 <= update_rate <= 1.0:
+            raise ValueError(f"update_rate must be in [0, 1], got {update_rate}")
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        super().__init__(num_groups, num_channels, eps)
+        self.update_rate = update_rate
+        self.mode = mode
+        self.group_weight = nn.Parameter(torch.ones(num_groups))
+        self.group_bias = nn.Parameter(torch.zeros(num_groups))
+        self.register_buffer("running_mean", torch.zeros(num_channels))
+        self.register_buffer("running_var", torch.ones(num_channels))
+        self.register_buffer("skipped_updates", torch.tensor(0), persistent=False)
+        self._level = 0
+
+    @property
+    def frozen(self) -> bool:
+        """True if no affine parameter is trainable; the estimates are then constant."""
+        return not any(p.requires_grad for p in self.parameters())
+
+    @property
+    def num_levels(self) -> int:
+        """Number of estimates that the layer cycles through; see :meth:`set_num_levels`."""
+        return self.running_mean.shape[0] if self.running_mean.dim() == 2 else 1
+
+    def set_num_levels(self, num_levels: int) -> None:
+        """Keeps separate estimates for each of ``num_levels`` feature levels.
+
+        For a layer that a head shares between the levels of a feature pyramid, as
+        :class:`detectron2.layers.CycleBatchNormList` does for BatchNorm: the affine parameters are
+        shared, and consecutive calls use the estimates of consecutive levels. The caller must call
+        the layer once for each level, in order. All levels start from the present estimates.
+        """
+        if num_levels < 1:
+            raise ValueError(f"num_levels must be positive, got {num_levels}")
+        if self.running_mean.dim() == 2:
+            raise ValueError(f"the layer already has estimates for {self.num_levels} levels")
+        self.running_mean = self.running_mean.expand(num_levels, -1).clone()
+        self.running_var = self.running_var.expand(num_levels, -1).clone()
+        self._level = 0
+
+    def restart_levels(self) -> None:
+        """Makes the next call use the estimates of the first level."""
+        self._level = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (N, C, H, W), N may be 0.
+
+        Returns:
+            Tensor of the same shape, dtype and memory format.
+
+        Raises:
+            ValueError: if x has another shape.
+        """
+        check_input(x, self.num_channels)
+        running_mean, running_var = self.running_mean, self.running_var
+        if running_mean.dim() == 2:
+            running_mean, running_var = running_mean[self._level], running_var[self._level]
+            self._level = (self._level + 1) % self.num_levels
+
+        training = self.training and not self.frozen
+        return batch_channel_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.group_weight,
+            self.group_bias,
+            running_mean,
+            running_var,
+            eps=self.eps,
+            use_batch_statistics=training and self.mode != "estimate",
+            update_rate=self.update_rate if training and not _in_backward() else None,
+            skipped_updates=self.skipped_updates,
+            process_group=_world() if self.mode == "sync" else None,
+        )
+
+    def extra_repr(self) -> str:
+        levels = f", levels={self.num_levels}" if self.num_levels > 1 else ""
+        return (
+            f"{self.num_channels}, groups={self.num_groups}, mode={self.mode}, "
+            f"update_rate={self.update_rate}{levels}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        # Half precision cannot hold the variances that occur (a stem's exceeded its range after
+        # one step), so a change of dtype may only raise that of the estimates.
+        estimates = {name: self._buffers[name] for name in ("running_mean", "running_var")}
+        super()._apply(fn, *args, **kwargs)
+        for name, old in estimates.items():
+            new = self._buffers[name]
+            if torch.finfo(new.dtype).bits < 32:
+                self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Dict[str, Tensor],
+        prefix: str,
+        local_metadata: Dict[str, Any],
+        strict: bool,
+        missing_keys: List[str],
+        unexpected_keys: List[str],
+        error_msgs: List[str],
+    ) -> None:
+        # BatchNorm's counter has no counterpart here.
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        if self.running_mean.dim() == 2:
+            for name in ("running_mean", "running_var"):
+                self._load_levels(state_dict, prefix, name)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _load_levels(self, state_dict: Dict[str, Tensor], prefix: str, name: str) -> None:
+        """Takes estimates for all levels from one level's, or from a CycleBatchNormList."""
+        levels = [state_dict.pop(f"{prefix}{i}.{name}", None) for i in range(self.num_levels)]
+        for i in range(self.num_levels):
+            state_dict.pop(f"{prefix}{i}.num_batches_tracked", None)
+        if all(level is not None for level in levels):
+            state_dict[prefix + name] = torch.stack(levels)
+        elif prefix + name in state_dict and state_dict[prefix + name].dim() == 1:
+            state_dict[prefix + name] = state_dict[prefix + name].expand(self.num_levels, -1)
+
+
+def _in_backward() -> bool:
+    """Whether the autograd engine is running this thread, that is, whether activation
+    checkpointing is recomputing a forward pass that has already been counted."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _world() -> Optional["dist.ProcessGroup"]:
+    """The group of all ranks, or None if there is only one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None

@@ -1,0 +1,247 @@
+"""Weight standardization: the filters of a convolution are standardized before they are used.
+
+    W_hat[o] = (W[o] - mean W[o]) / sqrt(var W[o] + eps)        for each output channel o
+
+(arXiv 1903.10520v2, Eq. 11, with the biased variance and eps inside the root, as the paper writes
+it.) Any constant offset of a filter is lost, and its scale is normalized away, so a normalization
+layer should follow; the layers that predict must not be standardized.
+"""
+
+import logging
+from typing import Any, Callable, Dict, List, Optional, Type
+
+import torch
+from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
+from torch import Tensor, nn
+
+logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
+
+_EPS = 1e-5
+_MARK = "ws_eps"
+
+
+def standardize_weight(weight: Tensor, eps: float = _EPS) -> Tensor:
+    """Standardizes every filter to zero mean and, up to ``eps``, unit variance.
+
+    Gradients go through mean and variance. Computed in at least float32 and returned in the dtype
+    of ``weight``.
+
+    Args:
+        weight: filters of a convolution, (C_out, C_in / groups, kh, kw).
+        eps: added to the biased variance, inside the root. It keeps a constant filter (and a
+            filter of a single weight, whose variance is always 0) at zero with finite gradient.
+
+    Returns:
+        Tensor of the same shape.
+    """
+    # Batch normalization of a batch of one, whose channels are the filters, is this formula in one
+    # fused operation, which saves nothing but the weight and two numbers a filter.
+    filters = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(1).unsqueeze(0)
+    out = torch.batch_norm(filters, None, None, None, None, True, 0.0, eps, False)
+    return out.view_as(weight).to(weight.dtype)
+
+
+class WeightStandardized(nn.Module):
+    """What all weight-standardized convolutions have in common; not to be used on its own.
+
+    The state dict of such a layer has the keys of the plain one and ``ws_eps``, a float64 scalar.
+    It tells weights that were trained under weight standardization from those that were not: the
+    latter give another function here, which loading them reports.
+
+    Attributes:
+        eps: added to the variance of a filter, inside the root; loaded with the weights.
+    """
+
+    weight: Tensor
+    eps: float
+
+    def standardized_weight(self) -> Tensor:
+        """The filters that the convolution uses, of the shape and dtype of ``weight``."""
+        return standardize_weight(self.weight, self.eps)
+
+    def _save_to_state_dict(
+        self, destination: Dict[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Written here rather than kept as a buffer, because `.half()` would change its value.
+        destination[prefix + _MARK] = torch.tensor(self.eps, dtype=torch.float64)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Dict[str, Tensor],
+        prefix: str,
+        local_metadata: Dict[str, Any],
+        strict: bool,
+        missing_keys: List[str],
+        unexpected_keys: List[str],
+        error_msgs: List[str],
+    ) -> None:
+        mark = state_dict.pop(prefix + _MARK, None)
+        if mark is not None:
+            self.eps = float(mark)
+        elif prefix + "weight" in state_dict:
+            # `missing_keys` is one list for the whole model: say it once per load.
+            if not any(key.endswith(_MARK) for key in missing_keys):
+                logger.warning(
+                    f"The weights loaded into {prefix}weight (and perhaps others) were not trained "
+                    "with weight standardization: there is no record of it in the checkpoint. "
+                    "Standardizing them changes what the model computes. Either use weights that "
+                    "were trained with it, or remove '+WS' from the NORM options of the model."
+                )
+            missing_keys.append(prefix + _MARK)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+class WSConv2d(WeightStandardized, Conv2d):
+    """A :class:`detectron2.layers.Conv2d` whose filters are standardized before use."""
+
+    def __init__(
+        self,
+        *args: Any,
+        norm: Optional[nn.Module] = None,
+        activation: Optional[Callable[[Tensor], Tensor]] = None,
+        eps: float = _EPS,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            args, kwargs: those of :class:`torch.nn.Conv2d`.
+            norm: normalization layer applied to the output.
+            activation: applied after the normalization.
+            eps: added to the variance of each filter, inside the root.
+        """
+        super().__init__(*args, norm=norm, activation=activation, **kwargs)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (N, C_in, H, W), N may be 0.
+
+        Returns:
+            (N, C_out, H_out, W_out)
+        """
+        x = self._conv_forward(x, self.standardized_weight(), self.bias)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+
+class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
+    """A :class:`torch.nn.ConvTranspose2d` whose filters are standardized before use."""
+
+    def __init__(self, *args: Any, eps: float = _EPS, **kwargs: Any) -> None:
+        """
+        Args:
+            args, kwargs: those of :class:`torch.nn.ConvTranspose2d`.
+            eps: added to the variance of each filter, inside the root.
+        """
+        super().__init__(*args, **kwargs)
+        self.eps = eps
+
+    def standardized_weight(self) -> Tensor:
+        """The filters that the convolution uses, (C_in, C_out / groups, kh, kw)."""
+        # A filter is one output channel: the second dimension, within each of the groups that
+        # divide the first.
+        w = self.weight.unflatten(0, (self.groups, self.in_channels // self.groups))
+        w = w.transpose(1, 2).flatten(0, 1)
+        w = standardize_weight(w, self.eps)
+        w = w.unflatten(0, (self.groups, self.out_channels // self.groups))
+        return w.transpose(1, 2).flatten(0, 1)
+
+    def forward(self, x: Tensor, output_size: Optional[List[int]] = None) -> Tensor:
+        """
+        Args:
+            x: (N, C_in, H, W).
+            output_size: as in :class:`torch.nn.ConvTranspose2d`.
+
+        Returns:
+            (N, C_out, H_out, W_out)
+        """
+        return _with_weight(self, self.standardized_weight(), super().forward, x, output_size)
+
+
+# The plain classes and what they become. Only exact types are listed: a subclass may use its weight
+# in a way that its standardized counterpart would not.
+_STANDARDIZED: Dict[Type[nn.Module], Type[WeightStandardized]] = {
+    Conv2d: WSConv2d,
+    nn.Conv2d: WSConv2d,
+    nn.ConvTranspose2d: WSConvTranspose2d,
+}
+
+# Detectron2 installed without its compiled ops has placeholders for these two that cannot be
+# constructed, nor be a base class.
+if issubclass(DeformConv, nn.Module):
+
+    class WSDeformConv(WeightStandardized, DeformConv):
+        """A :class:`detectron2.layers.DeformConv` whose filters are standardized before use."""
+
+        def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+            """The arguments are those of :class:`detectron2.layers.DeformConv`."""
+            return _with_weight(self, self.standardized_weight(), super().forward, x, offset)
+
+    class WSModulatedDeformConv(WeightStandardized, ModulatedDeformConv):
+        """A :class:`detectron2.layers.ModulatedDeformConv` with standardized filters."""
+
+        def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+            """The arguments are those of :class:`detectron2.layers.ModulatedDeformConv`."""
+            return _with_weight(self, self.standardized_weight(), super().forward, x, offset, mask)
+
+    _STANDARDIZED[DeformConv] = WSDeformConv
+    _STANDARDIZED[ModulatedDeformConv] = WSModulatedDeformConv
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether ``module`` is a convolution that :func:`standardize_` accepts, or was given to it."""
+    return isinstance(module, WeightStandardized) or type(module) in _STANDARDIZED
+
+
+def standardize_(conv: nn.Module, eps: float = _EPS) -> nn.Module:
+    """Turns a convolution into its weight-standardized counterpart, in place.
+
+    The object stays the same and only its class changes, so that everything that refers to it,
+    such as the plain lists of :class:`detectron2.modeling.FPN`, sees the change. A convolution
+    that is standardized already is left alone.
+
+    Args:
+        conv: an instance, not of a subclass, of Conv2d, ConvTranspose2d, DeformConv or
+            ModulatedDeformConv.
+        eps: added to the variance of each filter, inside the root.
+
+    Returns:
+        ``conv``
+
+    Raises:
+        TypeError: if ``conv`` is something else.
+    """
+    if isinstance(conv, WeightStandardized):
+        return conv
+    if type(conv) not in _STANDARDIZED:
+        raise TypeError(
+            f"cannot standardize the weights of a {type(conv).__module__}.{type(conv).__name__}; "
+            f"allowed are {', '.join(sorted({c.__name__ for c in _STANDARDIZED}))}"
+        )
+    if type(conv) is nn.Conv2d:
+        conv.norm, conv.activation = None, None
+    conv.__class__ = _STANDARDIZED[type(conv)]
+    conv.eps = eps
+    return conv
+
+
+def _with_weight(
+    module: nn.Module, weight: Tensor, forward: Callable[..., Tensor], *args: Any
+) -> Tensor:
+    """``forward(*args)`` of a module with another ``weight``.
+
+    For layers whose forward does more than one call with the weight. An instance attribute hides
+    the parameter of the same name.
+    """
+    object.__setattr__(module, "weight", weight)
+    try:
+        return forward(*args)
+    finally:
+        object.__delattr__(module, "weight")

@@ -1,0 +1,194 @@
+"""The norm options: strings that describe a normalization completely.
+
+    NAME                    BCN, CN, GN, BN, ...
+    NAME(key=value, ...)    BCN(groups=16), BCN(groups=16, update_rate=0.01), GN(groups=8)
+    either of them + "+WS"  BCN+WS, GN(groups=8)+WS: the convolution that the layer follows is
+                            weight-standardized
+
+Strings are the interface because they survive YAML files, config dumps and checkpoints.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Optional, Union
+
+from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
+from torch import nn
+
+from .layers import BatchChannelNorm, ChannelNorm
+
+_WS = "+WS"
+
+# Set on a norm layer whose convolution is to be standardized. It must be found when the layer
+# becomes part of a model, whoever puts it there, so it travels with the layer.
+_WS_ATTRIBUTE = "follows_weight_standardized_conv"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A normalization that can be asked for by name."""
+
+    build: Callable[..., nn.Module]  # called with the number of channels and the arguments
+    defaults: Dict[str, Union[int, float]]  # the arguments that the string may contain
+
+
+def _batch_channel_norm(mode: str) -> Callable[..., nn.Module]:
+    def build(channels: int, groups: int, update_rate: float) -> nn.Module:
+        return BatchChannelNorm(channels, groups, update_rate=update_rate, mode=mode)
+
+    return build
+
+
+_GROUPS = {"groups": 32}
+_BCN_DEFAULTS = {"groups": 32, "update_rate": 0.1}
+
+_KINDS: Dict[str, _Kind] = {
+    "BCN": _Kind(_batch_channel_norm("estimate"), _BCN_DEFAULTS),
+    "BatchBCN": _Kind(_batch_channel_norm("batch"), _BCN_DEFAULTS),
+    "SyncBCN": _Kind(_batch_channel_norm("sync"), _BCN_DEFAULTS),
+    "CN": _Kind(lambda channels, groups: ChannelNorm(channels, groups), _GROUPS),
+    "GN": _Kind(lambda channels, groups: nn.GroupNorm(groups, channels), _GROUPS),
+    # Detectron2's own
+    "BN": _Kind(nn.BatchNorm2d, {}),
+    "SyncBN": _Kind(nn.SyncBatchNorm, {}),
+    "FrozenBN": _Kind(FrozenBatchNorm2d, {}),
+    "nnSyncBN": _Kind(nn.SyncBatchNorm, {}),
+    "naiveSyncBN": _Kind(NaiveSyncBatchNorm, {}),
+    "naiveSyncBN_N": _Kind(lambda channels: NaiveSyncBatchNorm(channels, stats_mode="N"), {}),
+}
+if hasattr(batch_norm, "LayerNorm"):  # newer than Detectron2 0.6
+    _KINDS["LN"] = _Kind(batch_norm.LayerNorm, {})
+
+
+def list_norm_options() -> List[str]:
+    """All names, those of this package first; each may be followed by ``+WS``."""
+    return list(_KINDS)
+
+
+@dataclass(frozen=True)
+class NormOption:
+    """A parsed norm option.
+
+    Attributes:
+        name: one of :func:`list_norm_options`.
+        arguments: the arguments written in the string.
+        weight_standardization: whether it ends in ``+WS``.
+    """
+
+    name: str
+    arguments: Dict[str, Union[int, float]]
+    weight_standardization: bool
+
+    @classmethod
+    def parse(cls, option: str) -> "NormOption":
+        """
+        Args:
+            option: the string, for example ``"BCN(groups=16)+WS"``; blanks do not matter.
+
+        Raises:
+            ValueError: naming what was found and what is allowed.
+        """
+        text = "".join(option.split())
+        standardized = text.endswith(_WS)
+        match = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", text[: -len(_WS)] if standardized else text)
+        if match is None or match[1] not in _KINDS:
+            raise ValueError(
+                f"unknown norm option {option!r}; allowed are {', '.join(_KINDS)}, each optionally "
+                "followed by '+WS', and '' for none. Groups are written as in 'BCN(groups=16)+WS'."
+            )
+        arguments = _parse_arguments(option, match[1], match[2] or "")
+        return cls(match[1], arguments, standardized)
+
+    def __str__(self) -> str:
+        arguments = ", ".join(f"{key}={value}" for key, value in self.arguments.items())
+        return (
+            self.name
+            + (f"({arguments})" if arguments else "")
+            + (_WS if self.weight_standardization else "")
+        )
+
+    def build(self, out_channels: int) -> nn.Module:
+        """
+        Args:
+            out_channels: channels of the (N, C, H, W) inputs of the layer.
+
+        Returns:
+            The normalization layer. If the option asks for weight standardization, it says so to
+            :func:`requests_weight_standardization`.
+
+        Raises:
+            ValueError: if the groups do not divide the channels; it names the string that would
+                work.
+        """
+        kind = _KINDS[self.name]
+        arguments = {**kind.defaults, **self.arguments}
+        groups = arguments.get("groups")
+        if groups is not None and out_channels % groups:
+            possible = NormOption(
+                self.name,
+                {**self.arguments, "groups": math.gcd(groups, out_channels)},
+                self.weight_standardization,
+            )
+            raise ValueError(
+                f"norm option {str(self)!r}: {out_channels} channels cannot be divided into "
+                f"{groups} groups; {str(possible)!r} would work"
+            )
+        norm = kind.build(out_channels, **arguments)
+        if self.weight_standardization:
+            norm.__dict__[_WS_ATTRIBUTE] = True
+        return norm
+
+
+def get_norm(
+    norm: Union[str, Callable[[int], nn.Module], None], out_channels: int
+) -> Optional[nn.Module]:
+    """A superset of :func:`detectron2.layers.get_norm`.
+
+    Args:
+        norm: a norm option; or a callable that takes the number of channels and returns a layer;
+            or None or "" for no normalization.
+        out_channels: channels of the (N, C, H, W) inputs of the layer.
+
+    Returns:
+        The layer or None.
+
+    Raises:
+        ValueError: if the string is no norm option, or its groups do not divide the channels.
+    """
+    if norm is None or norm == "":
+        return None
+    if isinstance(norm, str):
+        return NormOption.parse(norm).build(out_channels)
+    return norm(out_channels)
+
+
+def requests_weight_standardization(module: nn.Module) -> bool:
+    """Whether the convolution that feeds this norm layer is to be standardized."""
+    return _WS_ATTRIBUTE in module.__dict__
+
+
+def _parse_arguments(option: str, name: str, text: str) -> Dict[str, Union[int, float]]:
+    defaults = _KINDS[name].defaults
+    arguments: Dict[str, Union[int, float]] = {}
+    for item in filter(None, text.split(",")):
+        key, _, value = item.partition("=")
+        if key not in defaults or key in arguments:
+            raise ValueError(
+                f"norm option {option!r}: bad argument {item!r}; {name} takes "
+                + (", ".join(f"{k} (default {v})" for k, v in defaults.items()) or "none")
+                + ", each at most once"
+            )
+        arguments[key] = _parse_value(option, key, value, type(defaults[key]))
+    return arguments
+
+
+def _parse_value(option: str, key: str, text: str, kind: Any) -> Union[int, float]:
+    allowed = "a positive integer" if kind is int else "a number in [0, 1]"
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not (value >= 1 if kind is int else 0.0 <= value <= 1.0):
+        raise ValueError(f"norm option {option!r}: {key} must be {allowed}, got {text!r}")
+    return value
