@@ -1,0 +1,104 @@
+"""The datasets of this package, and a check that those of a config can be read."""
+
+import difflib
+import os
+from typing import Iterable, List, Optional
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from .digits import CLASSES, SPLITS, annotation_file, image_folder
+
+# Metadata in which Detectron2's registrations keep paths.
+_PATH_ATTRIBUTES = (
+    "json_file",
+    "image_root",
+    "panoptic_json",
+    "panoptic_root",
+    "sem_seg_root",
+    "image_dir",
+    "gt_dir",
+    "dirname",
+)
+_DIGITS = tuple(f"digits_{split}" for split in SPLITS)
+
+
+def default_digits_root() -> str:
+    """Returns where ``digits_train`` and ``digits_val`` are looked for.
+
+    It is the folder ``digits`` beside the builtin datasets of Detectron2, whose own rule it
+    follows: in ``$DETECTRON2_DATASETS``, by default ``datasets``.
+    """
+    return os.path.join(_datasets_root(), "digits")
+
+
+def _datasets_root() -> str:
+    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+
+
+def register_digits(root: Optional[str] = None) -> None:
+    """Registers ``digits_train`` and ``digits_val``, which need not have been made yet.
+
+    A name that is registered already is left as it is.
+
+    Args:
+        root: folder of the dataset. Default: :func:`default_digits_root`.
+    """
+    root = default_digits_root() if root is None else root
+    for name, split in zip(_DIGITS, SPLITS):
+        if name not in DatasetCatalog:
+            metadata = {
+                "thing_classes": list(CLASSES),
+                "thing_dataset_id_to_contiguous_id": {i + 1: i for i in range(len(CLASSES))},
+            }
+            register_coco_instances(
+                name, metadata, annotation_file(root, split), image_folder(root, split)
+            )
+
+
+def check_datasets(names: Iterable[str]) -> None:
+    """Checks that datasets are registered and that their files and folders exist.
+
+    Detectron2 itself finds out only after the model is built. Remote locations ("https://...") are
+    not checked.
+
+    Args:
+        names: names of datasets, as in ``DATASETS.TRAIN``.
+
+    Raises:
+        ValueError: a name is not registered.
+        FileNotFoundError: a file or folder of a registered dataset does not exist.
+    """
+    for name in names:
+        if name not in DatasetCatalog:
+            raise ValueError(_describe_unknown(name, DatasetCatalog.list()))
+        metadata = MetadataCatalog.get(name)
+        for attribute in _PATH_ATTRIBUTES:
+            path = metadata.get(attribute)
+            if path and "://" not in str(path) and not os.path.exists(path):
+                raise FileNotFoundError(_describe_missing(name, attribute, path))
+
+
+def _describe_unknown(name: str, registered: List[str]) -> str:
+    close = difflib.get_close_matches(name, registered, n=5)
+    hint = f"similar names: {', '.join(close)}" if close else "none has a similar name"
+    return (
+        f"no dataset {name!r} is registered; {len(registered)} others are, {hint}. A dataset of "
+        "your own must be registered (detectron2.data.datasets.register_coco_instances) in the "
+        "program that uses it"
+    )
+
+
+def _describe_missing(name: str, attribute: str, path: str) -> str:
+    if "DETECTRON2_DATASETS" in os.environ:
+        origin = f"DETECTRON2_DATASETS is {os.environ['DETECTRON2_DATASETS']!r}"
+    else:
+        origin = f"DETECTRON2_DATASETS is not set, so it is 'datasets' in {os.getcwd()}"
+    if name in _DIGITS:
+        remedy = "make the dataset with `python tools/prepare_digits.py`"
+    else:
+        remedy = "put the dataset there, or set DETECTRON2_DATASETS to the folder it is in"
+    return f"dataset {name!r}: its {attribute} {path!r} does not exist ({origin}): {remedy}"
+
+
+register_digits()

@@ -1,0 +1,272 @@
+"""Pictures of predictions beside the ground truth."""
+
+import json
+import math
+import os
+import tempfile
+from collections import defaultdict
+from numbers import Real
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+import cv2
+import numpy as np
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import BoxMode
+from detectron2.utils.colormap import colormap
+from detectron2.utils.visualizer import GenericMask, Visualizer
+
+from .data import check_datasets
+
+# All in pixels of the picture.
+_PANEL_SIDE = 480  # the longer side of an image
+_GAP = 8
+_TITLE_HEIGHT = 26
+_LABEL_HEIGHT = 15
+
+_POINTS_PER_PIXEL = 72 / 100  # of matplotlib's text, at its default resolution
+_MASK_OPACITY = 0.5
+_WHITE = 255
+
+
+class _Object(NamedTuple):
+    """What is drawn of a ground truth annotation or a prediction."""
+
+    box: Tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the image
+    class_index: int  # contiguous, from 0
+    segmentation: Any  # polygons or run lengths as in COCO, None if there is only a box
+    score: Optional[float]  # None for ground truth
+
+
+def load_predictions(path: str) -> List[Dict[str, Any]]:
+    """Reads ``coco_instances_results.json``, which Detectron2's ``COCOEvaluator`` writes.
+
+    Args:
+        path: the file, in ``OUTPUT_DIR/inference`` after an evaluation.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON.
+    """
+    with open(path) as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a JSON file: {error}") from error
+
+
+def draw_predictions(
+    dataset_name: str,
+    predictions: Sequence[Dict[str, Any]],
+    output_path: str,
+    num_images: int = 6,
+    score_threshold: float = 0.5,
+) -> str:
+    """Draws predictions beside the ground truth for the first images of a dataset.
+
+    Args:
+        dataset_name: a registered dataset, e.g. "digits_val".
+        predictions: detections in COCO's result format, of any number of images; what
+            :func:`load_predictions` returns. Without "segmentation" only boxes are drawn.
+        output_path: PNG to write. Its folder is made if needed. An older file is replaced when the
+            new one is complete.
+        num_images: how many images to draw at most, those with the smallest ids, at least 1.
+        score_threshold: the lowest score that is drawn, 0 to 1.
+
+    Returns:
+        ``output_path``.
+
+    Raises:
+        ValueError: an argument is out of range, the dataset is not registered, or the predictions
+            are malformed or of another dataset.
+        FileNotFoundError: files of the dataset are missing.
+    """
+    if not isinstance(num_images, int) or num_images < 1:
+        raise ValueError(f"num_images is {num_images!r}; it must be an integer of at least 1")
+    if not isinstance(score_threshold, Real) or not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold is {score_threshold!r}; it must be from 0 to 1")
+    if not output_path.endswith(".png"):
+        raise ValueError(f"output_path is {output_path!r}; it must end in .png")
+    check_datasets([dataset_name])
+
+    records = sorted(DatasetCatalog.get(dataset_name), key=lambda record: record["image_id"])
+    metadata = MetadataCatalog.get(dataset_name)
+    class_indices = _class_indices(metadata)
+    image_ids = {record["image_id"] for record in records}
+    _check_predictions(predictions, dataset_name, image_ids, class_indices)
+    by_image = defaultdict(list)
+    for prediction in predictions:
+        if prediction["score"] >= score_threshold:
+            predicted = _from_prediction(prediction, class_indices)
+            by_image[prediction["image_id"]].append(predicted)
+
+    pairs = []
+    for record in records[:num_images]:
+        image = read_image(record["file_name"], format="RGB")
+        name = os.path.basename(record["file_name"])
+        annotated = [_from_annotation(annotation) for annotation in record.get("annotations", [])]
+        left = _draw_objects(image, annotated, metadata)
+        right = _draw_objects(image, by_image[record["image_id"]], metadata)
+        pairs.append(
+            (
+                _add_title(left, f"{name}: ground truth"),
+                _add_title(right, f"predictions, score >= {score_threshold:.2f}"),
+            )
+        )
+    _save_png(_arrange(pairs), output_path)
+    return output_path
+
+
+def _class_indices(metadata: Metadata) -> Dict[int, int]:
+    """Returns the contiguous class index of every category id in files of results."""
+    names = metadata.get("thing_classes")
+    if not names:
+        raise ValueError(
+            f"{metadata.name!r} is not a dataset of instances: it has no thing_classes"
+        )
+    # Without a mapping, Detectron2 writes its contiguous indices as category ids.
+    identity = {index: index for index in range(len(names))}
+    return metadata.get("thing_dataset_id_to_contiguous_id", identity)
+
+
+def _check_predictions(
+    predictions: Sequence[Dict[str, Any]],
+    dataset_name: str,
+    image_ids: Set[Any],
+    class_indices: Dict[int, int],
+) -> None:
+    if not isinstance(predictions, (list, tuple)):
+        raise ValueError(
+            f"predictions must be a list in COCO's result format, not {type(predictions).__name__}"
+        )
+    for index, prediction in enumerate(predictions):
+        if not _is_result(prediction):
+            raise ValueError(
+                f"prediction {index} is not in COCO's result format (image_id, category_id, bbox "
+                f"of 4 numbers, score): {repr(prediction)[:200]}"
+            )
+        if prediction["category_id"] not in class_indices:
+            raise ValueError(
+                f"prediction {index} has category_id {prediction['category_id']!r}; "
+                f"{dataset_name!r} has {', '.join(map(str, class_indices))}"
+            )
+    if predictions and not any(prediction["image_id"] in image_ids for prediction in predictions):
+        raise ValueError(
+            f"none of the {len(predictions)} predictions is of an image of {dataset_name!r}; "
+            f"the first is of image_id {predictions[0]['image_id']!r}"
+        )
+
+
+def _is_result(prediction: Any) -> bool:
+    if not isinstance(prediction, dict):
+        return False
+    bbox, score = prediction.get("bbox"), prediction.get("score")
+    return (
+        {"image_id", "category_id"} <= prediction.keys()
+        and isinstance(bbox, (list, tuple))
+        and len(bbox) == 4
+        and all(isinstance(number, Real) for number in (*bbox, score))
+    )
+
+
+def _from_annotation(annotation: Dict[str, Any]) -> _Object:
+    """Converts an annotation of Detectron2's dataset format."""
+    return _Object(
+        box=BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS),
+        class_index=annotation["category_id"],
+        segmentation=annotation.get("segmentation"),
+        score=None,
+    )
+
+
+def _from_prediction(prediction: Dict[str, Any], class_indices: Dict[int, int]) -> _Object:
+    """Converts an entry of COCO's result format."""
+    return _Object(
+        box=BoxMode.convert(prediction["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS),
+        class_index=class_indices[prediction["category_id"]],
+        segmentation=prediction.get("segmentation"),
+        score=prediction["score"],
+    )
+
+
+def _draw_objects(image: np.ndarray, objects: Sequence[_Object], metadata: Metadata) -> np.ndarray:
+    """Returns the image (H, W, 3), uint8 RGB, enlarged or reduced to a panel, with objects on it.
+
+    A class has the same colour in every panel.
+    """
+    height, width = image.shape[:2]
+    scale = _PANEL_SIDE / max(height, width)
+    visualizer = Visualizer(image, metadata, scale=scale)
+    colors = colormap(rgb=True, maximum=1)
+    label_height = _LABEL_HEIGHT / scale
+    # Small objects last, so that large ones do not cover them.
+    for item in sorted(objects, key=_box_area, reverse=True):
+        x0, y0, _, _ = item.box
+        color = colors[item.class_index % len(colors)]
+        if item.segmentation:
+            mask = GenericMask(item.segmentation, height, width).mask
+            visualizer.draw_binary_mask(
+                mask.astype(np.uint8), color, alpha=_MASK_OPACITY, area_threshold=0
+            )
+        visualizer.draw_box(item.box, alpha=1.0, edge_color=color)
+        label = metadata.thing_classes[item.class_index]
+        if item.score is not None:
+            label += f" {item.score:.0%}"
+        # Above the box, but inside the image; a character is about 0.6 times as wide as high.
+        label_width = 0.6 * len(label) * label_height
+        visualizer.draw_text(
+            label,
+            (max(0.0, min(x0, width - label_width)), max(0.0, y0 - 1.2 * label_height)),
+            font_size=label_height * _POINTS_PER_PIXEL,
+            color="white",
+            horizontal_alignment="left",
+        )
+    return visualizer.get_output().get_image()
+
+
+def _box_area(item: _Object) -> float:
+    x0, y0, x1, y1 = item.box
+    return (x1 - x0) * (y1 - y0)
+
+
+def _add_title(panel: np.ndarray, title: str) -> np.ndarray:
+    """Returns the panel (H, W, 3) with a line of text above it."""
+    strip = np.full((_TITLE_HEIGHT, panel.shape[1], 3), _WHITE, np.uint8)
+    cv2.putText(
+        strip,
+        title,
+        (2, _TITLE_HEIGHT - 8),
+        cv2.FONT_HERSHEY_SIMPLEX,
+        0.5,
+        (0, 0, 0),
+        1,
+        cv2.LINE_AA,
+    )
+    return np.vstack([strip, panel])
+
+
+def _arrange(pairs: Sequence[Tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Returns all pairs of panels, each (H, W, 3), in one picture, two pairs beside each other."""
+    pairs_per_row = min(2, len(pairs))
+    cell_height = max(panel.shape[0] for pair in pairs for panel in pair) + _GAP
+    cell_width = max(panel.shape[1] for pair in pairs for panel in pair) + _GAP
+    num_rows = math.ceil(len(pairs) / pairs_per_row)
+    shape = (num_rows * cell_height + _GAP, 2 * pairs_per_row * cell_width + _GAP, 3)
+    picture = np.full(shape, _WHITE, np.uint8)
+    for index, panel in enumerate(panel for pair in pairs for panel in pair):
+        row, column = divmod(index, 2 * pairs_per_row)
+        top, left = row * cell_height + _GAP, column * cell_width + _GAP
+        picture[top : top + panel.shape[0], left : left + panel.shape[1]] = panel
+    return picture
+
+
+def _save_png(picture: np.ndarray, path: str) -> None:
+    """Writes a picture (H, W, 3), uint8 RGB, so that there is never a half-written file at path."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    with tempfile.TemporaryDirectory(prefix=".picture-", dir=folder) as temporary:
+        unfinished = os.path.join(temporary, "picture.png")
+        with open(unfinished, "wb") as file:
+            file.write(encoded.tobytes())
+        os.replace(unfinished, path)
