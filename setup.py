@@ -1,0 +1,38 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """Reads the version without importing the package, which needs torch and Detectron2."""
+    text = (ROOT / "wsbcn_d2" / "version.py").read_text()
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+setup(
+    name="wsbcn_d2",
+    version=read_version(),
+    description="Weight Standardization and Batch-Channel Normalization for Detectron2",
+    author="wsbcn_d2 authors",
+    license="MIT",
+    packages=find_packages(include=["wsbcn_d2", "wsbcn_d2.*"]),
+    package_data={"wsbcn_d2": ["py.typed"]},
+    python_requires=">=3.9",
+    # Detectron2 itself cannot be named here: PyPI does not have it under its own name, so pip would
+    # fail even where it is installed from source under another. Importing wsbcn_d2 without it says
+    # what to do. These are the packages that we import ourselves, as loose as Detectron2 has them,
+    # so that nothing is replaced in an environment that works.
+    install_requires=["torch>=2.0", "numpy", "fvcore", "pycocotools"],
+    extras_require={
+        # The digits and photographs of the dataset that the quick start makes. It also needs cv2 as
+        # parts of Detectron2 do, which like them we do not name: it has several distributions, and
+        # installing a second one over the first breaks it.
+        "digits": ["scikit-learn"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist"],
+        # Exact: another version formats differently. These are Detectron2's.
+        "dev": ["black==23.3.0", "flake8==6.0.0", "isort==5.12.0"],
+    },
+)
