@@ -13,3 +13,21 @@ def add_wsbcn_config(cfg: CN) -> None:
     # Whether the trainable blocks of the wsbcn backbones keep only their inputs in training and
     # are computed again in the backward pass: less memory, more time, the same result.
     cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS = False
+    # How the update rate of the estimates, which is that of the norm option (0.1 unless it says
+    # otherwise, as "BCN(update_rate=0.01)" does), changes in training: "constant", or "lr": in
+    # proportion to the learning rate.
+    cfg.MODEL.WSBCN.UPDATE_RATE_SCHEDULE = "constant"
+    # Whether the estimates start as a plain average of the first batches. For training from random
+    # weights; a pretrained model's estimates would be forgotten with the first batch.
+    cfg.MODEL.WSBCN.UPDATE_RATE_WARMUP = False
+    # With several processes, the estimates are averaged over them every so many iterations.
+    # 0: never; every process then normalizes with its own, and those of the first are saved.
+    cfg.MODEL.WSBCN.SYNC_PERIOD = 1
+    # Training stops if a layer has been fed with infinity or NaN for so many iterations. 0: never.
+    cfg.MODEL.WSBCN.MAX_SKIPPED_UPDATES = 100
+    # Recalibration: the estimates are computed anew from this many training images (over all
+    # processes) before every evaluation and at the end, as TEST.PRECISE_BN does for BatchNorm.
+    cfg.TEST.PRECISE_BCN = CN({"ENABLED": False, "NUM_IMAGES": 200})
+    # Number of batches of SOLVER.IMS_PER_BATCH images whose gradients make one step. Learning rate,
+    # schedule and iterations count steps.
+    cfg.SOLVER.ACCUMULATE_STEPS = 1

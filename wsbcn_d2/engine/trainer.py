@@ -1,17 +1,19 @@
-"""Detectron2's DefaultTrainer with evaluators by dataset type and data parallelism on any device."""
+"""Detectron2's DefaultTrainer with what BCN needs, on any number of processes and any device."""
 
 import weakref
-from typing import Optional
+from typing import List, Optional
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
+from .accumulation import accumulate_gradients
 from .evaluation import build_evaluator, inference_folder
+from .hooks import build_hooks
 
 
 class Trainer(DefaultTrainer):
@@ -19,6 +21,8 @@ class Trainer(DefaultTrainer):
 
     It differs from it in that
 
+    - it takes care of the estimates of BCN layers: see :func:`wsbcn_d2.engine.build_hooks`;
+    - ``SOLVER.ACCUMULATE_STEPS`` accumulates gradients;
     - :meth:`build_evaluator` chooses by the type of the dataset;
     - several processes can train without GPUs.
     """
@@ -39,6 +43,7 @@ class Trainer(DefaultTrainer):
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = trainer_class(model, data_loader, optimizer)
+        accumulate_gradients(self, cfg.SOLVER.ACCUMULATE_STEPS)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = DetectionCheckpointer(
             model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
@@ -47,6 +52,11 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> List[HookBase]:
+        """DefaultTrainer's hooks, after those of this package: what is saved and evaluated has
+        estimates that are averaged and, if asked for, recalibrated."""
+        return build_hooks(self.cfg, self) + super().build_hooks()
 
     @classmethod
     def build_evaluator(

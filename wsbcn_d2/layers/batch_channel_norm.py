@@ -105,7 +105,10 @@ class BatchChannelNorm(nn.GroupNorm):
             :meth:`set_num_levels`. With ``weight`` and ``bias`` they have the names of BatchNorm,
             so that checkpoints of BatchNorm models load into this layer.
         skipped_updates: number of non-finite batches seen; an integer buffer, not saved.
+        seen_elements: number of values behind the updates since it was last reset, for averaging
+            over ranks; (num_levels,) with several levels; not saved.
         update_rate: float in [0, 1]; constant unless something outside changes it.
+        level: index of the estimates that the next call uses; see :meth:`set_num_levels`.
     """
 
     def __init__(
@@ -141,7 +144,8 @@ class BatchChannelNorm(nn.GroupNorm):
         self.register_buffer("running_mean", torch.zeros(num_channels))
         self.register_buffer("running_var", torch.ones(num_channels))
         self.register_buffer("skipped_updates", torch.tensor(0), persistent=False)
-        self._level = 0
+        self.register_buffer("seen_elements", torch.tensor(0.0), persistent=False)
+        self.level = 0
 
     @property
     def frozen(self) -> bool:
@@ -167,11 +171,12 @@ class BatchChannelNorm(nn.GroupNorm):
             raise ValueError(f"the layer already has estimates for {self.num_levels} levels")
         self.running_mean = self.running_mean.expand(num_levels, -1).clone()
         self.running_var = self.running_var.expand(num_levels, -1).clone()
-        self._level = 0
+        self.seen_elements = self.seen_elements.expand(num_levels).clone()
+        self.level = 0
 
     def restart_levels(self) -> None:
         """Makes the next call use the estimates of the first level."""
-        self._level = 0
+        self.level = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """
@@ -185,10 +190,10 @@ class BatchChannelNorm(nn.GroupNorm):
             ValueError: if x has another shape.
         """
         check_input(x, self.num_channels)
-        running_mean, running_var = self.running_mean, self.running_var
-        if running_mean.dim() == 2:
-            running_mean, running_var = running_mean[self._level], running_var[self._level]
-            self._level = (self._level + 1) % self.num_levels
+        estimates = (self.running_mean, self.running_var, self.seen_elements)
+        if self.running_mean.dim() == 2:
+            estimates = tuple(e[self.level] for e in estimates)
+            self.level = (self.level + 1) % self.num_levels
 
         training = self.training and not self.frozen
         return batch_channel_norm(
@@ -197,12 +202,12 @@ class BatchChannelNorm(nn.GroupNorm):
             self.bias,
             self.group_weight,
             self.group_bias,
-            running_mean,
-            running_var,
+            *estimates[:2],
             eps=self.eps,
             use_batch_statistics=training and self.mode != "estimate",
             update_rate=self.update_rate if training and not _in_backward() else None,
             skipped_updates=self.skipped_updates,
+            seen_elements=estimates[2],
             process_group=_world() if self.mode == "sync" else None,
         )
 
@@ -216,7 +221,8 @@ class BatchChannelNorm(nn.GroupNorm):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
         # Half precision cannot hold the variances that occur (a stem's exceeded its range after
         # one step), so a change of dtype may only raise that of the estimates.
-        estimates = {name: self._buffers[name] for name in ("running_mean", "running_var")}
+        names = ("running_mean", "running_var", "seen_elements")
+        estimates = {name: self._buffers[name] for name in names}
         super()._apply(fn, *args, **kwargs)
         for name, old in estimates.items():
             new = self._buffers[name]

@@ -45,6 +45,33 @@ class BatchStatistics:
     count: Tensor  # a scalar tensor, because as a sum over ranks it is known to the device only
 
 
+@dataclass
+class _Estimates:
+    """Buffers of the running estimates, updated in place."""
+
+    mean: Tensor
+    var: Tensor
+    skipped_updates: Optional[Tensor]
+    seen_elements: Optional[Tensor]
+
+    def update(
+        self, mean: Tensor, var: Tensor, rate: Union[float, Tensor], count: Union[float, Tensor]
+    ) -> None:
+        """Moves towards (mean, var) of ``count`` values, unless a result would not be finite.
+
+        The decision stays on the device: asking the host for it would stall a GPU at every layer.
+        """
+        new_mean = self.mean + rate * (mean - self.mean)
+        new_var = self.var + rate * (var - self.var)
+        finite = torch.isfinite(new_mean).all() & torch.isfinite(new_var).all()
+        self.mean.copy_(torch.where(finite, new_mean, self.mean))
+        self.var.copy_(torch.where(finite, new_var, self.var))
+        if self.skipped_updates is not None:
+            self.skipped_updates.add_(~finite)
+        if self.seen_elements is not None:
+            self.seen_elements.add_(finite * count)
+
+
 def batch_channel_norm(
     x: Tensor,
     weight: Tensor,
@@ -58,6 +85,7 @@ def batch_channel_norm(
     use_batch_statistics: bool = False,
     update_rate: Optional[float] = None,
     skipped_updates: Optional[Tensor] = None,
+    seen_elements: Optional[Tensor] = None,
     process_group: Optional["dist.ProcessGroup"] = None,
 ) -> Tensor:
     """Batch-channel normalization of an activation.
@@ -77,6 +105,8 @@ def batch_channel_norm(
         update_rate: fraction by which the estimates move towards the batch; None leaves them.
             A batch that would make any estimate non-finite changes none of them.
         skipped_updates: integer scalar, incremented in place for each such batch.
+        seen_elements: scalar, incremented in place by the number of values behind each update,
+            which is the weight of this rank when estimates are averaged over ranks.
         process_group: with ``use_batch_statistics``, take the statistics over the batches of all
             its ranks. Every rank must call; ranks whose batch is empty count for nothing.
 
@@ -95,6 +125,7 @@ def batch_channel_norm(
         use_batch_statistics,
         update_rate,
         skipped_updates,
+        seen_elements,
         process_group,
     )
 
@@ -114,8 +145,10 @@ class _BatchChannelNorm(torch.autograd.Function):
         use_batch_statistics: bool,
         update_rate: Optional[float],
         skipped_updates: Optional[Tensor],
+        seen_elements: Optional[Tensor],
         process_group: Optional["dist.ProcessGroup"],
     ) -> Tensor:
+        estimates = _Estimates(running_mean, running_var, skipped_updates, seen_elements)
         m, v, centered = kernels.moments(x)
         if use_batch_statistics:
             batch = _pooled_statistics(m, v, x, process_group)
@@ -123,18 +156,12 @@ class _BatchChannelNorm(torch.autograd.Function):
             if update_rate is not None:
                 unbiased = s2 * (count / (count - 1).clamp(min=1))
                 rate = update_rate * (batch.count > 0)
-                _update_estimates(running_mean, running_var, mu, unbiased, rate, skipped_updates)
+                estimates.update(mu, unbiased, rate, batch.count)
         else:
             count = None
             if update_rate is not None and x.numel():
-                _update_estimates(
-                    running_mean,
-                    running_var,
-                    m.mean(dim=0),
-                    (v + (m - running_mean).square()).mean(dim=0),
-                    update_rate,
-                    skipped_updates,
-                )
+                around_old = (v + (m - running_mean).square()).mean(dim=0)
+                estimates.update(m.mean(dim=0), around_old, update_rate, x.numel() / x.shape[1])
             mu, s2 = running_mean.to(m.dtype), running_var.to(m.dtype)
 
         rstd = torch.rsqrt(s2 + eps)
@@ -194,7 +221,7 @@ class _BatchChannelNorm(torch.autograd.Function):
         return (
             grad_x,
             *(g.to(dtype) for g, dtype in zip(parameters, ctx.parameter_dtypes)),
-            *[None] * 7,
+            *[None] * 8,
         )
 
 
@@ -232,24 +259,3 @@ def _all_reduced(
     both = torch.cat([a, b])
     dist.all_reduce(both, group=process_group)
     return tuple(both.split(a.numel()))
-
-
-def _update_estimates(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    rate: Union[float, Tensor],
-    skipped_updates: Optional[Tensor],
-) -> None:
-    """Moves the estimates towards (mean, var), or leaves both if a new value is not finite.
-
-    The decision stays on the device: asking the host for it would stall a GPU at every layer.
-    """
-    new_mean = running_mean + rate * (mean - running_mean)
-    new_var = running_var + rate * (var - running_var)
-    finite = torch.isfinite(new_mean).all() & torch.isfinite(new_var).all()
-    running_mean.copy_(torch.where(finite, new_mean, running_mean))
-    running_var.copy_(torch.where(finite, new_var, running_var))
-    if skipped_updates is not None:
-        skipped_updates.add_(~finite)

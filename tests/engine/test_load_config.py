@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from wsbcn_d2.data import builtin
+from wsbcn_d2.engine import ConfigError, load_config
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text('MODEL:\n  WEIGHTS: ""\nDATASETS:\n  TRAIN: ()\n  TEST: ()\n')
+    return str(path)
+
+
+def test_device_follows_the_machine(config_file):
+    cfg = load_config(config_file, ["MODEL.FPN.NORM", "BCN(groups=16)+WS"])
+    assert cfg.MODEL.FPN.NORM == "BCN(groups=16)+WS"
+    assert cfg.MODEL.DEVICE == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert load_config(config_file, ["MODEL.DEVICE", "cpu"]).MODEL.DEVICE == "cpu"
+
+
+@pytest.mark.parametrize(
+    "opts,message",
+    [
+        (["MODEL.FPN.NORMM", "GN"], "no config key MODEL.FPN.NORMM; close to it.*MODEL.FPN.NORM"),
+        (["MODEL.FPN.NORM", "BNC"], "MODEL.FPN.NORM: unknown norm option 'BNC'; allowed.*BCN"),
+        (["MODEL.RESNETS.NORM", "GN(size=3)"], "MODEL.RESNETS.NORM: .*'size=3'; GN takes groups"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no file 'nowhere.pth'"),
+        (["DATASETS.TRAIN", "('digit_train',)"], "'digit_train'.*digits_train"),
+        (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
+    ],
+)
+def test_errors_name_what_was_given_and_what_is_allowed(config_file, opts, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file, opts)
+
+
+def test_misspelt_key_in_a_file(config_file):
+    with open(config_file, "a") as f:
+        f.write("SOLVER:\n  MAX_ITERS: 3\n")
+    with pytest.raises(ConfigError, match="SOLVER.MAX_ITERS; close to it are SOLVER.MAX_ITER"):
+        load_config(config_file)
+
+
+def test_missing_config_file():
+    with pytest.raises(ConfigError, match="nowhere.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_missing_datasets(config_file, tmp_path, monkeypatch):
+    """Training data may be absent where only evaluation is asked for."""
+    for name in builtin._DIGITS:
+        builtin.DatasetCatalog.remove(name)
+        builtin.MetadataCatalog.remove(name)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    builtin.register_digits()
+    opts = ["DATASETS.TRAIN", "('digits_train',)"]
+    with pytest.raises(ConfigError, match="digits_train.*prepare_digits"):
+        load_config(config_file, opts)
+    load_config(config_file, opts, eval_only=True)
+
+
+def test_weights_are_not_needed_to_resume(config_file, tmp_path):
+    opts = ["MODEL.WEIGHTS", "nowhere.pth", "OUTPUT_DIR", str(tmp_path)]
+    with pytest.raises(ConfigError):
+        load_config(config_file, opts, resume=True)
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    load_config(config_file, opts, resume=True)

@@ -1,0 +1,150 @@
+"""The training script in processes of its own, and the flow of somebody else's project."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+
+from wsbcn_d2.data import make_digits_dataset
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "Digits-InstanceSegmentation"
+# a step of this takes a tenth of a second
+SMALL = [
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "20", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8"),
+    *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96"),
+]
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets")
+    make_digits_dataset(str(root / "digits"), num_train=6, num_val=3, image_size=96, progress=False)
+    return root
+
+
+def run(arguments, datasets, cwd, check=True):
+    env = {**os.environ, "DETECTRON2_DATASETS": str(datasets), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)], env=env, cwd=cwd, text=True, capture_output=True
+    )
+    if check:
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+def train_net(arguments, datasets, cwd, norm="bcn_ws", opts=(), **kwargs):
+    config = CONFIGS / f"mask_rcnn_R_18_FPN_{norm}.yaml"
+    tool = ROOT / "tools" / "train_net.py"
+    opts = [*SMALL, "OUTPUT_DIR", cwd / "out", *opts]
+    return run([tool, "--config-file", config, *arguments, *opts], datasets, cwd, **kwargs)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def test_train_evaluate_and_resume(datasets, tmp_path):
+    out = tmp_path / "out"
+    schedule = ["SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()"]
+    result = train_net([], datasets, tmp_path, opts=schedule)
+    assert "weight standardization in 36 of 41 convolutions" in result.stdout
+    assert {"bbox/AP", "segm/AP"} <= set(metrics(out)[-1])
+    predictions = json.loads((out / "inference" / "coco_instances_results.json").read_text())
+    assert isinstance(predictions, list)
+
+    # the checkpoint evaluates to the same numbers in a process of its own
+    weights = ["MODEL.WEIGHTS", out / "model_final.pth"]
+    (out / "inference" / "coco_instances_results.json").unlink()
+    train_net(["--eval-only"], datasets, tmp_path, opts=weights)
+    again = json.loads((out / "inference" / "coco_instances_results.json").read_text())
+    assert again == predictions
+
+    before = torch.load(out / "model_final.pth", weights_only=True)["model"]
+    key = "backbone.bottom_up.stem.conv1.norm.running_mean"
+    result = train_net(
+        ["--resume"], datasets, tmp_path, opts=["SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "()"]
+    )
+    assert "Starting training from iteration 2" in result.stdout
+    after = torch.load(out / "model_final.pth", weights_only=True)
+    assert after["iteration"] == 2
+    assert not torch.equal(after["model"][key], before[key])
+
+
+def test_two_processes_without_gpu(datasets, tmp_path):
+    opts = ["SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "SOLVER.IMS_PER_BATCH", "2"]
+    if torch.cuda.is_available():
+        opts += ["MODEL.DEVICE", "cpu"]
+        if torch.cuda.device_count() < 2:
+            pytest.skip("Detectron2's launch wants a GPU for every process where there is one")
+    train_net(["--num-gpus", "2"], datasets, tmp_path, opts=opts)
+    assert "bbox/AP" in metrics(tmp_path / "out")[-1]
+    assert (tmp_path / "out" / "log.txt.rank1").exists()
+
+
+def test_errors_are_one_line(datasets, tmp_path):
+    opts = ["MODEL.FPN.NORM", "BCN+SW"]
+    result = train_net([], datasets, tmp_path, opts=opts, check=False)
+    assert result.returncode == 1
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.startswith("train_net.py: error: MODEL.FPN.NORM: unknown norm option 'BCN+SW'")
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# What a project that has been there before this package does: a config of Detectron2's model zoo,
+# DefaultTrainer, DefaultPredictor. Only the import and the NORM strings are new.
+STOCK_PROJECT = """
+import sys, cv2
+import wsbcn_d2
+from detectron2 import model_zoo
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import DefaultPredictor, DefaultTrainer
+
+data, output, image = sys.argv[1:]
+for split in ("train", "val"):
+    register_coco_instances(
+        f"mine_{split}", {}, f"{data}/annotations/instances_{split}.json", f"{data}/{split}"
+    )
+cfg = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
+wsbcn_d2.add_wsbcn_config(cfg)
+cfg.MODEL.RESNETS.NORM = "BCN+WS"
+cfg.MODEL.FPN.NORM = "GN+WS"
+cfg.MODEL.ROI_BOX_HEAD.NORM = cfg.MODEL.ROI_MASK_HEAD.NORM = "BCN+WS"
+cfg.MODEL.ROI_BOX_HEAD.NUM_CONV = 1
+cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("mine_train",), ("mine_val",)
+cfg.INPUT.MASK_FORMAT = "bitmask"
+cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (96,), 96
+cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = "cpu", "", output
+cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
+cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 10, 16
+cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 1, 2, ()
+cfg.DATALOADER.NUM_WORKERS = 0
+trainer = DefaultTrainer(cfg)
+trainer.resume_or_load(resume=False)
+trainer.train()
+
+cfg.MODEL.WEIGHTS = f"{output}/model_final.pth"
+cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+print("LAYER", repr(trainer.model.backbone.bottom_up.res4[0].conv2).splitlines())
+print("INSTANCES", len(DefaultPredictor(cfg)(cv2.imread(image))["instances"]))
+"""
+
+
+def test_stock_project_trains_and_predicts(datasets, tmp_path):
+    script = tmp_path / "project.py"
+    script.write_text(STOCK_PROJECT)
+    data = datasets / "digits"
+    image = next((data / "val").iterdir())
+    assert cv2.imread(str(image)) is not None
+    result = run([script, data, tmp_path / "out", image], datasets, tmp_path)
+    assert "LAYER ['WSConv2d(', '  256, 256" in result.stdout
+    assert "BatchChannelNorm(256, groups=32" in result.stdout
+    assert int(result.stdout.rsplit("INSTANCES", 1)[1]) > 0
+    assert "not trained with weight standardization" not in result.stdout

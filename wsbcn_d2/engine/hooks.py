@@ -1,0 +1,221 @@
+"""Training hooks for BCN: update rate, averaging over ranks, recalibration, guard."""
+
+import logging
+import math
+from typing import Any, Callable, Iterable, List
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, get_event_storage
+from torch import nn
+
+from .statistics import (
+    named_batch_channel_norms,
+    recalibrate_estimates,
+    seeded_batches,
+    synchronize_estimates,
+)
+
+logger = logging.getLogger("detectron2.wsbcn_d2")
+
+UPDATE_RATE_SCHEDULES = ("constant", "lr")
+
+
+class UpdateRateSchedule(HookBase):
+    """Sets the update rate of all BCN layers before every step, and logs it.
+
+    The rate of a layer is the one of its norm option, ``r``, times a factor: 1 ("constant"), or
+    the present learning rate over ``base_lr`` ("lr"), as long as that is below 1, so that
+    estimates move slower when weights do. With ``warmup``, iteration t (from 0) has at least
+    ``1 / (t + 1)``: until that falls below the rate, the estimates are the plain average of what
+    has been seen, and the (0, 1) that they start from is forgotten at once.
+
+    The rate follows from the iteration and the learning rate, both of which checkpoints restore,
+    so it has no state of its own.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, schedule: str = "constant", base_lr: float, warmup: bool = False
+    ) -> None:
+        """
+        Args:
+            model: its layers are looked up now; their present rates are the ``r`` above.
+            schedule: "constant" or "lr".
+            base_lr: learning rate at which the factor of "lr" is 1.
+            warmup: start as a plain average. For training from random weights.
+
+        Raises:
+            ValueError: if the schedule is unknown.
+        """
+        if schedule not in UPDATE_RATE_SCHEDULES:
+            allowed = ", ".join(UPDATE_RATE_SCHEDULES)
+            raise ValueError(f"unknown update rate schedule {schedule!r}; allowed are {allowed}")
+        self._layers = [layer for _, layer in named_batch_channel_norms(model)]
+        self._rates = [layer.update_rate for layer in self._layers]
+        self._schedule = schedule
+        self._base_lr = base_lr
+        self._warmup = warmup
+
+    def before_step(self) -> None:
+        """Sets the rates for this iteration."""
+        factor = 1.0
+        if self._schedule == "lr":
+            # the rate of most parameters; Detectron2 logs the same
+            lr = max(group["lr"] for group in self.trainer.optimizer.param_groups)
+            factor = min(lr / self._base_lr, 1.0)
+        floor = 1.0 / (self.trainer.iter + 1) if self._warmup else 0.0
+        for layer, rate in zip(self._layers, self._rates):
+            layer.update_rate = max(rate * factor, floor)
+        if self._layers:
+            rate = self._layers[0].update_rate
+            get_event_storage().put_scalar("bcn_update_rate", rate, smoothing_hint=False)
+
+    def after_train(self) -> None:
+        """Gives the layers their own rates back."""
+        for layer, rate in zip(self._layers, self._rates):
+            layer.update_rate = rate
+
+
+class SynchronizeEstimates(HookBase):
+    """Averages the estimates over all ranks; see
+    :func:`wsbcn_d2.engine.statistics.synchronize_estimates`."""
+
+    def __init__(self, model: nn.Module, period: int = 1) -> None:
+        """
+        Args:
+            model: the model of this rank.
+            period: number of iterations between two averages. Always done after the last one.
+        """
+        self._model = model
+        self._period = period
+
+    def after_step(self) -> None:
+        """Averages if it is time."""
+        iteration = self.trainer.iter + 1
+        if iteration % self._period == 0 or iteration == self.trainer.max_iter:
+            synchronize_estimates(self._model)
+
+
+class StopOnSkippedUpdates(HookBase):
+    """Stops the training when a BCN layer has not seen a finite batch for a while.
+
+    A single overflow is normal under fp16, and costs one update. Only every ``limit`` iterations
+    is anything read from the device.
+    """
+
+    def __init__(self, model: nn.Module, limit: int) -> None:
+        """
+        Args:
+            model: the model of this rank.
+            limit: number of consecutive iterations.
+        """
+        self._layers = list(named_batch_channel_norms(model))
+        self._limit = limit
+        self._counts = self._read()
+
+    def _read(self) -> List[int]:
+        if not self._layers:
+            return []
+        return torch.stack([layer.skipped_updates for _, layer in self._layers]).tolist()
+
+    def after_step(self) -> None:
+        """
+        Raises:
+            FloatingPointError: naming the first such layer.
+        """
+        if (self.trainer.iter + 1) % self._limit:
+            return
+        before, self._counts = self._counts, self._read()
+        for (name, layer), old, new in zip(self._layers, before, self._counts):
+            if new - old >= self._limit * layer.num_levels:
+                raise FloatingPointError(
+                    f"The input of {name} has been infinite or NaN for the last {self._limit} "
+                    f"iterations, up to iteration {self.trainer.iter}. It is the first such layer "
+                    "of the model. The estimates of all layers are still those of finite batches. "
+                    "A lower learning rate, a longer warm-up or gradient clipping may help."
+                )
+
+
+class RecalibrateEstimates(HookBase):
+    """Replaces the estimates before evaluation; see
+    :func:`wsbcn_d2.engine.statistics.recalibrate_estimates`.
+
+    The counterpart of :class:`detectron2.engine.hooks.PreciseBN`: it runs every ``period``
+    iterations and after the last, and has to come before the hooks that evaluate and save.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        model: nn.Module,
+        build_loader: Callable[[], Iterable[Any]],
+        num_batches: int,
+    ) -> None:
+        """
+        Args:
+            period: number of iterations between two runs; 0: after the last only.
+            model: the model of this rank, in training mode.
+            build_loader: makes a loader of training data, without worker processes; see
+                :func:`wsbcn_d2.engine.statistics.seeded_batches`. Every run sees the same data.
+            num_batches: number of batches of this rank.
+        """
+        self._period = period
+        self._model = model
+        self._build_loader = build_loader
+        self._num_batches = num_batches
+
+    def after_step(self) -> None:
+        """Recalibrates if it is time."""
+        iteration = self.trainer.iter + 1
+        is_final = iteration == self.trainer.max_iter
+        if is_final or (self._period > 0 and iteration % self._period == 0):
+            logger.info(f"Recalibrating the estimates with {self._num_batches} batches ...")
+            batches = seeded_batches(self._build_loader, self._num_batches)
+            with EventStorage():  # discards what the model logs
+                recalibrate_estimates(self._model, batches, progress=comm.is_main_process())
+
+
+def build_hooks(cfg: CfgNode, trainer: DefaultTrainer) -> List[HookBase]:
+    """The hooks that the config asks for, in the order in which they must run.
+
+    :class:`wsbcn_d2.engine.Trainer` has them. Another trainer registers them before its own hooks
+    that save and evaluate::
+
+        def build_hooks(self):
+            return wsbcn_d2.engine.build_hooks(self.cfg, self) + super().build_hooks()
+
+    Args:
+        cfg: a config with the keys of :func:`wsbcn_d2.add_wsbcn_config`.
+        trainer: of which ``model`` and ``build_train_loader`` are used.
+    """
+    model = trainer.model
+    if next(named_batch_channel_norms(model), None) is None:
+        return []
+    ret: List[HookBase] = [
+        UpdateRateSchedule(
+            model,
+            schedule=cfg.MODEL.WSBCN.UPDATE_RATE_SCHEDULE,
+            base_lr=cfg.SOLVER.BASE_LR,
+            warmup=cfg.MODEL.WSBCN.UPDATE_RATE_WARMUP,
+        )
+    ]
+    if cfg.MODEL.WSBCN.SYNC_PERIOD > 0:
+        ret.append(SynchronizeEstimates(model, cfg.MODEL.WSBCN.SYNC_PERIOD))
+    if cfg.MODEL.WSBCN.MAX_SKIPPED_UPDATES > 0:
+        ret.append(StopOnSkippedUpdates(model, cfg.MODEL.WSBCN.MAX_SKIPPED_UPDATES))
+    if cfg.TEST.PRECISE_BCN.ENABLED:
+        loader_cfg = cfg.clone()
+        loader_cfg.defrost()
+        loader_cfg.DATALOADER.NUM_WORKERS = 0
+        images_per_batch = cfg.SOLVER.IMS_PER_BATCH
+        ret.append(
+            RecalibrateEstimates(
+                cfg.TEST.EVAL_PERIOD,
+                model,
+                lambda: trainer.build_train_loader(loader_cfg),
+                math.ceil(cfg.TEST.PRECISE_BCN.NUM_IMAGES / images_per_batch),
+            )
+        )
+    return ret

@@ -1,0 +1,192 @@
+"""What happens to the estimates of BCN layers outside of their own forward pass."""
+
+import contextlib
+import itertools
+import random
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..layers import BatchChannelNorm
+from ..ops.eager import moments
+
+
+def named_batch_channel_norms(model: nn.Module) -> Iterator[Tuple[str, BatchChannelNorm]]:
+    """Name and layer of every :class:`BatchChannelNorm`, in the order of the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, BatchChannelNorm):
+            yield name, module
+
+
+def synchronize_estimates(
+    model: nn.Module, process_group: Optional["dist.ProcessGroup"] = None
+) -> None:
+    """Averages the estimates over all ranks, weighted by the values behind their updates.
+
+    One update moves the estimates by ``r (s - old)``, where ``s`` are the statistics of the rank's
+    batch around the old estimates. That is linear in s, and the statistics of all batches together
+    are the average of those of the ranks, weighted by their element counts. So the average of the
+    updated estimates is exactly what one process would have got from the batches of all ranks,
+    provided that the ranks had equal estimates before. A rank without data for a layer since the
+    last call (no RoIs, or a batch that was not finite) has weight zero; if all have none, the
+    layer keeps its estimates.
+
+    One collective for all layers, whatever their number; no synchronization with the host. Every
+    rank must call. Without a process group (a single process) nothing is done.
+
+    Args:
+        model: a model, the same on all ranks.
+        process_group: the ranks. Default: all.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if dist.get_world_size(process_group) == 1:
+        return
+    layers = [layer for _, layer in named_batch_channel_norms(model)]
+    if not layers:
+        return
+    packed: List[Tensor] = []
+    for layer in layers:
+        seen = layer.seen_elements.unsqueeze(-1)  # broadcasts over the channels of every level
+        packed += [layer.running_mean * seen, layer.running_var * seen, seen]
+    flat = torch.cat([t.reshape(-1) for t in packed])
+    dist.all_reduce(flat, group=process_group)
+    sums = [s.view_as(t) for s, t in zip(flat.split([t.numel() for t in packed]), packed)]
+    for layer, mean, var, seen in zip(layers, sums[0::3], sums[1::3], sums[2::3]):
+        for estimate, weighted in ((layer.running_mean, mean), (layer.running_var, var)):
+            average = weighted / seen.clamp(min=1)
+            estimate.copy_(torch.where(seen > 0, average, estimate))
+        layer.seen_elements.zero_()
+
+
+@contextlib.contextmanager
+def fixed_estimates(model: nn.Module) -> Iterator[None]:
+    """In this context the BCN layers of a model normalize with the estimates they have, whatever
+    its mode, and leave them alone."""
+    layers = [layer for _, layer in named_batch_channel_norms(model)]
+    modes = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer, mode in zip(layers, modes):
+            layer.training = mode
+
+
+@torch.no_grad()
+def recalibrate_estimates(
+    model: nn.Module, batches: Sequence[Any], *, rounds: int = 2, progress: bool = False
+) -> None:
+    """Replaces the estimates by the statistics of given data under the present weights.
+
+    During training weights change while the estimates follow with a delay, and they remember only
+    the last few images. Here they become the mean and variance over all given images, weighted by
+    element counts: the counterpart of PreciseBN for BCN.
+
+    The input of a layer depends on the estimates of the layers before it. A round runs all data
+    through the model with fixed estimates, collects the statistics of all layers, and then
+    replaces the estimates; so after round k the first k layers are exact in any case. The first
+    round only has to bring the estimates near (BCN's channel normalization takes away most of what
+    an error in the estimates of a layer does to the next), and the layers of the second see
+    recalibrated layers before them.
+
+    Layers that are frozen keep their estimates. The mode of the model is the caller's business;
+    the random numbers that the forward pass draws are seeded, so that the result is reproducible.
+
+    Args:
+        model: called with each batch, for example a Detectron2 model in training mode.
+        batches: the inputs. Over several ranks, each gives its own share, and all get the same
+            estimates.
+        rounds: number of passes over the data.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if there is no data, or ``rounds`` is not positive.
+    """
+    if rounds < 1 or len(batches) == 0:
+        raise ValueError(f"rounds ({rounds}) and batches ({len(batches)}) must not be zero")
+    layers = [layer for _, layer in named_batch_channel_norms(model) if not layer.frozen]
+    for number in range(rounds):
+        collectors = [_Collector(layer) for layer in layers]
+        description = f"recalibrating estimates, round {number + 1} of {rounds}"
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng())
+            stack.enter_context(fixed_estimates(model))
+            for collector in collectors:
+                stack.enter_context(collector)
+            for i, batch in enumerate(tqdm(batches, description, disable=not progress)):
+                torch.manual_seed(i)
+                model(batch)
+        for collector in collectors:
+            collector.replace_estimates()
+
+
+def seeded_batches(
+    build_loader: Callable[[], Iterable[Any]], num_batches: int, seed: int = 0
+) -> List[Any]:
+    """The first batches of a training loader, the same at every call.
+
+    Args:
+        build_loader: makes the loader. It is called, and the batches are drawn, under fixed seeds
+            of Python's, NumPy's and PyTorch's generators, which are then put back; a Detectron2
+            loader without worker processes takes all its randomness from them.
+        num_batches: number of batches.
+        seed: of the generators. Ranks with different seeds see different augmentations.
+    """
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng():
+            np.random.seed(seed)
+            random.seed(seed)
+            torch.manual_seed(seed)
+            return list(itertools.islice(build_loader(), num_batches))
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+class _Collector:
+    """Collects the statistics of the inputs of a layer, while it is entered."""
+
+    def __init__(self, layer: BatchChannelNorm) -> None:
+        self.layer = layer
+        shape = (layer.num_levels, layer.num_channels)
+        # about the present estimate, in float64: sums over many images neither cancel nor round
+        self.center = layer.running_mean.double().view(shape)
+        self.count = self.center.new_zeros(shape[0], 1)
+        self.sum = torch.zeros_like(self.center)
+        self.square_sum = torch.zeros_like(self.center)
+
+    def __enter__(self) -> "_Collector":
+        self.handle = self.layer.register_forward_pre_hook(self._collect)
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.handle.remove()
+
+    def _collect(self, layer: nn.Module, inputs: Tuple[Tensor, ...]) -> None:
+        x, level = inputs[0], self.layer.level
+        pixels = x.shape[2] * x.shape[3]
+        mean, var, _ = moments(x)
+        deviation = mean.double() - self.center[level]
+        self.count[level] += x.shape[0] * pixels
+        self.sum[level] += pixels * deviation.sum(dim=0)
+        self.square_sum[level] += pixels * (var + deviation.square()).sum(dim=0)
+
+    def replace_estimates(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            for total in (self.count, self.sum, self.square_sum):
+                dist.all_reduce(total)
+        seen = self.count > 0
+        count = self.count.clamp(min=1)
+        deviation = self.sum / count
+        mean = self.center + deviation
+        var = self.square_sum / count - deviation.square()
+        for estimate, new in ((self.layer.running_mean, mean), (self.layer.running_var, var)):
+            new = new.to(estimate.dtype).view_as(estimate)
+            estimate.copy_(torch.where(seen.view(*estimate.shape[:-1], 1), new, estimate))
