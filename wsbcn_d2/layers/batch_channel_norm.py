@@ -29,9 +29,7 @@ def check_groups(num_groups: int, num_channels: int) -> None:
 def check_input(x: Tensor, num_channels: int) -> None:
     """Raises ValueError unless ``x`` has shape (N, num_channels, H, W)."""
     if x.dim() != 4 or x.shape[1] != num_channels:
-        raise ValueError(
-            f"expected an input of shape (N, {num_channels}, H, W), got {tuple(x.shape)}"
-        )
+        raise ValueError(f"expected an input of shape (N, {num_channels}, H, W), got {x.shape}")
 
 
 class ChannelNorm(nn.GroupNorm):
@@ -67,11 +65,9 @@ class ChannelNorm(nn.GroupNorm):
         Returns:
             Tensor of the same shape.
         """
-        check_input(x, self.num_channels)
-        channels_per_group = self.num_channels // self.num_groups
-        weight = self.weight.repeat_interleave(channels_per_group)
-        bias = self.bias.repeat_interleave(channels_per_group)
-        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        if not torch.jit.is_tracing():
+            check_input(x, self.num_channels)
+        return _channel_norm(x, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}, groups={self.num_groups}"
@@ -110,6 +106,8 @@ class BatchChannelNorm(nn.GroupNorm):
         update_rate: float in [0, 1]; constant unless something outside changes it.
         level: index of the estimates that the next call uses; see :meth:`set_num_levels`.
     """
+
+    __jit_unused_properties__ = ["frozen", "num_levels"]
 
     def __init__(
         self,
@@ -189,6 +187,15 @@ class BatchChannelNorm(nn.GroupNorm):
         Raises:
             ValueError: if x has another shape.
         """
+        if torch.jit.is_scripting():
+            return self._exported(x)
+        else:  # TorchScript does not compile what is in the branch not taken
+            if torch.jit.is_tracing() and not self.training:
+                return self._exported(x)
+            return self._normalized(x)
+
+    @torch.jit.unused
+    def _normalized(self, x: Tensor) -> Tensor:
         check_input(x, self.num_channels)
         estimates = (self.running_mean, self.running_var, self.seen_elements)
         if self.running_mean.dim() == 2:
@@ -210,6 +217,16 @@ class BatchChannelNorm(nn.GroupNorm):
             seen_elements=estimates[2],
             process_group=_world() if self.mode == "sync" else None,
         )
+
+    def _exported(self, x: Tensor) -> Tensor:
+        """Evaluation by stock operations, for TorchScript, which knows no autograd functions and
+        whose traces must hold for inputs of any size."""
+        mean, var = self.running_mean, self.running_var
+        if mean.dim() == 2:
+            mean, var = mean[self.level], var[self.level]
+            self.level = (self.level + 1) % self.running_mean.shape[0]
+        z = F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        return _channel_norm(z, self.group_weight, self.group_bias, self.eps)
 
     def extra_repr(self) -> str:
         levels = f", levels={self.num_levels}" if self.num_levels > 1 else ""
@@ -260,9 +277,18 @@ class BatchChannelNorm(nn.GroupNorm):
             state_dict[prefix + name] = state_dict[prefix + name].expand(self.num_levels, -1)
 
 
+def _channel_norm(x: Tensor, group_weight: Tensor, group_bias: Tensor, eps: float) -> Tensor:
+    groups = group_weight.shape[0]
+    weight = group_weight.repeat_interleave(x.shape[1] // groups)
+    bias = group_bias.repeat_interleave(x.shape[1] // groups)
+    return F.group_norm(x, groups, weight, bias, eps)
+
+
 def _in_backward() -> bool:
     """Whether the autograd engine is running this thread, that is, whether activation
     checkpointing is recomputing a forward pass that has already been counted."""
+    if hasattr(torch, "compiler") and torch.compiler.is_compiling():
+        return False
     return torch._C._current_graph_task_id() != -1
 
 

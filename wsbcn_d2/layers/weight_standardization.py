@@ -11,6 +11,7 @@ import logging
 from typing import Any, Callable, Dict, List, Optional, Type
 
 import torch
+import torch.nn.functional as F
 from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from torch import Tensor, nn
 
@@ -162,7 +163,19 @@ class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
         Returns:
             (N, C_out, H_out, W_out)
         """
-        return _with_weight(self, self.standardized_weight(), super().forward, x, output_size)
+        output_padding = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        )
+        return F.conv_transpose2d(
+            x,
+            self.standardized_weight(),
+            self.bias,
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
+        )
 
 
 # The plain classes and what they become. Only exact types are listed: a subclass may use its weight
@@ -176,6 +189,17 @@ _STANDARDIZED: Dict[Type[nn.Module], Type[WeightStandardized]] = {
 # Detectron2 installed without its compiled ops has placeholders for these two that cannot be
 # constructed, nor be a base class.
 if issubclass(DeformConv, nn.Module):
+
+    def _with_weight(
+        module: nn.Module, weight: Tensor, forward: Callable[..., Tensor], *args: Any
+    ) -> Tensor:
+        """``forward(*args)`` of a module with another ``weight``: an instance attribute hides the
+        parameter of the same name."""
+        object.__setattr__(module, "weight", weight)
+        try:
+            return forward(*args)
+        finally:
+            object.__delattr__(module, "weight")
 
     class WSDeformConv(WeightStandardized, DeformConv):
         """A :class:`detectron2.layers.DeformConv` whose filters are standardized before use."""
@@ -230,18 +254,3 @@ def standardize_(conv: nn.Module, eps: float = _EPS) -> nn.Module:
     conv.__class__ = _STANDARDIZED[type(conv)]
     conv.eps = eps
     return conv
-
-
-def _with_weight(
-    module: nn.Module, weight: Tensor, forward: Callable[..., Tensor], *args: Any
-) -> Tensor:
-    """``forward(*args)`` of a module with another ``weight``.
-
-    For layers whose forward does more than one call with the weight. An instance attribute hides
-    the parameter of the same name.
-    """
-    object.__setattr__(module, "weight", weight)
-    try:
-        return forward(*args)
-    finally:
-        object.__delattr__(module, "weight")
