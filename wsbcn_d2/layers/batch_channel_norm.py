@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import batch_channel_norm
+from ..ops import batch_channel_norm, is_compiling
 
 MODES = ("estimate", "batch", "sync")
 
@@ -287,9 +287,7 @@ def _channel_norm(x: Tensor, group_weight: Tensor, group_bias: Tensor, eps: floa
 def _in_backward() -> bool:
     """Whether the autograd engine is running this thread, that is, whether activation
     checkpointing is recomputing a forward pass that has already been counted."""
-    if hasattr(torch, "compiler") and torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _world() -> Optional["dist.ProcessGroup"]:

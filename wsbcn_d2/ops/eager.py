@@ -39,7 +39,10 @@ def scale_shift(centered: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dty
 
     May overwrite ``centered``, which must come from :func:`moments`.
     """
-    return centered.mul_(scale[:, :, None, None]).add_(shift[:, :, None, None]).to(dtype)
+    scale, shift = scale[:, :, None, None], shift[:, :, None, None]
+    if is_compiling():
+        return _cast(centered * scale + shift, dtype)
+    return _cast(centered.mul_(scale).add_(shift), dtype)
 
 
 def grad_sums(grad: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
@@ -63,8 +66,25 @@ def grad_input(grad: Tensor, centered: Tensor, p: Tensor, q: Tensor, r: Tensor) 
 
     May overwrite ``centered``, which must come from :func:`grad_sums`.
     """
-    out = centered.mul_(q[:, :, None, None]).add_(r[:, :, None, None])
-    return out.addcmul_(grad.to(out.dtype), p[:, :, None, None]).to(grad.dtype)
+    p, q, r = p[:, :, None, None], q[:, :, None, None], r[:, :, None, None]
+    compute_grad = grad.to(centered.dtype)
+    if is_compiling():
+        return _cast(p * compute_grad + q * centered + r, grad.dtype)
+    return _cast(centered.mul_(q).add_(r).addcmul_(compute_grad, p), grad.dtype)
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile is tracing.
+
+    PyTorch (2.11) then loses the gradients of an autograd function, without an error, if its
+    output was computed in place or is the result of a cast that does nothing. The compiler fuses
+    and reuses memory by itself, so nothing is lost by giving it plain expressions.
+    """
+    return hasattr(torch, "compiler") and torch.compiler.is_compiling()
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
