@@ -4,6 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# The processes of the tests share the cores: several threads each would wait for one another.
+torch.set_num_threads(1)
+
 sys.path.insert(0, str(Path(__file__).parent))  # for oracles.py
 
 

@@ -51,7 +51,8 @@ class SetupError(Exception):
 class State(NamedTuple):
     """What is known of an environment."""
 
-    interpreter: str  # which Python made it
+    interpreter: str  # which Python made it: where it is installed, and its version
+    python: str  # its path
     sources: Optional[str]  # the digest of what was installed; None until all of it is
 
 
@@ -141,36 +142,35 @@ def main() -> None:
 
 def set_up(environment: Environment, keep_python: bool) -> None:
     """Makes the environment, completes it or brings it up to date; if it is, does nothing."""
-    interpreter = f"{sys.prefix} {sys.version.split()[0]}"
-    sources = sources_digest()
+    this = State(f"{sys.prefix} {sys.version.split()[0]}", sys.executable, sources_digest())
     state = environment.state()
-    activated = Path(sys.prefix) == environment.path  # this Python is the environment's own
+    keep_python = keep_python or Path(sys.prefix) == environment.path  # if activated, this is its
     if (
         state is not None
         and state.sources is not None
-        and (keep_python or activated or state.interpreter == interpreter)
+        and (keep_python or state.interpreter == this.interpreter)
         and environment.python.exists()  # not so if the Python that it links to was removed
     ):
-        if state.sources == sources:
+        if state.sources == this.sources:
             return
         print(f"Bringing {environment.path} up to date", flush=True)
-        interpreter = state.interpreter
-        environment.set_state(State(interpreter, None))
+        this = state._replace(sources=this.sources)
+        environment.set_state(this._replace(sources=None))
     else:
-        if activated:  # it is to be removed, so go on with the Python that made it
-            python = sys._base_executable  # type: ignore[attr-defined]
-            os.execv(python, [python, *sys.argv])
+        if state is not None and keep_python and sys.executable != state.python:
+            if Path(state.python).exists():
+                os.execv(state.python, [state.python, *sys.argv])
         check_python()
         if state is not None:
             print(f"Removing {environment.path}: unfinished, or of another Python", flush=True)
             shutil.rmtree(environment.path)
         print(f"Setting up {environment.path} with Python {sys.version.split()[0]}", flush=True)
         environment.path.mkdir(parents=True, exist_ok=True)
-        environment.set_state(State(interpreter, None))
+        environment.set_state(this._replace(sources=None))
         make_venv(environment)
     start = time.monotonic()
     install(environment)
-    environment.set_state(State(interpreter, sources))
+    environment.set_state(this)
     print(f"  done in {time.monotonic() - start:.0f} s", flush=True)
 
 

@@ -23,7 +23,7 @@ from .version import __version__
 
 _OTHER_PACKAGES = ("torchvision", "triton", "fvcore", "pycocotools", "numpy", "cv2", "PIL")
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "DETECTRON2_DATASETS", "OMP_NUM_THREADS")
-_NAME_WIDTH = 16
+_NAME_WIDTH = 22
 _LINE_WIDTH = 100
 
 

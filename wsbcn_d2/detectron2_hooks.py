@@ -20,7 +20,7 @@
 """
 
 import logging
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, List, Optional
 
 from detectron2.layers import CycleBatchNormList
@@ -36,8 +36,13 @@ from torch.utils.hooks import RemovableHandle
 
 from .layers import BatchChannelNorm, is_convolution, standardize_
 from .modeling import BACKBONES
-from .norm_options import requests_weight_standardization
+from .norm_options import NormOption, get_norm, standardized_channels
 from .summary import summarize
+
+try:
+    from detectron2.modeling.backbone import vit
+except ImportError:  # Detectron2 0.6
+    vit = None
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
@@ -56,12 +61,12 @@ def register() -> None:
     global _stock_code
     if is_registered():
         return
+    for backbone in BACKBONES:  # first, as it fails if another copy of this package is registered
+        BACKBONE_REGISTRY.register(backbone)
     _stock_code = detectron2_get_norm.__code__
     detectron2_get_norm.__code__ = _get_norm.__code__
     _handles.append(register_module_module_registration_hook(_on_module))
     _handles.append(register_module_buffer_registration_hook(_on_buffer))
-    for backbone in BACKBONES:
-        BACKBONE_REGISTRY.register(backbone)
 
 
 def unregister() -> None:
@@ -86,16 +91,37 @@ def is_registered() -> bool:
 def _get_norm(norm, out_channels):  # type: ignore[no-untyped-def]
     # Only the code of this function is used, inside the module of Detectron2's: it can refer to
     # nothing but its arguments and what it imports.
-    from wsbcn_d2.norm_options import get_norm
+    import sys
 
+    from wsbcn_d2.detectron2_hooks import get_norm_for
+
+    return get_norm_for(norm, out_channels, sys._getframe(1))
+
+
+def get_norm_for(norm: Any, out_channels: int, caller: FrameType) -> Optional[nn.Module]:
+    """What ``detectron2.layers.get_norm`` returns to ``caller``.
+
+    RetinaNetHead asks for a layer of 32 channels before its real ones, to look at its type. A
+    group count that divides its channels need not divide 32, so that one gets the default groups.
+    """
+    if (
+        isinstance(norm, str)
+        and norm
+        and isinstance(caller.f_locals.get("self"), RetinaNetHead)
+        and "cls_subnet" not in caller.f_locals
+    ):
+        return NormOption(NormOption.parse(norm).name, {}, False).build(out_channels)
     return get_norm(norm, out_channels)
 
 
 def _on_module(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None:
     if child is None:
         return
-    if requests_weight_standardization(child):
-        _standardize_feeding_conv(parent, name, child)
+    channels = standardized_channels(child)
+    if channels is not None:
+        _standardize_feeding_conv(parent, name, channels)
+    if vit is not None and isinstance(child, vit.ResBottleneckBlock):
+        _keep_zero_initialization(child.norm3)
     if isinstance(parent, RetinaNetHead) and name in ("cls_subnet", "bbox_subnet"):
         _separate_levels(parent, child)
     if "pixel_mean" in parent._buffers:  # a part that joins a model that seemed complete
@@ -107,9 +133,16 @@ def _on_buffer(module: nn.Module, name: str, buffer: Optional[Tensor]) -> None:
         _log_summary(module, type(module).__name__)
 
 
-def _standardize_feeding_conv(parent: nn.Module, name: str, norm: nn.Module) -> None:
-    """The convolution that a norm layer follows is the module that owns it, or else the last one
-    registered before it in the same parent (RetinaNet, FCOS, RegNet, ViT, any Sequential)."""
+def _standardize_feeding_conv(parent: nn.Module, name: str, channels: int) -> None:
+    """Standardizes the convolution before the norm layer ``parent.name``.
+
+    That is the module that owns the layer, or else the last one registered before it in the same
+    parent (RetinaNet, FCOS, RegNet, ViT, any Sequential).
+
+    Raises:
+        ValueError: if that is no convolution with ``channels`` outputs. A model whose config says
+            "+WS" must not be built without.
+    """
     if is_convolution(parent):
         standardize_(parent)
         return
@@ -117,13 +150,26 @@ def _standardize_feeding_conv(parent: nn.Module, name: str, norm: nn.Module) -> 
     before = siblings[: siblings.index(name)] if name in siblings else siblings
     previous = [parent._modules[key] for key in before if parent._modules[key] is not None]
     if previous and is_convolution(previous[-1]):
-        standardize_(previous[-1])
-        return
+        if previous[-1].out_channels == channels:
+            standardize_(previous[-1])
+            return
     found = f"follows a {type(previous[-1]).__name__}" if previous else "follows no module"
-    logger.warning(
-        f"{type(parent).__name__}.{name} asks for weight standardization but {found} there, not a "
-        "convolution that can be standardized: '+WS' has no effect on it."
+    raise ValueError(
+        f"{type(parent).__name__}.{name} asks for weight standardization ('+WS'), but {found}, "
+        f"where a convolution with {channels} output channels that can be standardized is needed. "
+        "Remove '+WS' there, or build these layers by hand with wsbcn_d2.WSConv2d."
     )
+
+
+def _keep_zero_initialization(norm: nn.Module) -> None:
+    """ViT's residual blocks start as the identity, by a zero weight of the last norm layer.
+
+    The channel normalization of BCN would divide by the standard deviation of those zeros; its own
+    weight is the last one.
+    """
+    if isinstance(norm, BatchChannelNorm) and not norm.weight.any():
+        nn.init.ones_(norm.weight)
+        nn.init.zeros_(norm.group_weight)
 
 
 def _separate_levels(head: RetinaNetHead, subnet: nn.Module) -> None:
@@ -132,7 +178,7 @@ def _separate_levels(head: RetinaNetHead, subnet: nn.Module) -> None:
         if isinstance(norm, BatchChannelNorm):
             norm.set_num_levels(head._num_features)
             shared = True
-        elif requests_weight_standardization(norm) and type(norm) in _CYCLED:
+        elif standardized_channels(norm) is not None and type(norm) in _CYCLED:
             subnet._modules[name] = CycleBatchNormList(
                 head._num_features, type(norm), num_features=norm.num_features
             )

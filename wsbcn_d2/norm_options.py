@@ -20,8 +20,8 @@ from .layers import BatchChannelNorm, ChannelNorm
 
 _WS = "+WS"
 
-# Set on a norm layer whose convolution is to be standardized. It must be found when the layer
-# becomes part of a model, whoever puts it there, so it travels with the layer.
+# Set on a norm layer whose convolution is to be standardized: the number of channels. It must be
+# found when the layer becomes part of a model, whoever puts it there, so it travels with the layer.
 _WS_ATTRIBUTE = "follows_weight_standardized_conv"
 
 
@@ -115,7 +115,7 @@ class NormOption:
 
         Returns:
             The normalization layer. If the option asks for weight standardization, it says so to
-            :func:`requests_weight_standardization`.
+            :func:`standardized_channels`.
 
         Raises:
             ValueError: if the groups do not divide the channels; it names the string that would
@@ -136,7 +136,7 @@ class NormOption:
             )
         norm = kind.build(out_channels, **arguments)
         if self.weight_standardization:
-            norm.__dict__[_WS_ATTRIBUTE] = True
+            norm.__dict__[_WS_ATTRIBUTE] = out_channels
         return norm
 
 
@@ -163,9 +163,10 @@ def get_norm(
     return norm(out_channels)
 
 
-def requests_weight_standardization(module: nn.Module) -> bool:
-    """Whether the convolution that feeds this norm layer is to be standardized."""
-    return _WS_ATTRIBUTE in module.__dict__
+def standardized_channels(module: nn.Module) -> Optional[int]:
+    """Output channels of the convolution that is to be standardized before this norm layer; None
+    if the layer does not ask for it, or the module is no norm layer."""
+    return module.__dict__.get(_WS_ATTRIBUTE)
 
 
 def _parse_arguments(option: str, name: str, text: str) -> Dict[str, Union[int, float]]:

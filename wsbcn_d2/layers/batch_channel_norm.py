@@ -267,14 +267,12 @@ class BatchChannelNorm(nn.GroupNorm):
         )
 
     def _load_levels(self, state_dict: Dict[str, Tensor], prefix: str, name: str) -> None:
-        """Takes estimates for all levels from one level's, or from a CycleBatchNormList."""
+        """Takes the estimates of the levels from the layers of a CycleBatchNormList."""
         levels = [state_dict.pop(f"{prefix}{i}.{name}", None) for i in range(self.num_levels)]
         for i in range(self.num_levels):
             state_dict.pop(f"{prefix}{i}.num_batches_tracked", None)
         if all(level is not None for level in levels):
             state_dict[prefix + name] = torch.stack(levels)
-        elif prefix + name in state_dict and state_dict[prefix + name].dim() == 1:
-            state_dict[prefix + name] = state_dict[prefix + name].expand(self.num_levels, -1)
 
 
 def _channel_norm(x: Tensor, group_weight: Tensor, group_bias: Tensor, eps: float) -> Tensor:

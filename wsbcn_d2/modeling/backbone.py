@@ -35,7 +35,14 @@ def build_wsbcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Detectron2's ResNet (depths 18 to 152, ResNeXt, deformable blocks).
 
     With ``MODEL.WSBCN.CHECKPOINT_ACTIVATIONS``, its stages trade time for memory.
+
+    Raises:
+        KeyError: if the config lacks the keys of :func:`wsbcn_d2.add_wsbcn_config`.
     """
+    if "WSBCN" not in cfg.MODEL:
+        raise KeyError(
+            "MODEL.WSBCN is missing: call wsbcn_d2.add_wsbcn_config(cfg) after get_cfg()"
+        )
     resnet = build_resnet_backbone(cfg, input_shape)
     if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
         # ResNet keeps its stages in a plain list too, so the objects must remain the same.
