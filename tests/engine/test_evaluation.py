@@ -84,5 +84,5 @@ def test_evaluator_follows_the_type_of_the_dataset(dataset, evaluator_type, tmp_
 def test_unknown_type(dataset, tmp_path):
     del MetadataCatalog.get(dataset).evaluator_type
     MetadataCatalog.get(dataset).evaluator_type = "mine"
-    with pytest.raises(ValueError, match="evaluator_type 'mine'; its metadata must name one of coco"):
+    with pytest.raises(ValueError, match="'mine'; its metadata must name one of coco"):
         build_evaluator(dataset, str(tmp_path))

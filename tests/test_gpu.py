@@ -1,0 +1,77 @@
+"""What only a GPU can show: python -m pytest -m gpu"""
+
+import pytest
+import torch
+from oracles import estimated_bcn, large_batch_bcn
+from torch import nn
+
+from wsbcn_d2 import BatchChannelNorm, WSConv2d
+from wsbcn_d2.layers import standardize_weight
+
+pytestmark = pytest.mark.gpu
+
+
+def close(a, b, tolerance):
+    top = b.abs().max()
+    torch.testing.assert_close(a.double().cpu() / top, b / top, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["estimate", "batch"])
+@pytest.mark.parametrize("shape,groups", [((1, 256, 50, 67), 32), ((64, 64, 7, 7), 8)])
+def test_batch_channel_norm(shape, groups, mode, dtype, memory_format):
+    norm = BatchChannelNorm(shape[1], groups, mode=mode)
+    for p in norm.parameters():
+        nn.init.normal_(p, 1.0, 0.5)
+    x = (torch.randn(shape) * 3 + 2).to(dtype)
+    affine = [p.detach().double().requires_grad_() for p in norm.parameters()]
+    # in the order weight, bias, group_weight, group_bias
+    exact = x.double().requires_grad_()
+    oracle = estimated_bcn if mode == "estimate" else large_batch_bcn
+    expected = oracle(
+        exact, *affine, norm.running_mean.double(), norm.running_var.double(), rate=0.1
+    )
+    dy = torch.randn(shape).to(dtype)
+    expected.y.backward(dy.double())
+
+    norm.cuda()
+    ours = x.cuda().contiguous(memory_format=memory_format).requires_grad_()
+    y = norm(ours)
+    y.backward(dy.cuda().contiguous(memory_format=memory_format))
+    assert y.dtype == dtype and y.is_contiguous(memory_format=memory_format)
+    tolerance = max(torch.finfo(dtype).eps, 1e-5)
+    close(y, expected.y.detach(), tolerance)
+    close(ours.grad, exact.grad, 2 * tolerance)
+    close(norm.running_mean, expected.running_mean, 1e-5)
+    close(norm.running_var, expected.running_var, 1e-5)
+    for p, reference in zip(norm.parameters(), affine):
+        close(p.grad, reference.grad, 2 * tolerance)
+
+
+def test_autocast_and_no_synchronization_with_the_host():
+    model = nn.Sequential(WSConv2d(3, 64, 3), BatchChannelNorm(64), nn.Conv2d(64, 8, 1)).cuda()
+    x = torch.randn(1, 3, 64, 64, device="cuda")
+    scaler = torch.cuda.amp.GradScaler()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for step in range(3):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            with torch.autocast("cuda", dtype=torch.float16):
+                loss = model(x).square().mean()
+            scaler.scale(loss).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert model[1].running_var.dtype == torch.float32
+    assert model[1].running_var.isfinite().all() and model[1].skipped_updates == 0
+
+
+def test_standardize_weight():
+    weight = torch.randn(256, 64, 3, 3) * 0.02
+    expected = standardize_weight(weight.double())
+    close(standardize_weight(weight.cuda()), expected, 1e-5)
+    half = weight.half()
+    close(standardize_weight(half.cuda()), standardize_weight(half.double()), 1e-3)
