@@ -28,6 +28,10 @@ def test_device_follows_the_machine(config_file):
         (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no file 'nowhere.pth'"),
         (["DATASETS.TRAIN", "('digit_train',)"], "'digit_train'.*digits_train"),
         (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
+        (["MODEL.WSBCN.UPDATE_RATE_SCHEDULE", "cosine"], "'cosine' is not one of constant, lr"),
+        (["SOLVER.ACCUMULATE_STEPS", "0"], "SOLVER.ACCUMULATE_STEPS: must be at least 1, got 0"),
+        (["TEST.PRECISE_BCN.NUM_IMAGES", "0"], "NUM_IMAGES: must be at least 1, got 0"),
+        (["MODEL.WSBCN.SYNC_PERIOD", "-1"], "SYNC_PERIOD: must be at least 0, got -1"),
     ],
 )
 def test_errors_name_what_was_given_and_what_is_allowed(config_file, opts, message):

@@ -214,7 +214,10 @@ def test_repr():
             r"update_rate must be in \[0, 1\], got 1.5",
         ),
         (lambda: BatchChannelNorm(32, mode="online"), "one of estimate, batch, sync, got 'online'"),
-        (lambda: BatchChannelNorm(32)(torch.zeros(1, 32, 4)), r"\(N, 32, H, W\), got .*\[1, 32, 4\]"),
+        (
+            lambda: BatchChannelNorm(32)(torch.zeros(1, 32, 4)),
+            r"\(N, 32, H, W\), got .*\[1, 32, 4\]",
+        ),
         (lambda: ChannelNorm(32)(torch.zeros(1, 16, 4, 4)), r"got .*\[1, 16, 4, 4\]"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any, ContextManager, Dict, List
 
 import torch
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer
+from detectron2.utils.events import get_event_storage
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,11 +14,18 @@ from torch.nn.parallel import DistributedDataParallel
 class _Accumulation(SimpleTrainer):
     """Overrides :meth:`run_step` to take several batches for one step of the optimizer.
 
-    The gradient is that of the mean of the batches' losses. For normalization layers that do not
-    mix images it is the gradient of one batch with all the images, up to the order of summation,
-    as far as the losses are means over images. Data parallelism reduces the gradients once, with
-    the last batch. An iteration, which learning rate schedules, hooks and logs count, is a step of
-    the optimizer.
+    The gradient is that of the mean of the batches' losses. With normalization layers that do not
+    mix images it is the gradient of one batch with all the images, up to the order of summation, as
+    far as that batch's losses are the mean of theirs. Those of Detectron2's R-CNNs are averages
+    over samples: the RPN's over a fixed number for each image, so they are. The box head's are, if
+    every image has as many sampled proposals (``ROI_HEADS.BATCH_SIZE_PER_IMAGE``; images with
+    fewer proposals than that weigh more than in one batch). The mask head's are over foreground
+    proposals, whose number differs: here every batch has the same weight, in one batch every
+    proposal. RetinaNet and FCOS divide by a running average of the foreground, or by that of the
+    batch.
+
+    Data parallelism reduces the gradients once, with the last batch. An iteration, which learning
+    rate schedules, hooks and logs count, is a step of the optimizer.
     """
 
     accumulate_steps: int
@@ -40,7 +48,11 @@ class _Accumulation(SimpleTrainer):
                 self._backward(sum(loss.values()) / self.accumulate_steps)
             losses.append({name: value.detach() for name, value in loss.items()})
         self.after_backward()
-        mean = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+        names = {name: None for loss in losses for name in loss}  # in order
+        mean = {
+            name: sum(loss[name] for loss in losses if name in loss) / self.accumulate_steps
+            for name in names
+        }
         self._write_metrics(mean, data_time)
         self._step()
 
@@ -62,12 +74,15 @@ class _Accumulation(SimpleTrainer):
 class _AMPAccumulation(_Accumulation, AMPTrainer):
     def _autocast(self) -> ContextManager[Any]:
         device = next(self.model.parameters()).device.type
-        return torch.autocast(device, dtype=self.precision)
+        # Detectron2 0.6 has neither this attribute nor the next
+        return torch.autocast(device, dtype=getattr(self, "precision", torch.float16))
 
     def _backward(self, loss: Tensor) -> None:
         self.grad_scaler.scale(loss).backward()
 
     def _step(self) -> None:
+        if getattr(self, "log_grad_scaler", False):
+            get_event_storage().put_scalar("[metric]grad_scaler", self.grad_scaler.get_scale())
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 

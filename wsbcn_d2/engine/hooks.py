@@ -2,20 +2,22 @@
 
 import logging
 import math
-from typing import Any, Callable, Iterable, List
+from typing import Any, Callable, Iterable, List, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, get_event_storage
-from torch import nn
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .statistics import (
     named_batch_channel_norms,
     recalibrate_estimates,
     seeded_batches,
     synchronize_estimates,
+    unwrapped,
 )
 
 logger = logging.getLogger("detectron2.wsbcn_d2")
@@ -28,16 +30,23 @@ class UpdateRateSchedule(HookBase):
 
     The rate of a layer is the one of its norm option, ``r``, times a factor: 1 ("constant"), or
     the present learning rate over ``base_lr`` ("lr"), as long as that is below 1, so that
-    estimates move slower when weights do. With ``warmup``, iteration t (from 0) has at least
-    ``1 / (t + 1)``: until that falls below the rate, the estimates are the plain average of what
-    has been seen, and the (0, 1) that they start from is forgotten at once.
+    estimates move slower when weights do. With ``warmup``, batch t (from 0) has at least the rate
+    ``1 / (t + 1)``: until that falls below the rate above, the estimates are the plain average of
+    what has been seen, and the (0, 1) that they start from has no part in it. (The first variance
+    is still taken around a mean of 0, so it is the second moment of that batch.)
 
     The rate follows from the iteration and the learning rate, both of which checkpoints restore,
     so it has no state of its own.
     """
 
     def __init__(
-        self, model: nn.Module, *, schedule: str = "constant", base_lr: float, warmup: bool = False
+        self,
+        model: nn.Module,
+        *,
+        schedule: str = "constant",
+        base_lr: float,
+        warmup: bool = False,
+        batches_per_step: int = 1,
     ) -> None:
         """
         Args:
@@ -45,6 +54,8 @@ class UpdateRateSchedule(HookBase):
             schedule: "constant" or "lr".
             base_lr: learning rate at which the factor of "lr" is 1.
             warmup: start as a plain average. For training from random weights.
+            batches_per_step: how many batches the trainer accumulates for a step; each counts in
+                the warm-up.
 
         Raises:
             ValueError: if the schedule is unknown.
@@ -52,57 +63,82 @@ class UpdateRateSchedule(HookBase):
         if schedule not in UPDATE_RATE_SCHEDULES:
             allowed = ", ".join(UPDATE_RATE_SCHEDULES)
             raise ValueError(f"unknown update rate schedule {schedule!r}; allowed are {allowed}")
+        self._model = model
         self._layers = [layer for _, layer in named_batch_channel_norms(model)]
         self._rates = [layer.update_rate for layer in self._layers]
         self._schedule = schedule
         self._base_lr = base_lr
         self._warmup = warmup
+        self._batches_per_step = batches_per_step
+        self._batch = 0  # of the present step
+        self._handle: Optional[RemovableHandle] = None
+
+    def before_train(self) -> None:
+        """Watches the batches within a step, if there are several that matter."""
+        if self._warmup and self._batches_per_step > 1:
+            self._handle = self._model.register_forward_pre_hook(self._before_batch)
 
     def before_step(self) -> None:
         """Sets the rates for this iteration."""
-        factor = 1.0
-        if self._schedule == "lr":
-            # the rate of most parameters; Detectron2 logs the same
-            lr = max(group["lr"] for group in self.trainer.optimizer.param_groups)
-            factor = min(lr / self._base_lr, 1.0)
-        floor = 1.0 / (self.trainer.iter + 1) if self._warmup else 0.0
-        for layer, rate in zip(self._layers, self._rates):
-            layer.update_rate = max(rate * factor, floor)
+        self._batch = 0
+        self._set_rates()
         if self._layers:
             rate = self._layers[0].update_rate
             get_event_storage().put_scalar("bcn_update_rate", rate, smoothing_hint=False)
 
     def after_train(self) -> None:
         """Gives the layers their own rates back."""
+        if self._handle is not None:
+            self._handle.remove()
         for layer, rate in zip(self._layers, self._rates):
             layer.update_rate = rate
+
+    def _before_batch(self, model: nn.Module, inputs: Any) -> None:
+        self._set_rates()
+        self._batch += 1
+
+    def _set_rates(self) -> None:
+        factor = 1.0
+        if self._schedule == "lr":
+            # that of most parameters, which Detectron2 logs
+            optimizer = self.trainer.optimizer
+            group = hooks.LRScheduler.get_best_param_group_id(optimizer)
+            factor = min(optimizer.param_groups[group]["lr"] / self._base_lr, 1.0)
+        batch = self.trainer.iter * self._batches_per_step + self._batch
+        floor = 1.0 / (batch + 1) if self._warmup else 0.0
+        for layer, rate in zip(self._layers, self._rates):
+            layer.update_rate = max(rate * factor, floor)
 
 
 class SynchronizeEstimates(HookBase):
     """Averages the estimates over all ranks; see
     :func:`wsbcn_d2.engine.statistics.synchronize_estimates`."""
 
-    def __init__(self, model: nn.Module, period: int = 1) -> None:
+    def __init__(self, model: nn.Module, period: int = 1, also: Sequence[int] = ()) -> None:
         """
         Args:
             model: the model of this rank.
             period: number of iterations between two averages. Always done after the last one.
+            also: more such periods, those of evaluating and saving, which have to find equal
+                estimates on all ranks. 0 is none.
         """
         self._model = model
-        self._period = period
+        self._periods = [p for p in (period, *also) if p > 0]
 
     def after_step(self) -> None:
         """Averages if it is time."""
         iteration = self.trainer.iter + 1
-        if iteration % self._period == 0 or iteration == self.trainer.max_iter:
+        is_final = iteration == self.trainer.max_iter
+        if is_final or any(iteration % period == 0 for period in self._periods):
             synchronize_estimates(self._model)
 
 
 class StopOnSkippedUpdates(HookBase):
-    """Stops the training when a BCN layer has not seen a finite batch for a while.
+    """Stops the training when a BCN layer has not seen a finite iteration for a while.
 
-    A single overflow is normal under fp16, and costs one update. Only every ``limit`` iterations
-    is anything read from the device.
+    A single overflow is normal under fp16, and costs one update. An iteration counts for a layer
+    if any of its batches was skipped. The count is kept on the device and read, which makes the
+    host wait, only when it may have reached the limit: every ``limit`` iterations if all is well.
     """
 
     def __init__(self, model: nn.Module, limit: int) -> None:
@@ -110,32 +146,63 @@ class StopOnSkippedUpdates(HookBase):
         Args:
             model: the model of this rank.
             limit: number of consecutive iterations.
-        """
-        self._layers = list(named_batch_channel_norms(model))
-        self._limit = limit
-        self._counts = self._read()
 
-    def _read(self) -> List[int]:
-        if not self._layers:
-            return []
-        return torch.stack([layer.skipped_updates for _, layer in self._layers]).tolist()
+        Raises:
+            ValueError: if ``limit`` is not positive.
+        """
+        if limit < 1:
+            raise ValueError(f"limit must be positive, got {limit}")
+        self._names, self._layers = [], []
+        for name, layer in named_batch_channel_norms(unwrapped(model)):
+            self._names.append(name)
+            self._layers.append(layer)
+        self._limit = limit
+
+    def before_train(self) -> None:
+        """Starts to count."""
+        self._until_read = self._limit
+        if self._layers:
+            self._start = self._skipped = self._read()
+            self._in_a_row = torch.zeros_like(self._skipped)
 
     def after_step(self) -> None:
         """
         Raises:
             FloatingPointError: naming the first such layer.
         """
-        if (self.trainer.iter + 1) % self._limit:
+        if not self._layers:
             return
-        before, self._counts = self._counts, self._read()
-        for (name, layer), old, new in zip(self._layers, before, self._counts):
-            if new - old >= self._limit * layer.num_levels:
+        before, self._skipped = self._skipped, self._read()
+        self._in_a_row = (self._in_a_row + 1) * (self._skipped > before)
+        self._until_read -= 1
+        if self._until_read:
+            return
+        in_a_row = self._in_a_row.tolist()
+        for name, count in zip(self._names, in_a_row):
+            if count >= self._limit:
                 raise FloatingPointError(
                     f"The input of {name} has been infinite or NaN for the last {self._limit} "
                     f"iterations, up to iteration {self.trainer.iter}. It is the first such layer "
                     "of the model. The estimates of all layers are still those of finite batches. "
                     "A lower learning rate, a longer warm-up or gradient clipping may help."
                 )
+        self._until_read = self._limit - max(in_a_row)
+
+    def after_train(self) -> None:
+        """Reports what has been skipped, whatever ended the training."""
+        if not self._layers:
+            return
+        counts = (self._read() - self._start).tolist()
+        skipped = [(name, count) for name, count in zip(self._names, counts) if count]
+        if skipped:
+            name, count = skipped[0]
+            logger.warning(
+                f"{len(skipped)} of {len(counts)} BCN layers have skipped updates because of "
+                f"infinite or NaN inputs; the first of them is {name}, with {count} batches."
+            )
+
+    def _read(self) -> Tensor:
+        return torch.stack([layer.skipped_updates for layer in self._layers])
 
 
 class RecalibrateEstimates(HookBase):
@@ -172,9 +239,8 @@ class RecalibrateEstimates(HookBase):
         is_final = iteration == self.trainer.max_iter
         if is_final or (self._period > 0 and iteration % self._period == 0):
             logger.info(f"Recalibrating the estimates with {self._num_batches} batches ...")
-            batches = seeded_batches(self._build_loader, self._num_batches)
-            with EventStorage():  # discards what the model logs
-                recalibrate_estimates(self._model, batches, progress=comm.is_main_process())
+            batches = seeded_batches(self._build_loader, self._num_batches, seed=comm.get_rank())
+            recalibrate_estimates(self._model, batches, progress=comm.is_main_process())
 
 
 def build_hooks(cfg: CfgNode, trainer: DefaultTrainer) -> List[HookBase]:
@@ -199,10 +265,12 @@ def build_hooks(cfg: CfgNode, trainer: DefaultTrainer) -> List[HookBase]:
             schedule=cfg.MODEL.WSBCN.UPDATE_RATE_SCHEDULE,
             base_lr=cfg.SOLVER.BASE_LR,
             warmup=cfg.MODEL.WSBCN.UPDATE_RATE_WARMUP,
+            batches_per_step=cfg.SOLVER.ACCUMULATE_STEPS,
         )
     ]
     if cfg.MODEL.WSBCN.SYNC_PERIOD > 0:
-        ret.append(SynchronizeEstimates(model, cfg.MODEL.WSBCN.SYNC_PERIOD))
+        also = (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)
+        ret.append(SynchronizeEstimates(model, cfg.MODEL.WSBCN.SYNC_PERIOD, also))
     if cfg.MODEL.WSBCN.MAX_SKIPPED_UPDATES > 0:
         ret.append(StopOnSkippedUpdates(model, cfg.MODEL.WSBCN.MAX_SKIPPED_UPDATES))
     if cfg.TEST.PRECISE_BCN.ENABLED:

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 from ..config import add_wsbcn_config
 from ..data import check_datasets
 from ..norm_options import NormOption
+from .hooks import UPDATE_RATE_SCHEDULES
 
 
 class ConfigError(ValueError):
@@ -43,6 +44,7 @@ def load_config(
     except (AssertionError, OSError, ValueError) as error:
         raise ConfigError(_unknown_key(cfg, str(error))) from error
     _check_norm_options(cfg)
+    _check_values(cfg)
     try:
         check_datasets(cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
     except (FileNotFoundError, ValueError) as error:
@@ -80,6 +82,23 @@ def _check_norm_options(cfg: CfgNode) -> None:
                 NormOption.parse(value)
             except ValueError as error:
                 raise ConfigError(f"{key}: {error}") from error
+
+
+def _check_values(cfg: CfgNode) -> None:
+    allowed = UPDATE_RATE_SCHEDULES
+    if cfg.MODEL.WSBCN.UPDATE_RATE_SCHEDULE not in allowed:
+        raise ConfigError(
+            f"MODEL.WSBCN.UPDATE_RATE_SCHEDULE: {cfg.MODEL.WSBCN.UPDATE_RATE_SCHEDULE!r} is not "
+            f"one of {', '.join(allowed)}"
+        )
+    for key, value, least in (
+        ("SOLVER.ACCUMULATE_STEPS", cfg.SOLVER.ACCUMULATE_STEPS, 1),
+        ("TEST.PRECISE_BCN.NUM_IMAGES", cfg.TEST.PRECISE_BCN.NUM_IMAGES, 1),
+        ("MODEL.WSBCN.SYNC_PERIOD", cfg.MODEL.WSBCN.SYNC_PERIOD, 0),
+        ("MODEL.WSBCN.MAX_SKIPPED_UPDATES", cfg.MODEL.WSBCN.MAX_SKIPPED_UPDATES, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{key}: must be at least {least}, got {value}")
 
 
 def _check_weights(cfg: CfgNode, resume: bool) -> None:

@@ -8,7 +8,9 @@ from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, 
 import numpy as np
 import torch
 import torch.distributed as dist
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ..layers import BatchChannelNorm
@@ -20,6 +22,11 @@ def named_batch_channel_norms(model: nn.Module) -> Iterator[Tuple[str, BatchChan
     for name, module in model.named_modules():
         if isinstance(module, BatchChannelNorm):
             yield name, module
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a DistributedDataParallel; others are returned as they are."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def synchronize_estimates(
@@ -95,8 +102,10 @@ def recalibrate_estimates(
     an error in the estimates of a layer does to the next), and the layers of the second see
     recalibrated layers before them.
 
-    Layers that are frozen keep their estimates. The mode of the model is the caller's business;
-    the random numbers that the forward pass draws are seeded, so that the result is reproducible.
+    Layers that are frozen keep their estimates, and so do those that no finite data reaches. The
+    mode of the model is the caller's business, and nothing but the estimates is changed, neither
+    the buffers of other layers (BatchNorm) nor the state of random generators. The random numbers
+    that the forward pass draws are seeded, so that the result is reproducible.
 
     Args:
         model: called with each batch, for example a Detectron2 model in training mode.
@@ -110,17 +119,21 @@ def recalibrate_estimates(
     """
     if rounds < 1 or len(batches) == 0:
         raise ValueError(f"rounds ({rounds}) and batches ({len(batches)}) must not be zero")
+    # Without DistributedDataParallel: the ranks may have unequal numbers of batches.
+    model = unwrapped(model)
     layers = [layer for _, layer in named_batch_channel_norms(model) if not layer.frozen]
     for number in range(rounds):
         collectors = [_Collector(layer) for layer in layers]
         description = f"recalibrating estimates, round {number + 1} of {rounds}"
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng())
+            stack.enter_context(EventStorage())  # discards what the model logs
+            stack.enter_context(_restored_state(model))
+            stack.enter_context(_restored_random_state())
             stack.enter_context(fixed_estimates(model))
             for collector in collectors:
                 stack.enter_context(collector)
             for i, batch in enumerate(tqdm(batches, description, disable=not progress)):
-                torch.manual_seed(i)
+                _seed(i)
                 model(batch)
         for collector in collectors:
             collector.replace_estimates()
@@ -138,16 +151,46 @@ def seeded_batches(
         num_batches: number of batches.
         seed: of the generators. Ranks with different seeds see different augmentations.
     """
+    with _restored_random_state():
+        _seed(seed)
+        return list(itertools.islice(build_loader(), num_batches))
+
+
+def _seed(seed: int) -> None:
+    np.random.seed(seed)
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _restored_random_state() -> Iterator[None]:
+    # Only the GPU in use: asking all of a machine for their states would open a context on each.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
-        with torch.random.fork_rng():
-            np.random.seed(seed)
-            random.seed(seed)
-            torch.manual_seed(seed)
-            return list(itertools.islice(build_loader(), num_batches))
+        with torch.random.fork_rng(devices):
+            yield
     finally:
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+@contextlib.contextmanager
+def _restored_state(model: nn.Module) -> Iterator[None]:
+    """Puts back what a forward pass in training mode leaves behind in a model: buffers (of
+    BatchNorm), and numbers kept as attributes (RetinaNet's average of foreground anchors)."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    numbers = [
+        (module, {k: v for k, v in vars(module).items() if isinstance(v, (int, float))})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for module, values in numbers:
+            vars(module).update(values)
 
 
 class _Collector:
@@ -174,9 +217,13 @@ class _Collector:
         pixels = x.shape[2] * x.shape[3]
         mean, var, _ = moments(x)
         deviation = mean.double() - self.center[level]
-        self.count[level] += x.shape[0] * pixels
-        self.sum[level] += pixels * deviation.sum(dim=0)
-        self.square_sum[level] += pixels * (var + deviation.square()).sum(dim=0)
+        total = pixels * deviation.sum(dim=0)
+        square_total = pixels * (var + deviation.square()).sum(dim=0)
+        # a batch that is not finite has no part, as in training
+        finite = torch.isfinite(total).all() & torch.isfinite(square_total).all()
+        self.count[level] += finite * (x.shape[0] * pixels)
+        self.sum[level] += torch.where(finite, total, 0.0)
+        self.square_sum[level] += torch.where(finite, square_total, 0.0)
 
     def replace_estimates(self) -> None:
         if dist.is_available() and dist.is_initialized():
@@ -186,7 +233,7 @@ class _Collector:
         count = self.count.clamp(min=1)
         deviation = self.sum / count
         mean = self.center + deviation
-        var = self.square_sum / count - deviation.square()
+        var = (self.square_sum / count - deviation.square()).clamp(min=0)
         for estimate, new in ((self.layer.running_mean, mean), (self.layer.running_var, var)):
             new = new.to(estimate.dtype).view_as(estimate)
             estimate.copy_(torch.where(seen.view(*estimate.shape[:-1], 1), new, estimate))

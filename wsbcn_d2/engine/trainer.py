@@ -4,7 +4,6 @@ import weakref
 from typing import List, Optional
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
 from detectron2.engine.defaults import create_ddp_model
@@ -12,6 +11,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from .accumulation import accumulate_gradients
+from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator, inference_folder
 from .hooks import build_hooks
 
@@ -23,6 +23,7 @@ class Trainer(DefaultTrainer):
 
     - it takes care of the estimates of BCN layers: see :func:`wsbcn_d2.engine.build_hooks`;
     - ``SOLVER.ACCUMULATE_STEPS`` accumulates gradients;
+    - a checkpoint is complete or not there, whenever the process is killed;
     - :meth:`build_evaluator` chooses by the type of the dataset;
     - several processes can train without GPUs.
     """
@@ -45,9 +46,7 @@ class Trainer(DefaultTrainer):
         self._trainer = trainer_class(model, data_loader, optimizer)
         accumulate_gradients(self, cfg.SOLVER.ACCUMULATE_STEPS)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg

@@ -155,7 +155,7 @@ class _BatchChannelNorm(torch.autograd.Function):
             mu, s2, count = batch.mean, batch.var, batch.count.clamp(min=1)
             if update_rate is not None:
                 unbiased = s2 * (count / (count - 1).clamp(min=1))
-                rate = update_rate * (batch.count > 0)
+                rate = update_rate * (batch.count > 0).to(mu.dtype)
                 estimates.update(mu, unbiased, rate, batch.count)
         else:
             count = None

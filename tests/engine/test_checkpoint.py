@@ -1,0 +1,141 @@
+"""Files appear when they are complete, whatever happens while they are written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from wsbcn_d2.engine.checkpoint import AtomicCheckpointer, atomic_write
+
+ROOT = Path(__file__).parents[2]
+
+# For every KIND:VICTIM a process that saves once, saves again under the same name, and is gone in
+# the middle of writing VICTIM, as by `kill -9`.
+KILLED = """
+import builtins, os, sys
+import torch
+from torch import nn
+from detectron2.checkpoint import DetectionCheckpointer
+from wsbcn_d2.engine.checkpoint import AtomicCheckpointer
+
+for case in sys.argv[1:]:
+    kind, victim = case.split(":")
+    os.mkdir(case)
+    if os.fork() == 0:
+        break
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+else:
+    sys.exit(0)
+
+model = nn.Linear(1000, 10)
+nn.init.constant_(model.weight, 1.0)
+cls = AtomicCheckpointer if kind == "atomic" else DetectionCheckpointer
+checkpointer = cls(model, case)
+checkpointer.save("model_final", iteration=3)
+nn.init.constant_(model.weight, 2.0)
+original = builtins.open
+
+def open_to_die(path, mode="r", *args, **kwargs):
+    file = original(path, mode, *args, **kwargs)
+    if "w" in mode and os.path.basename(path).startswith(victim):
+        if victim == "last_checkpoint":
+            os._exit(9)
+        write = file.write
+        class Dying:
+            def __getattr__(self, name):
+                return getattr(file, name)
+            def __enter__(self):
+                return self
+            def __exit__(self, *args):
+                file.close()
+            def write(self, data):
+                write(bytes(data)[: len(data) // 2])
+                file.flush()
+                os._exit(9)
+        return Dying()
+    return file
+
+import iopath.common.file_io
+builtins.open = iopath.common.file_io.open = open_to_die
+checkpointer.save("model_final", iteration=7)
+os._exit(1)
+"""
+
+
+def test_killed_while_writing(tmp_path):
+    """The same name, as `model_final` when a finished run is prolonged."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    cases = [f"{k}:{v}" for k in ("atomic", "stock") for v in ("model_final", "last_checkpoint")]
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, *cases],
+        env=env,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+    def resumed(case):
+        model = nn.Linear(1000, 10)
+        checkpointer = AtomicCheckpointer(model, str(tmp_path / case))
+        extra = checkpointer.resume_or_load("", resume=True)
+        return extra["iteration"], model.weight[0, 0].item()
+
+    assert resumed("atomic:model_final") == (3, 1.0)
+    # the second checkpoint is complete, and the name to be written is the same
+    assert resumed("atomic:last_checkpoint") == (7, 2.0)
+    # Detectron2's own, for comparison
+    with pytest.raises(Exception, match="zip|central directory|PytorchStreamReader"):
+        resumed("stock:model_final")
+    with pytest.raises((AssertionError, OSError)):
+        resumed("stock:last_checkpoint")
+    assert os.path.getsize(tmp_path / "stock:last_checkpoint" / "last_checkpoint") == 0
+
+
+def test_same_files_as_detectron2(tmp_path):
+    model = nn.Linear(3, 2)
+    contents = {}
+    for cls in (AtomicCheckpointer, DetectionCheckpointer):
+        folder = tmp_path / cls.__name__
+        folder.mkdir()
+        checkpointer = cls(model, str(folder))
+        checkpointer.save("model_0000001", iteration=1)
+        checkpointer.save("model_0000002", iteration=2)
+        assert checkpointer.has_checkpoint()
+        assert checkpointer.get_checkpoint_file() == str(folder / "model_0000002.pth")
+        assert len(checkpointer.get_all_checkpoint_files()) == 2
+        files = sorted(os.listdir(folder))
+        contents[cls] = files, torch.load(folder / "model_0000002.pth", weights_only=True)
+    first, second = contents.values()
+    assert first[0] == second[0] == ["last_checkpoint", "model_0000001.pth", "model_0000002.pth"]
+    torch.testing.assert_close(first[1], second[1], rtol=0, atol=0)
+
+
+def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="full"):
+        with atomic_write(str(path), "w") as file:
+            file.write("ne")
+            raise RuntimeError("disk full")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    with atomic_write(str(path), "w") as file:
+        file.write("new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_other_modes_and_places_are_left_to_detectron2(tmp_path):
+    manager = AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path)).path_manager
+    path = str(tmp_path / "file")
+    with manager.open(path, "w") as file:
+        file.write("a")
+    with manager.open(path, "a") as file:
+        file.write("b")
+    with manager.open(path) as file:
+        assert file.read() == "ab"
+    assert manager.exists(path) and manager.isfile(path)

@@ -1,0 +1,147 @@
+"""The backbones under activation checkpointing and PyTorch's and fvcore's tools."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone
+from fvcore.nn import FlopCountAnalysis, parameter_count
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from wsbcn_d2 import WSConv2d, add_wsbcn_config
+from wsbcn_d2.modeling.backbone import CheckpointedStage
+
+
+def resnet18_fpn(norm, *opts):
+    cfg = get_cfg()
+    add_wsbcn_config(cfg)
+    cfg.merge_from_list(
+        [
+            *("MODEL.DEVICE", "cpu", "MODEL.BACKBONE.NAME", "build_wsbcn_resnet_fpn_backbone"),
+            *("MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.RESNETS.DEPTH", "18"),
+            *("MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.RESNETS.NORM", norm),
+            *("MODEL.RESNETS.OUT_FEATURES", "['res2', 'res3', 'res4', 'res5']"),
+            *("MODEL.FPN.IN_FEATURES", "['res2', 'res3', 'res4', 'res5']"),
+            *("MODEL.FPN.NORM", norm, "MODEL.FPN.OUT_CHANNELS", "32", *opts),
+        ]
+    )
+    torch.manual_seed(0)
+    return build_backbone(cfg, ShapeSpec(channels=3))
+
+
+@pytest.mark.parametrize("freeze_at", [0, 2, 5])
+def test_activation_checkpointing_changes_nothing(freeze_at):
+    """Outputs, gradients, and estimates, which are updated once in each iteration."""
+    freeze = ["MODEL.BACKBONE.FREEZE_AT", str(freeze_at)]
+    plain = resnet18_fpn("BCN+WS", *freeze).double()
+    model = resnet18_fpn("BCN+WS", *freeze, "MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True").double()
+    assert sum(isinstance(m, CheckpointedStage) for m in model.modules()) == 4
+    model.load_state_dict(plain.state_dict())
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (plain, model)]
+    for _ in range(2):
+        x = torch.randn(1, 3, 32, 64).double()
+        losses = []
+        for m, optimizer in zip((plain, model), optimizers):
+            optimizer.zero_grad()
+            losses.append(sum(y.square().mean() for y in m(x).values()))
+            losses[-1].backward()
+            optimizer.step()
+        torch.testing.assert_close(losses[0], losses[1])
+        ours, theirs = dict(model.named_parameters()), dict(plain.named_parameters())
+        assert ours.keys() == theirs.keys()
+        for name, p in theirs.items():
+            torch.testing.assert_close(ours[name].grad, p.grad, msg=name)
+    # with the counts of values and skipped batches
+    torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()))
+    frozen = freeze_at >= 2
+    first = model.bottom_up.res2[0].conv1
+    assert (first.weight.grad is None) == frozen
+    assert len(list(first.norm.parameters())) in (0, 4)
+
+
+def test_activation_checkpointing_saves_memory():
+    """Measured as what autograd keeps."""
+    sizes = {}
+    for on in ("False", "True"):
+        model = resnet18_fpn("BCN+WS", "MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", on)
+        kept = {}
+
+        def pack(t):
+            kept[t.data_ptr()] = t.numel()
+            return t
+
+        parameters = {p.data_ptr() for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = model.bottom_up(torch.randn(1, 3, 64, 64))
+        sizes[on] = sum(n for address, n in kept.items() if address not in parameters)
+        del out
+    assert sizes["True"] < 0.5 * sizes["False"]
+
+
+def test_fvcore_counts():
+    """Those of the same backbone with group normalization, but for the norms themselves."""
+    x = torch.randn(1, 3, 64, 64)
+    models = {norm: resnet18_fpn(norm).eval() for norm in ("GN", "BCN+WS")}
+    flops = {}
+    for norm, model in models.items():
+        flops[norm] = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).by_operator()
+        assert flops[norm].pop("group_norm") > 0
+    # fvcore counts 4 for every value that goes through a batch normalization, of which weight
+    # standardization is one
+    convs = [m for m in models["BCN+WS"].modules() if isinstance(m, WSConv2d)]
+    batch_norm = flops["BCN+WS"].pop("batch_norm")
+    assert batch_norm > 4 * sum(c.weight.numel() for c in convs)
+    assert flops["BCN+WS"] == flops["GN"] and flops["GN"]["conv"] > 1e8
+
+    bcn, gn = parameter_count(models["BCN+WS"]), parameter_count(models["GN"])
+    norms = sum(isinstance(m, nn.GroupNorm) for m in models["GN"].modules())
+    assert bcn[""] == gn[""] + 2 * 32 * norms  # the affine of the groups
+    # in training mode it counts less, but works
+    FlopCountAnalysis(models["BCN+WS"].train(), x).unsupported_ops_warnings(False).total()
+
+
+def block():
+    """The residual block of the backbone: convolutions, norms, in-place ReLU and addition."""
+    return resnet18_fpn("BCN+WS").bottom_up.res3[0]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_compile_without_graph_break(train):
+    torch._dynamo.reset()
+    model = block().conv1.train(train)
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    x = torch.randn(1, 64, 12, 10)
+    for m in (model, compiled):
+        m(x).square().mean().backward()
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dict(other.named_buffers()), dict(model.named_buffers()))
+    for a, b in zip(other.parameters(), model.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_update_rate_schedule_does_not_compile_again():
+    torch._dynamo.reset()
+    model = block().conv1
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for i in range(12):
+        model.norm.update_rate = 0.1 / (i + 1)
+        compiled(torch.randn(1, 64, 6, 5))
+    assert counter.frame_count <= 2  # once more when it is found to vary
+
+
+def test_torchscript_of_evaluation():
+    """A trace must hold for images of another size."""
+    model = block().eval()
+    model(torch.randn(1, 64, 8, 8))
+    x = torch.randn(2, 64, 12, 10)
+    with torch.no_grad():
+        expected = model(x)
+        traced = torch.jit.trace(model, torch.randn(1, 64, 8, 8), check_trace=False)
+        torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
+        for exported in (torch.jit.freeze(traced), torch.jit.script(model)):
+            torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-5)

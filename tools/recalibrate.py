@@ -1,0 +1,40 @@
+#!/usr/bin/env python
+"""Recomputes the estimates of a checkpoint's BCN layers over training images."""
+
+import argparse
+import sys
+
+from detectron2.utils.logger import setup_logger
+
+from wsbcn_d2.engine import ConfigError, load_config
+from wsbcn_d2.engine.recalibration import recalibrate_checkpoint
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="config the checkpoint was made with")
+    parser.add_argument("--num-images", type=int, default=200, help="how many training images")
+    parser.add_argument("--output", required=True, help="checkpoint to write")
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="config keys to change, among them MODEL.WEIGHTS: the checkpoint to read",
+    )
+    args = parser.parse_args()
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        setup_logger(name="fvcore")
+        setup_logger()
+        recalibrate_checkpoint(cfg, args.output, args.num_images, progress=True)
+    except (ConfigError, OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    print(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
