@@ -6,7 +6,7 @@ from oracles import estimated_bcn, large_batch_bcn
 
 from wsbcn_d2.ops import batch_channel_norm
 
-# (N, C, H, W), groups: one group, group = channel, one channel a group of two, odd sizes, 1x1 pixels
+# (N, C, H, W), groups: a group a channel, one group, odd sizes, one pixel, one channel
 SHAPES = [
     ((1, 32, 7, 9), 32),
     ((2, 12, 5, 3), 1),

@@ -250,7 +250,7 @@ def build_hooks(cfg: CfgNode, trainer: DefaultTrainer) -> List[HookBase]:
     that save and evaluate::
 
         def build_hooks(self):
-            return wsbcn_d2.engine.build_hooks(self.cfg, self) + super().build_hooks()
+            return build_hooks(self.cfg, self) + super().build_hooks()
 
     Args:
         cfg: a config with the keys of :func:`wsbcn_d2.add_wsbcn_config`.
