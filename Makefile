@@ -9,10 +9,6 @@ SOURCES := setup.py wsbcn_d2 tools tests
 RUN := $(VENV)/bin/python
 DEMO := output/demo
 
-# Threads of PyTorch that wait sleep instead of spinning: beside other work on 2 cores, a step of the
-# demo took 0.8 s so and 2.3 to 4 s otherwise.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format clean
 

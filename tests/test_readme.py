@@ -1,6 +1,7 @@
 """What the documents tell people to run."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -24,6 +25,10 @@ def test_files_that_are_named_exist(document):
     paths = set(re.findall(r"\b((?:tools|configs|docs|requirements|wsbcn_d2)/[\w/.-]+\.\w+)", text))
     assert paths
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_tools_can_be_executed():
+    assert [t for t in (ROOT / "tools").iterdir() if t.suffix and not os.access(t, os.X_OK)] == []
 
 
 def one_class_with_polygons(annotations):

@@ -242,3 +242,12 @@ def test_panoptic_model_accounts_for_the_part_added_last():
         model = small_model("Base-RCNN-FPN.yaml", "BCN+WS", **changes)
     n = sum(type(m) is WSConv2d for m in model.sem_seg_head.modules())
     assert len(messages) == 2 and f"{n} of " in messages[1] and "sem_seg_head" in messages[1]
+
+
+def test_norm_layer_of_a_built_model_can_be_put_anywhere():
+    """Its convolution has been standardized; grouping layers must not look for another one."""
+    conv = Conv2d(3, 32, 1, norm=detectron2_get_norm("GN+WS", 32))
+    other = nn.Conv2d(32, 32, 1)
+    nn.ModuleList([conv.norm])
+    nn.Sequential(other, conv.norm)
+    assert type(conv).__name__ == "WSConv2d" and type(other) is nn.Conv2d

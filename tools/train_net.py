@@ -3,7 +3,8 @@
 
     tools/train_net.py --config-file CONFIG [--num-gpus N] [--resume] [--eval-only] [KEY VALUE ...]
 
-On a machine without GPU the model runs on CPU, and --num-gpus N starts N processes.
+On a machine without GPU the model runs on CPU, and --num-gpus N starts N processes (with Detectron2
+newer than 0.6).
 """
 
 import argparse
@@ -20,7 +21,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch import nn
 
-from wsbcn_d2.engine import ConfigError, Trainer, load_config
+from wsbcn_d2.engine import ConfigError, Trainer, check_model, load_config
 
 
 def test_with_augmentation(cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
@@ -64,6 +65,7 @@ if __name__ == "__main__":
             eval_only=arguments.eval_only,
             resume=arguments.resume,
         )
+        check_model(config)
     except ConfigError as error:
         sys.exit(f"train_net.py: error: {error}")
     config.freeze()

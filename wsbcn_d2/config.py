@@ -11,7 +11,8 @@ def add_wsbcn_config(cfg: CN) -> None:
     """
     cfg.MODEL.WSBCN = CN()
     # Whether the trainable blocks of the wsbcn backbones keep only their inputs in training and
-    # are computed again in the backward pass: less memory, more time, the same result.
+    # are computed again in the backward pass: less memory, more time, the same result (but for the
+    # running statistics of Detectron2's own BN, which move twice).
     cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS = False
     # How the update rate of the estimates, which is that of the norm option (0.1 unless it says
     # otherwise, as "BCN(update_rate=0.01)" does), changes in training: "constant", or "lr": in

@@ -36,7 +36,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .layers import BatchChannelNorm, is_convolution, standardize_
 from .modeling import BACKBONES
-from .norm_options import NormOption, get_norm, standardized_channels
+from .norm_options import NormOption, get_norm, weight_standardization_request
 from .summary import summarize
 
 try:
@@ -101,8 +101,8 @@ def _get_norm(norm, out_channels):  # type: ignore[no-untyped-def]
 def get_norm_for(norm: Any, out_channels: int, caller: FrameType) -> Optional[nn.Module]:
     """What ``detectron2.layers.get_norm`` returns to ``caller``.
 
-    RetinaNetHead asks for a layer of 32 channels before its real ones, to look at its type. A
-    group count that divides its channels need not divide 32, so that one gets the default groups.
+    RetinaNetHead asks for a layer of 32 channels (1 in Detectron2 0.6) before its real ones, to
+    look at its type. Groups that divide its channels need not divide those, so that layer gets one.
     """
     if (
         isinstance(norm, str)
@@ -110,16 +110,17 @@ def get_norm_for(norm: Any, out_channels: int, caller: FrameType) -> Optional[nn
         and isinstance(caller.f_locals.get("self"), RetinaNetHead)
         and "cls_subnet" not in caller.f_locals
     ):
-        return NormOption(NormOption.parse(norm).name, {}, False).build(out_channels)
+        return NormOption.parse(norm).with_one_group().build(out_channels)
     return get_norm(norm, out_channels)
 
 
 def _on_module(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None:
     if child is None:
         return
-    channels = standardized_channels(child)
-    if channels is not None:
-        _standardize_feeding_conv(parent, name, channels)
+    request = weight_standardization_request(child)
+    if request is not None and not request.done:
+        _standardize_feeding_conv(parent, name, request.channels)
+        request.done = True
     if vit is not None and isinstance(child, vit.ResBottleneckBlock):
         _keep_zero_initialization(child.norm3)
     if isinstance(parent, RetinaNetHead) and name in ("cls_subnet", "bbox_subnet"):
@@ -178,7 +179,7 @@ def _separate_levels(head: RetinaNetHead, subnet: nn.Module) -> None:
         if isinstance(norm, BatchChannelNorm):
             norm.set_num_levels(head._num_features)
             shared = True
-        elif standardized_channels(norm) is not None and type(norm) in _CYCLED:
+        elif weight_standardization_request(norm) is not None and type(norm) in _CYCLED:
             subnet._modules[name] = CycleBatchNormList(
                 head._num_features, type(norm), num_features=norm.num_features
             )

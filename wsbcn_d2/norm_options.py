@@ -20,9 +20,22 @@ from .layers import BatchChannelNorm, ChannelNorm
 
 _WS = "+WS"
 
-# Set on a norm layer whose convolution is to be standardized: the number of channels. It must be
-# found when the layer becomes part of a model, whoever puts it there, so it travels with the layer.
-_WS_ATTRIBUTE = "follows_weight_standardized_conv"
+# Where a norm layer keeps its WeightStandardizationRequest. The request must be found when the
+# layer becomes part of a model, whoever puts it there, so it travels with the layer.
+_WS_ATTRIBUTE = "weight_standardization_request"
+
+
+@dataclass
+class WeightStandardizationRequest:
+    """The wish of a norm layer that the convolution that feeds it be standardized.
+
+    Attributes:
+        channels: outputs of the convolution.
+        done: whether that has happened; the layer may then be put anywhere else as well.
+    """
+
+    channels: int
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,8 @@ class NormOption:
 
     @classmethod
     def parse(cls, option: str) -> "NormOption":
-        """
+        """Reads a norm option.
+
         Args:
             option: the string, for example ``"BCN(groups=16)+WS"``; blanks do not matter.
 
@@ -108,14 +122,20 @@ class NormOption:
             + (_WS if self.weight_standardization else "")
         )
 
+    def with_one_group(self) -> "NormOption":
+        """The same kind of layer for any number of channels, without weight standardization."""
+        groups = {"groups": 1} if "groups" in _KINDS[self.name].defaults else {}
+        return NormOption(self.name, groups, False)
+
     def build(self, out_channels: int) -> nn.Module:
-        """
+        """Builds the layer for a number of channels.
+
         Args:
             out_channels: channels of the (N, C, H, W) inputs of the layer.
 
         Returns:
             The normalization layer. If the option asks for weight standardization, it says so to
-            :func:`standardized_channels`.
+            :func:`weight_standardization_request`.
 
         Raises:
             ValueError: if the groups do not divide the channels; it names the string that would
@@ -136,7 +156,7 @@ class NormOption:
             )
         norm = kind.build(out_channels, **arguments)
         if self.weight_standardization:
-            norm.__dict__[_WS_ATTRIBUTE] = out_channels
+            norm.__dict__[_WS_ATTRIBUTE] = WeightStandardizationRequest(out_channels)
         return norm
 
 
@@ -163,9 +183,8 @@ def get_norm(
     return norm(out_channels)
 
 
-def standardized_channels(module: nn.Module) -> Optional[int]:
-    """Output channels of the convolution that is to be standardized before this norm layer; None
-    if the layer does not ask for it, or the module is no norm layer."""
+def weight_standardization_request(module: nn.Module) -> Optional[WeightStandardizationRequest]:
+    """The request of a norm layer; None if its option is without ``+WS``, or it is none."""
     return module.__dict__.get(_WS_ATTRIBUTE)
 
 

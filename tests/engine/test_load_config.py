@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from wsbcn_d2.data import builtin
-from wsbcn_d2.engine import ConfigError, load_config
+from wsbcn_d2.engine import ConfigError, check_model, load_config
 
 
 @pytest.fixture
@@ -29,6 +29,7 @@ def test_device_follows_the_machine(config_file):
         (["DATASETS.TRAIN", "('digit_train',)"], "'digit_train'.*digits_train"),
         (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
         (["MODEL.WSBCN.UPDATE_RATE_SCHEDULE", "cosine"], "'cosine' is not one of constant, lr"),
+        (["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True"], "build_resnet_backbone cannot do it"),
         (["SOLVER.ACCUMULATE_STEPS", "0"], "SOLVER.ACCUMULATE_STEPS: must be at least 1, got 0"),
         (["TEST.PRECISE_BCN.NUM_IMAGES", "0"], "NUM_IMAGES: must be at least 1, got 0"),
         (["MODEL.WSBCN.SYNC_PERIOD", "-1"], "SYNC_PERIOD: must be at least 0, got -1"),
@@ -46,6 +47,34 @@ def test_misspelt_key_in_a_file(config_file):
         load_config(config_file)
 
 
+@pytest.mark.parametrize("text", ["", "just words", "MODEL: [", "MODEL: {WEIGHTS: 3"])
+def test_file_that_is_no_config(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="config.yaml is not a YAML config"):
+        load_config(str(path))
+
+
+def test_evaluation_needs_weights(config_file):
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty: an evaluation needs"):
+        load_config(config_file, eval_only=True)
+
+
+@pytest.mark.parametrize(
+    "opts,message",
+    [
+        (
+            ["MODEL.RESNETS.NORM", "BCN(groups=24)+WS"],
+            "64 channels.*24 groups.*groups=8.*would work",
+        ),
+        (["MODEL.BACKBONE.NAME", "build_nothing"], "build_nothing"),
+    ],
+)
+def test_model_that_cannot_be_built(config_file, opts, message):
+    with pytest.raises(ConfigError, match=f"cannot be built: .*{message}"):
+        check_model(load_config(config_file, opts))
+
+
 def test_missing_config_file():
     with pytest.raises(ConfigError, match="nowhere.yaml"):
         load_config("nowhere.yaml")
@@ -61,7 +90,7 @@ def test_missing_datasets(config_file, tmp_path, monkeypatch):
     opts = ["DATASETS.TRAIN", "('digits_train',)"]
     with pytest.raises(ConfigError, match="digits_train.*prepare_digits"):
         load_config(config_file, opts)
-    load_config(config_file, opts, eval_only=True)
+    load_config(config_file, [*opts, "MODEL.WEIGHTS", config_file], eval_only=True)
 
 
 def test_weights_are_not_needed_to_resume(config_file, tmp_path):

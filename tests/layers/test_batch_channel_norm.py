@@ -183,6 +183,22 @@ def test_copies(clone):
     torch.testing.assert_close(other.running_mean, norm.running_mean, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("cls", [BatchChannelNorm, ChannelNorm])
+def test_reset_parameters(cls):
+    norm = randomized(cls(8, 2))
+    norm(torch.randn(1, 8, 3, 3) * 9)
+    norm.reset_parameters()
+    torch.testing.assert_close(norm.state_dict(), cls(8, 2).state_dict(), rtol=0, atol=0)
+
+
+def test_one_value_a_group():
+    """torch's GroupNorm refuses it in training; a coarse level of a pyramid can be like that."""
+    norm, x = BatchChannelNorm(8, 8).eval(), torch.randn(1, 8, 1, 1)
+    torch.testing.assert_close(norm(x), torch.zeros(1, 8, 1, 1), rtol=0, atol=1e-3)
+    torch.testing.assert_close(torch.jit.trace(norm, x)(x), norm(x), rtol=0, atol=1e-3)
+    assert ChannelNorm(8, 8)(x).abs().max() < 1e-3
+
+
 def test_state_dict_keys():
     assert set(BatchChannelNorm(8, 2).state_dict()) == {
         "weight",
@@ -217,6 +233,10 @@ def test_repr():
         (
             lambda: BatchChannelNorm(32)(torch.zeros(1, 32, 4)),
             r"\(N, 32, H, W\), got .*\[1, 32, 4\]",
+        ),
+        (
+            lambda: BatchChannelNorm(32)(torch.zeros(1, 32, 4, 4).int()),
+            "floating dtype, got .*int32",
         ),
         (lambda: ChannelNorm(32)(torch.zeros(1, 16, 4, 4)), r"got .*\[1, 16, 4, 4\]"),
     ],

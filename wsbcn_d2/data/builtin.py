@@ -90,15 +90,17 @@ def _describe_unknown(name: str, registered: List[str]) -> str:
 
 
 def _describe_missing(name: str, attribute: str, path: str) -> str:
-    if "DETECTRON2_DATASETS" in os.environ:
-        origin = f"DETECTRON2_DATASETS is {os.environ['DETECTRON2_DATASETS']!r}"
-    else:
-        origin = f"DETECTRON2_DATASETS is not set, so it is 'datasets' in {os.getcwd()}"
-    if name in _DIGITS:
+    if not os.path.abspath(path).startswith(os.path.abspath(_datasets_root()) + os.sep):
+        remedy = "put the dataset there, or register it with another path"
+    elif name in _DIGITS:
         remedy = "make the dataset with `python tools/prepare_digits.py`"
     else:
         remedy = "put the dataset there, or set DETECTRON2_DATASETS to the folder it is in"
-    return f"dataset {name!r}: its {attribute} {path!r} does not exist ({origin}): {remedy}"
+    if "DETECTRON2_DATASETS" in os.environ:
+        root = f"DETECTRON2_DATASETS is {os.environ['DETECTRON2_DATASETS']!r}"
+    else:
+        root = f"DETECTRON2_DATASETS is not set, so it is 'datasets' in {os.getcwd()}"
+    return f"dataset {name!r}: its {attribute} {path!r} does not exist ({root}): {remedy}"
 
 
 register_digits()

@@ -5,7 +5,7 @@ from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator
 from .hooks import build_hooks
 from .recalibration import recalibrate_checkpoint
-from .setup import ConfigError, load_config
+from .setup import ConfigError, check_model, load_config
 from .statistics import recalibrate_estimates, synchronize_estimates
 from .trainer import Trainer
 
@@ -16,6 +16,7 @@ __all__ = [
     "accumulate_gradients",
     "build_evaluator",
     "build_hooks",
+    "check_model",
     "load_config",
     "recalibrate_checkpoint",
     "recalibrate_estimates",

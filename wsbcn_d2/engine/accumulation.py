@@ -47,7 +47,7 @@ class _Accumulation(SimpleTrainer):
                 loss = {"total_loss": loss} if isinstance(loss, Tensor) else loss
                 self._backward(sum(loss.values()) / self.accumulate_steps)
             losses.append({name: value.detach() for name, value in loss.items()})
-        self.after_backward()
+        getattr(self, "after_backward", lambda: None)()  # newer than Detectron2 0.6
         names = {name: None for loss in losses for name in loss}  # in order
         mean = {
             name: sum(loss[name] for loss in losses if name in loss) / self.accumulate_steps

@@ -254,7 +254,8 @@ def build_hooks(cfg: CfgNode, trainer: DefaultTrainer) -> List[HookBase]:
 
     Args:
         cfg: a config with the keys of :func:`wsbcn_d2.add_wsbcn_config`.
-        trainer: of which ``model`` and ``build_train_loader`` are used.
+        trainer: of which ``model`` and ``build_train_loader`` are used. For
+            ``SOLVER.ACCUMULATE_STEPS`` it needs :func:`wsbcn_d2.engine.accumulate_gradients` too.
     """
     model = trainer.model
     if next(named_batch_channel_norms(model), None) is None:

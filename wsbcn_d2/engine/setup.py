@@ -6,10 +6,13 @@ import re
 from typing import Iterable, Iterator, Tuple
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
 
 from ..config import add_wsbcn_config
 from ..data import check_datasets
+from ..modeling import BACKBONES
 from ..norm_options import NormOption
 from .hooks import UPDATE_RATE_SCHEDULES
 
@@ -43,16 +46,37 @@ def load_config(
         raise ConfigError(_unknown_key(cfg, str(error.args[0]))) from error
     except (AssertionError, OSError, ValueError) as error:
         raise ConfigError(_unknown_key(cfg, str(error))) from error
+    except (AttributeError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{config_file} is not a YAML config of keys and values: {error}"
+        ) from error
     _check_norm_options(cfg)
     _check_values(cfg)
     try:
         check_datasets(cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    _check_weights(cfg, resume)
+    _check_weights(cfg, eval_only, resume)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+def check_model(cfg: CfgNode) -> None:
+    """Builds the model of a config, on CPU, to see whether that is possible.
+
+    Before anything else is done, so that an error leaves nothing behind.
+
+    Raises:
+        ConfigError: with the message of the error.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    try:
+        build_model(cfg)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"the model of the config cannot be built: {error}") from error
 
 
 def _unknown_key(cfg: CfgNode, message: str) -> str:
@@ -91,6 +115,13 @@ def _check_values(cfg: CfgNode) -> None:
             f"MODEL.WSBCN.UPDATE_RATE_SCHEDULE: {cfg.MODEL.WSBCN.UPDATE_RATE_SCHEDULE!r} is not "
             f"one of {', '.join(allowed)}"
         )
+    if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
+        names = [backbone.__name__ for backbone in BACKBONES]
+        if cfg.MODEL.BACKBONE.NAME not in names:
+            raise ConfigError(
+                f"MODEL.WSBCN.CHECKPOINT_ACTIVATIONS: {cfg.MODEL.BACKBONE.NAME} cannot do it; "
+                f"MODEL.BACKBONE.NAME must be one of {', '.join(names)}"
+            )
     for key, value, least in (
         ("SOLVER.ACCUMULATE_STEPS", cfg.SOLVER.ACCUMULATE_STEPS, 1),
         ("TEST.PRECISE_BCN.NUM_IMAGES", cfg.TEST.PRECISE_BCN.NUM_IMAGES, 1),
@@ -101,10 +132,15 @@ def _check_values(cfg: CfgNode) -> None:
             raise ConfigError(f"{key}: must be at least {least}, got {value}")
 
 
-def _check_weights(cfg: CfgNode, resume: bool) -> None:
-    path = cfg.MODEL.WEIGHTS.partition("?")[0]
+def _check_weights(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
+    path = (cfg.MODEL.WEIGHTS or "").partition("?")[0]
     if resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         return
+    if eval_only and not path:
+        raise ConfigError(
+            "MODEL.WEIGHTS is empty: an evaluation needs a checkpoint there, or --resume and one "
+            f"in OUTPUT_DIR, {cfg.OUTPUT_DIR!r}"
+        )
     if path and "://" not in path and not os.path.isfile(path):
         raise ConfigError(
             f"MODEL.WEIGHTS: there is no file {path!r}; give an existing file, a URL that "

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ..layers import BatchChannelNorm
-from ..ops.eager import moments
+from ..ops import moments
 
 
 def named_batch_channel_norms(model: nn.Module) -> Iterator[Tuple[str, BatchChannelNorm]]:

@@ -1,5 +1,6 @@
 """Detectron2's DefaultTrainer with what BCN needs, on any number of processes and any device."""
 
+import logging
 import weakref
 from typing import List, Optional
 
@@ -9,6 +10,8 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTraine
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
 
 from .accumulation import accumulate_gradients
 from .checkpoint import AtomicCheckpointer
@@ -25,7 +28,8 @@ class Trainer(DefaultTrainer):
     - ``SOLVER.ACCUMULATE_STEPS`` accumulates gradients;
     - a checkpoint is complete or not there, whenever the process is killed;
     - :meth:`build_evaluator` chooses by the type of the dataset;
-    - several processes can train without GPUs.
+    - the output folder is made if it is not there;
+    - several processes can train without GPUs (Detectron2 newer than 0.6).
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -34,6 +38,9 @@ class Trainer(DefaultTrainer):
             cfg: a config with the keys of :func:`wsbcn_d2.add_wsbcn_config`.
         """
         TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()  # as DefaultTrainer does for scripts without default_setup
+        PathManager.mkdirs(cfg.OUTPUT_DIR)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)

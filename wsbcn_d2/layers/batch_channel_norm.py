@@ -27,7 +27,9 @@ def check_groups(num_groups: int, num_channels: int) -> None:
 
 
 def check_input(x: Tensor, num_channels: int) -> None:
-    """Raises ValueError unless ``x`` has shape (N, num_channels, H, W)."""
+    """Raises ValueError unless ``x`` is of shape (N, num_channels, H, W) and a floating dtype."""
+    if not x.is_floating_point():
+        raise ValueError(f"expected an input of a floating dtype, got {x.dtype}")
     if x.dim() != 4 or x.shape[1] != num_channels:
         raise ValueError(f"expected an input of shape (N, {num_channels}, H, W), got {x.shape}")
 
@@ -56,6 +58,12 @@ class ChannelNorm(nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps, affine=False)
         self.weight = nn.Parameter(torch.ones(num_groups))
         self.bias = nn.Parameter(torch.zeros(num_groups))
+
+    def reset_parameters(self) -> None:
+        """Sets weight to 1 and bias to 0."""
+        if self.weight is not None:  # not yet there in the constructor of the base class
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """
@@ -90,9 +98,10 @@ class BatchChannelNorm(nn.GroupNorm):
     The estimates are updated in training mode only, and not while all affine parameters have
     ``requires_grad=False``: a frozen layer normalizes with the estimates it has, in every mode.
     The update also happens under ``no_grad``, but not when activation checkpointing recomputes a
-    forward pass. A batch with a non-finite value leaves the estimates of the layer as they are and
-    is counted in ``skipped_updates``. The estimates stay in float32 (float64 after ``.double()``)
-    whatever the dtype of the module.
+    forward pass, which uses the estimates that are there then: of several calls of a layer between
+    two backward passes, only the last is recomputed exactly. A batch with a non-finite value leaves
+    the estimates of the layer as they are and is counted in ``skipped_updates``. The estimates stay
+    in float32 (float64 after ``.double()``) whatever the dtype of the module.
 
     Attributes:
         weight, bias: affine of the batch normalization, (C,).
@@ -143,6 +152,19 @@ class BatchChannelNorm(nn.GroupNorm):
         self.register_buffer("running_var", torch.ones(num_channels))
         self.register_buffer("skipped_updates", torch.tensor(0), persistent=False)
         self.register_buffer("seen_elements", torch.tensor(0.0), persistent=False)
+        self.level = 0
+
+    def reset_parameters(self) -> None:
+        """Sets weights to 1, biases to 0, the estimates to (0, 1) and the counters to 0."""
+        super().reset_parameters()
+        if "group_weight" not in self._parameters:
+            return  # called by the constructor of the base class
+        nn.init.ones_(self.group_weight)
+        nn.init.zeros_(self.group_bias)
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.skipped_updates.zero_()
+        self.seen_elements.zero_()
         self.level = 0
 
     @property
@@ -225,8 +247,10 @@ class BatchChannelNorm(nn.GroupNorm):
         if mean.dim() == 2:
             mean, var = mean[self.level], var[self.level]
             self.level = (self.level + 1) % self.running_mean.shape[0]
-        z = F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
-        return _channel_norm(z, self.group_weight, self.group_bias, self.eps)
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        z = F.batch_norm(x.to(mean.dtype), mean, var, weight, bias, False, 0.0, self.eps)
+        group_weight, group_bias = self.group_weight.to(mean.dtype), self.group_bias.to(mean.dtype)
+        return _channel_norm(z, group_weight, group_bias, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         levels = f", levels={self.num_levels}" if self.num_levels > 1 else ""
@@ -279,7 +303,8 @@ def _channel_norm(x: Tensor, group_weight: Tensor, group_bias: Tensor, eps: floa
     groups = group_weight.shape[0]
     weight = group_weight.repeat_interleave(x.shape[1] // groups)
     bias = group_bias.repeat_interleave(x.shape[1] // groups)
-    return F.group_norm(x, groups, weight, bias, eps)
+    # Not F.group_norm, which refuses a group of a single value.
+    return torch.group_norm(x, groups, weight, bias, eps)
 
 
 def _in_backward() -> bool:

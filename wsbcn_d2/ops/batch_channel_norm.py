@@ -37,7 +37,7 @@ from . import eager as kernels
 
 
 @dataclass
-class BatchStatistics:
+class _BatchStatistics:
     """Statistics of one batch, shapes (C,), and the number of values behind each of them."""
 
     mean: Tensor
@@ -232,7 +232,7 @@ def _grouped(table: Tensor, groups: int) -> Tensor:
 
 def _pooled_statistics(
     m: Tensor, v: Tensor, x: Tensor, process_group: Optional["dist.ProcessGroup"]
-) -> BatchStatistics:
+) -> _BatchStatistics:
     """Statistics of the batch from those of its images, over all ranks of ``process_group``."""
     images, channels = m.shape
     pixels = x.shape[2] * x.shape[3]
@@ -248,7 +248,7 @@ def _pooled_statistics(
         share = counts / count.clamp(min=1)
         mean = (share * means).sum(dim=0)
         var = (share * (variances + (means - mean).square())).sum(dim=0)
-    return BatchStatistics(mean, var, count.squeeze(0))
+    return _BatchStatistics(mean, var, count.squeeze(0))
 
 
 def _all_reduced(

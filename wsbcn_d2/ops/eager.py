@@ -80,7 +80,9 @@ def is_compiling() -> bool:
     output was computed in place or is the result of a cast that does nothing. The compiler fuses
     and reuses memory by itself, so nothing is lost by giving it plain expressions.
     """
-    return hasattr(torch, "compiler") and torch.compiler.is_compiling()
+    if hasattr(torch, "compiler") and hasattr(torch.compiler, "is_compiling"):
+        return torch.compiler.is_compiling()
+    return torch._dynamo.is_compiling()  # PyTorch 2.0 to 2.2
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,7 +99,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     Batched dot products read both operands once, without a temporary, where the memory layout
     allows. Autocast would run them in half precision, so it is switched off.
     """
-    if a.is_contiguous() and b.is_contiguous():
+    if a.device.type in ("cpu", "cuda") and a.is_contiguous() and b.is_contiguous():
         with torch.autocast(a.device.type, enabled=False):
             return torch.einsum("nchw,nchw->nc", a, b)
     return (a * b).sum(dim=(2, 3))
