@@ -222,7 +222,7 @@ def test_coco_models(norm: str):
     assert len({cfg.MODEL.dump() for cfg in cfgs}) == 1
     model = build(cfgs[0])
     # stem, 3 per block, 4 shortcuts. Frozen: stem and the 3 blocks and shortcut of res2.
-    n_frozen = 0 if norm == "bcn" else 1 + 3 * 3 + 1
+    n_frozen = 0 if norm in ("bcn", "gn_ws", "bcn_ws") else 1 + 3 * 3 + 1
     check_layers(model, cfgs[0], norm, n_backbone=1 + 3 * 16 + 4, n_frozen=n_frozen)
 
 
