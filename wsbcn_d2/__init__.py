@@ -15,8 +15,9 @@ except ImportError as error:
 
 from .config import add_wsbcn_config
 from .detectron2_hooks import is_registered, register, unregister
-from .layers import BatchChannelNorm, ChannelNorm, WSConv2d, WSConvTranspose2d, standardize_weight
+from .layers import BatchChannelNorm, ChannelNorm, WSConv2d, WSConvTranspose2d
 from .norm_options import get_norm, list_norm_options
+from .ops import standardize_weight
 from .summary import summarize
 from .version import __version__
 

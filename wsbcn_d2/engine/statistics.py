@@ -215,7 +215,7 @@ class _Collector:
     def _collect(self, layer: nn.Module, inputs: Tuple[Tensor, ...]) -> None:
         x, level = inputs[0], self.layer.level
         pixels = x.shape[2] * x.shape[3]
-        mean, var, _ = moments(x)
+        mean, var = moments(x)
         deviation = mean.double() - self.center[level]
         total = pixels * deviation.sum(dim=0)
         square_total = pixels * (var + deviation.square()).sum(dim=0)

@@ -7,7 +7,6 @@ from .weight_standardization import (
     WSConvTranspose2d,
     is_convolution,
     standardize_,
-    standardize_weight,
 )
 
 __all__ = [
@@ -18,5 +17,4 @@ __all__ = [
     "WeightStandardized",
     "is_convolution",
     "standardize_",
-    "standardize_weight",
 ]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import batch_channel_norm, is_compiling
+from ..ops import batch_channel_norm, in_backward
 
 MODES = ("estimate", "batch", "sync")
 
@@ -198,10 +198,13 @@ class BatchChannelNorm(nn.GroupNorm):
         """Makes the next call use the estimates of the first level."""
         self.level = 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None, relu: bool = False) -> Tensor:
         """
         Args:
             x: (N, C, H, W), N may be 0.
+            residual: of the shape and dtype of x, added to the result.
+            relu: whether ReLU is applied to the result, after that addition. Neither needs a
+                further pass over the activation.
 
         Returns:
             Tensor of the same shape, dtype and memory format.
@@ -210,14 +213,14 @@ class BatchChannelNorm(nn.GroupNorm):
             ValueError: if x has another shape.
         """
         if torch.jit.is_scripting():
-            return self._exported(x)
+            return self._exported(x, residual, relu)
         else:  # TorchScript does not compile what is in the branch not taken
             if torch.jit.is_tracing() and not self.training:
-                return self._exported(x)
-            return self._normalized(x)
+                return self._exported(x, residual, relu)
+            return self._normalized(x, residual, relu)
 
     @torch.jit.unused
-    def _normalized(self, x: Tensor) -> Tensor:
+    def _normalized(self, x: Tensor, residual: Optional[Tensor], relu: bool) -> Tensor:
         check_input(x, self.num_channels)
         estimates = (self.running_mean, self.running_var, self.seen_elements)
         if self.running_mean.dim() == 2:
@@ -234,13 +237,15 @@ class BatchChannelNorm(nn.GroupNorm):
             *estimates[:2],
             eps=self.eps,
             use_batch_statistics=training and self.mode != "estimate",
-            update_rate=self.update_rate if training and not _in_backward() else None,
+            update_rate=self.update_rate if training and not in_backward() else None,
             skipped_updates=self.skipped_updates,
             seen_elements=estimates[2],
-            process_group=_world() if self.mode == "sync" else None,
+            synchronize=self.mode == "sync" and _several_ranks(),
+            residual=residual,
+            relu=relu,
         )
 
-    def _exported(self, x: Tensor) -> Tensor:
+    def _exported(self, x: Tensor, residual: Optional[Tensor], relu: bool) -> Tensor:
         """Evaluation by stock operations, for TorchScript, which knows no autograd functions and
         whose traces must hold for inputs of any size."""
         mean, var = self.running_mean, self.running_var
@@ -250,7 +255,12 @@ class BatchChannelNorm(nn.GroupNorm):
         weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
         z = F.batch_norm(x.to(mean.dtype), mean, var, weight, bias, False, 0.0, self.eps)
         group_weight, group_bias = self.group_weight.to(mean.dtype), self.group_bias.to(mean.dtype)
-        return _channel_norm(z, group_weight, group_bias, self.eps).to(x.dtype)
+        y = _channel_norm(z, group_weight, group_bias, self.eps)
+        if residual is not None:
+            y = y + residual
+        if relu:
+            y = F.relu(y)
+        return y.to(x.dtype)
 
     def extra_repr(self) -> str:
         levels = f", levels={self.num_levels}" if self.num_levels > 1 else ""
@@ -307,14 +317,5 @@ def _channel_norm(x: Tensor, group_weight: Tensor, group_bias: Tensor, eps: floa
     return torch.group_norm(x, groups, weight, bias, eps)
 
 
-def _in_backward() -> bool:
-    """Whether the autograd engine is running this thread, that is, whether activation
-    checkpointing is recomputing a forward pass that has already been counted."""
-    return not is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _world() -> Optional["dist.ProcessGroup"]:
-    """The group of all ranks, or None if there is only one."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return dist.group.WORLD
-    return None
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -15,31 +15,12 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from torch import Tensor, nn
 
+from ..ops import standardize_weight
+
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
 _EPS = 1e-5
 _MARK = "ws_eps"
-
-
-def standardize_weight(weight: Tensor, eps: float = _EPS) -> Tensor:
-    """Standardizes every filter to zero mean and, up to ``eps``, unit variance.
-
-    Gradients go through mean and variance. Computed in at least float32 and returned in the dtype
-    of ``weight``.
-
-    Args:
-        weight: filters of a convolution, (C_out, C_in / groups, kh, kw).
-        eps: added to the biased variance, inside the root. It keeps a constant filter (and a
-            filter of a single weight, whose variance is always 0) at zero with finite gradient.
-
-    Returns:
-        Tensor of the same shape.
-    """
-    # Batch normalization of a batch of one, whose channels are the filters, is this formula in one
-    # fused operation, which saves nothing but the weight and two numbers a filter.
-    filters = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(1).unsqueeze(0)
-    out = torch.batch_norm(filters, None, None, None, None, True, 0.0, eps, False)
-    return out.view_as(weight).to(weight.dtype)
 
 
 class WeightStandardized(nn.Module):

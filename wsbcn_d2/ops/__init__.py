@@ -1,11 +1,23 @@
 """Differentiable operations: tensors in, tensors out. They know neither modules nor Detectron2."""
 
-from .batch_channel_norm import batch_channel_norm
-from .eager import is_compiling, moments
+from .backend import BACKENDS, backend_name, set_backend
+from .batch_channel_norm import batch_channel_norm, moments
+from .state import in_backward, is_compiling
+from .weight_standardization import (
+    standardize_all,
+    standardize_all_backward,
+    standardize_weight,
+)
 
-__all__ = ["backend_name", "batch_channel_norm", "is_compiling", "moments"]
-
-
-def backend_name() -> str:
-    """The kernels in use: ``"eager"``, plain PyTorch on any device."""
-    return "eager"
+__all__ = [
+    "BACKENDS",
+    "backend_name",
+    "batch_channel_norm",
+    "in_backward",
+    "is_compiling",
+    "moments",
+    "set_backend",
+    "standardize_all",
+    "standardize_all_backward",
+    "standardize_weight",
+]

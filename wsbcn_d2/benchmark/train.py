@@ -1,0 +1,473 @@
+"""Whole training steps and inference of Mask R-CNN, one model for each normalization."""
+
+import contextlib
+import gc
+import itertools
+import logging
+from pathlib import Path
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..engine import load_config
+from ..layers import WeightStandardized
+from .machine import describe_machine
+from .measure import LiveBytes, Times, interleaved, largest, spread, wall_time
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "COCO-InstanceSegmentation"
+# By title, the part of the config's name.
+NORMS = {
+    "GN": "gn",
+    "GN+WS": "gn_ws",
+    "BCN": "bcn",
+    "BCN+WS": "bcn_ws",
+    "BN": "bn",
+    "SyncBN": "syncbn",
+    "FrozenBN": "frozenbn",
+}
+DEFAULT_NORMS = ("GN", "GN+WS", "BCN", "BCN+WS", "SyncBN", "FrozenBN")
+CHECKPOINTED = "BCN+WS, checkpointed"
+AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_OBJECTS = 8  # in each image
+_MOST_IMAGES = 64  # tried for the largest batch
+
+
+def benchmark_train(
+    norms: Sequence[str] = DEFAULT_NORMS,
+    *,
+    device: torch.device,
+    size: Tuple[int, int],
+    images: Sequence[int] = (1,),
+    amp: Optional[str] = None,
+    channels_last: bool = False,
+    checkpoint_activations: bool = False,
+    memory_gib: Optional[float] = None,
+    repetitions: int = 10,
+    warmup: int = 3,
+    opts: Sequence[str] = (),
+    progress: bool = True,
+) -> Dict[str, Any]:
+    """Measures training steps (forward, backward, SGD) and inference.
+
+    Every model starts from random weights with nothing frozen, sees the same images and objects,
+    and gets the same proposals, so that its heads have as much to do as those of every other. The
+    learning rate is 0: a step does all its work, and the next one sees the same weights.
+
+    Args:
+        norms: keys of NORMS.
+        device: where to run.
+        size: height and width of the images in pixels.
+        images: batch sizes.
+        amp: key of AMP_DTYPES for training and inference under autocast.
+        channels_last: memory format of models and activations.
+        checkpoint_activations: measure BCN+WS with ``MODEL.WSBCN.CHECKPOINT_ACTIVATIONS`` too.
+        memory_gib: find the largest batch that trains in so much memory of the GPU.
+        repetitions, warmup: rounds, see :func:`~wsbcn_d2.benchmark.measure.interleaved`.
+        opts: alternating config keys and values for all models.
+        progress: show progress bars.
+
+    Returns:
+        What :mod:`wsbcn_d2.benchmark.report` shows, and JSON can hold: ``machine``, ``settings``,
+        ``skipped`` (what -> reason), and ``rows``, one for each batch size and norm, with ``step``
+        (median and quartiles of milliseconds), ``peak_bytes`` and ``saved_bytes`` of a step,
+        ``standardization`` (milliseconds, of models with WS), ``inference`` and
+        ``inference_folded`` (milliseconds a batch), and ``largest_batch`` if asked for.
+
+    Raises:
+        ValueError: if ``amp`` or ``memory_gib`` is given and ``device`` is no GPU.
+        wsbcn_d2.engine.ConfigError: from ``opts``.
+    """
+    if device.type != "cuda":
+        for name, value in (("amp", amp), ("memory_gib", memory_gib)):
+            if value is not None:
+                raise ValueError(f"{name} needs a GPU, and the device is {device}")
+    configs = _configs(norms, device, checkpoint_activations, opts)
+    skipped: Dict[str, str] = {}
+    with _quiet():
+        models = {name: Trainee(cfg, device, amp, channels_last) for name, cfg in configs.items()}
+        folded, skipped["inference, folded"] = _folded(models)
+    rows = []
+    for count in images:
+        batch = make_batch(count, size, device)
+        proposals = [
+            make_proposals(inputs["instances"].gt_boxes.tensor, size, _num_proposals(configs))
+            for inputs in batch
+        ]
+        with contextlib.ExitStack() as stack:
+            for model in [t.model for t in (*models.values(), *folded.values())]:
+                stack.enter_context(fixed_heads(model, proposals))
+            results = _measure(models, folded, batch, repetitions, warmup, progress)
+        rows += [{"norm": name, "images": count, **results[name]} for name in models]
+    if memory_gib is not None:
+        models.clear()
+        folded.clear()
+        for name, cfg in configs.items():
+            largest_batch = _largest_batch(
+                lambda: Trainee(cfg, device, amp, channels_last), size, memory_gib, progress, name
+            )
+            for row in rows:
+                if row["norm"] == name:
+                    row["largest_batch"] = largest_batch
+    return {
+        "kind": "train",
+        "device": device.type,
+        "machine": describe_machine(device),
+        "settings": {
+            "size": list(size),
+            "amp": amp,
+            "channels_last": channels_last,
+            "memory_gib": memory_gib,
+            "repetitions": repetitions,
+            "warmup": warmup,
+            "opts": list(opts),
+        },
+        "skipped": {what: reason for what, reason in skipped.items() if reason},
+        "rows": rows,
+    }
+
+
+class Trainee:
+    """A model with what a training step needs.
+
+    Attributes:
+        model: in training mode.
+        optimizer: Detectron2's SGD for the model.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        device: torch.device,
+        amp: Optional[str] = None,
+        channels_last: bool = False,
+        model: Optional[nn.Module] = None,
+    ) -> None:
+        """
+        Args:
+            cfg: the config of model and solver.
+            device: where the model is.
+            amp: key of AMP_DTYPES.
+            channels_last: memory format of the model.
+            model: default: built from the config, with a fixed seed.
+        """
+        if model is None:
+            torch.manual_seed(0)
+            model = build_model(cfg)
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.model = model
+        self.optimizer = build_optimizer(cfg, model)
+        self._device = device
+        self._amp = amp
+        # the operations of mixed precision in float16, as Detectron2's AMPTrainer has them
+        self._scaler = torch.cuda.amp.GradScaler(enabled=amp == "float16")
+
+    def autocast(self) -> ContextManager[Any]:
+        """The context of forward passes."""
+        if self._amp is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=AMP_DTYPES[self._amp])
+
+    def loss(self, batch: List[Dict[str, Any]]) -> Tensor:
+        """The forward pass."""
+        with EventStorage(), self.autocast():
+            return sum(self.model(batch).values())
+
+    def update(self, loss: Tensor) -> None:
+        """Backward pass and step of the optimizer."""
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, batch: List[Dict[str, Any]]) -> None:
+        """A training step."""
+        self.update(self.loss(batch))
+
+    @torch.no_grad()
+    def infer(self, batch: List[Dict[str, Any]]) -> None:
+        """Inference up to the masks of the boxes, which are not pasted into the image."""
+        self.model.eval()
+        with self.autocast():
+            self.model.inference(batch, do_postprocess=False)
+        self.model.train()
+
+    def state_bytes(self) -> int:
+        """Memory that the model and its optimizer hold between two steps."""
+        state = (value for values in self.optimizer.state.values() for value in values.values())
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers(), state)
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+    def memory(self, batch: List[Dict[str, Any]]) -> Dict[str, int]:
+        """Measures a step, which must not be the first.
+
+        Returns:
+            ``saved_bytes``: what the forward pass leaves behind for the backward pass.
+            ``peak_bytes``: the most that exists at once, with model, gradients and optimizer. On a
+            GPU, all memory of its allocator; on a CPU, that of tensors, without the workspaces of
+            kernels.
+        """
+        if self._device.type == "cuda":
+            before = torch.cuda.memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            loss = self.loss(batch)
+            saved = torch.cuda.memory_allocated(self._device) - before
+            self.update(loss)
+            peak = torch.cuda.max_memory_allocated(self._device) - before
+        else:
+            with LiveBytes() as live:
+                loss = self.loss(batch)
+                saved = live.current
+                self.update(loss)
+            peak = live.peak
+        return {"saved_bytes": saved, "peak_bytes": self.state_bytes() + peak}
+
+    def standardize(self) -> Optional[float]:
+        """Standardizes all filters that need it, forward and backward.
+
+        Returns:
+            Milliseconds; None if there are no such filters.
+        """
+        convs = [m for m in self.model.modules() if isinstance(m, WeightStandardized)]
+        if not convs:
+            return None
+        weights = [conv.weight for conv in convs]
+        with torch.no_grad():
+            for weight in weights:
+                weight.add_(0)  # as a step of the optimizer does: nothing may be reused
+
+        def run() -> None:
+            with self.autocast():
+                standardized = [conv.standardized_weight() for conv in convs]
+            torch.autograd.grad(standardized, weights, [w.detach() for w in standardized])
+
+        return wall_time(run, self._device)[1]
+
+
+def make_batch(images: int, size: Tuple[int, int], device: torch.device) -> List[Dict[str, Any]]:
+    """Images of noise, each with the same number of elliptic objects at random places.
+
+    Args:
+        images: how many.
+        size: height and width in pixels.
+        device: where the tensors are, so that no copy is measured.
+
+    Returns:
+        Inputs of a Detectron2 model in training.
+    """
+    height, width = size
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.arange(height)[:, None] + 0.5, torch.arange(width)[None, :] + 0.5
+    batch = []
+    for _ in range(images):
+        boxes = _random_boxes(_OBJECTS, size, generator)
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.randint(0, 80, (_OBJECTS,), generator=generator)
+        center, radius = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+        (cx, cy), (rx, ry) = (t[:, :, None, None].unbind(1) for t in (center, radius))
+        instances.gt_masks = BitMasks(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1)
+        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image.to(device), "instances": instances.to(device)})
+    return batch
+
+
+def make_proposals(gt_boxes: Tensor, size: Tuple[int, int], count: int) -> Instances:
+    """Proposals of which enough overlap with an object, as those of a trained model do.
+
+    A third are objects moved by at most a twentieth of their size, which leaves them an overlap
+    (IoU) of 0.8 or more; the rest are random.
+
+    Args:
+        gt_boxes: boxes of the objects, (n, 4).
+        size: height and width of the image in pixels.
+        count: number of proposals.
+    """
+    generator = torch.Generator().manual_seed(1)
+    near = gt_boxes.cpu().repeat(-(-count // (3 * len(gt_boxes))), 1)[: count // 3]
+    extent = (near[:, 2:] - near[:, :2]).repeat(1, 2)
+    shift = (torch.rand(len(near), 2, generator=generator) - 0.5).repeat(1, 2)
+    near = near + 0.1 * shift * extent
+    proposals = Instances(size)
+    boxes = torch.cat([near, _random_boxes(count - len(near), size, generator)])
+    proposals.proposal_boxes = Boxes(boxes.to(gt_boxes.device))
+    proposals.proposal_boxes.clip(size)
+    proposals.objectness_logits = torch.zeros(count, device=gt_boxes.device)
+    return proposals
+
+
+@contextlib.contextmanager
+def fixed_heads(model: nn.Module, proposals: List[Instances]) -> Iterator[None]:
+    """Makes what the heads of an R-CNN have to do independent of its weights.
+
+    The proposal generator does its work, but the heads get the given proposals (one entry an
+    image), and the box predictor is set to find an object in each of them and leave it in place.
+    """
+
+    def replace(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        return proposals, outputs[1]
+
+    with torch.no_grad():
+        for layer in (model.roi_heads.box_predictor.cls_score, *_box_regression(model)):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        model.roi_heads.box_predictor.cls_score.bias[0] = 10
+    handle = model.proposal_generator.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _box_regression(model: nn.Module) -> Tuple[nn.Module, ...]:
+    return (model.roi_heads.box_predictor.bbox_pred,)
+
+
+def _random_boxes(count: int, size: Tuple[int, int], generator: torch.Generator) -> Tensor:
+    """(count, 4), between a sixteenth and a half of the image in height and width."""
+    whole = torch.tensor([size[1], size[0]])
+    extent = (1 / 16 + 7 / 16 * torch.rand(count, 2, generator=generator)) * whole
+    corner = torch.rand(count, 2, generator=generator) * (whole - extent)
+    return torch.cat([corner, corner + extent], dim=1)
+
+
+def _configs(
+    norms: Sequence[str], device: torch.device, checkpoint_activations: bool, opts: Sequence[str]
+) -> Dict[str, CfgNode]:
+    fixed = ["MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", "0", "SOLVER.BASE_LR", "0.0"]
+    fixed += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.DEVICE", str(device)]
+    checkpointed = ["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True"]
+
+    def load(norm: str, *more: str) -> CfgNode:
+        path = CONFIGS / f"mask_rcnn_R_50_FPN_{NORMS[norm]}_1x_1img.yaml"
+        return load_config(str(path), [*fixed, *more, *opts])
+
+    configs = {norm: load(norm) for norm in norms}
+    if checkpoint_activations:
+        configs[CHECKPOINTED] = load("BCN+WS", *checkpointed)
+    return configs
+
+
+def _num_proposals(configs: Dict[str, CfgNode]) -> int:
+    return next(iter(configs.values())).MODEL.RPN.POST_NMS_TOPK_TRAIN
+
+
+def _folded(models: Dict[str, Trainee]) -> Tuple[Dict[str, Trainee], str]:
+    """Models for inference with stock layers, of those that have layers of this package, and the
+    reason if there are none."""
+    try:
+        from ..export import fold
+    except ImportError as error:
+        return {}, str(error)
+    result = {}
+    for name, trainee in models.items():
+        if name != CHECKPOINTED and ("BCN" in name or "+WS" in name):
+            trainee.model.eval()
+            result[name] = trainee.with_model(fold(trainee.model))
+            trainee.model.train()
+    return result, ""
+
+
+def _measure(
+    models: Dict[str, Trainee],
+    folded: Dict[str, Trainee],
+    batch: List[Dict[str, Any]],
+    repetitions: int,
+    warmup: int,
+    progress: bool,
+) -> Dict[str, Dict[str, Any]]:
+    """The results of every model for one batch."""
+    device = batch[0]["image"].device
+
+    def training(trainee: Trainee) -> Callable[[], Times]:
+        def run() -> Times:
+            times = {"step": wall_time(lambda: trainee.step(batch), device)[1]}
+            standardization = trainee.standardize()
+            if standardization is not None:
+                times["standardization"] = standardization
+            return times
+
+        return run
+
+    def inference(trainee: Trainee, phase: str) -> Callable[[], Times]:
+        return lambda: {phase: wall_time(lambda: trainee.infer(batch), device)[1]}
+
+    results: Dict[str, Dict[str, Any]] = {name: {} for name in models}
+    runs = {(name, ""): training(trainee) for name, trainee in models.items()}
+    infer = {(n, "inference"): inference(t, "inference") for n, t in models.items()}
+    infer.update({(n, "folded"): inference(t, "inference_folded") for n, t in folded.items()})
+    for title, contenders in (("training", runs), ("inference", infer)):
+        total = len(contenders) * (repetitions + warmup)
+        title = f"{title}, {len(batch)} image" + ("s" if len(batch) > 1 else "")
+        with tqdm(total=total, desc=title, unit="run", disable=not progress) as bar:
+            times = interleaved(contenders, repetitions, warmup, on_run=bar.update)
+        for (name, _), phases in times.items():
+            results[name].update({phase: spread(values) for phase, values in phases.items()})
+    for name, trainee in models.items():
+        results[name].update(trainee.memory(batch))
+    return results
+
+
+def _largest_batch(
+    build: Callable[[], Trainee],
+    size: Tuple[int, int],
+    memory_gib: float,
+    progress: bool,
+    title: str,
+) -> int:
+    """The most images for which two training steps fit into the memory."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    total = torch.cuda.get_device_properties(device).total_memory
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(memory_gib * 2**30 / total, 1.0), device)
+    with tqdm(desc=f"largest batch, {title}", unit="trial", disable=not progress) as bar:
+
+        def fits(images: int) -> bool:
+            bar.set_postfix(images=images)
+            bar.update()
+            try:
+                _train_two_steps(build, images, size, device)
+                return True
+            except torch.cuda.OutOfMemoryError:
+                return False
+            finally:
+                gc.collect()
+                torch.cuda.empty_cache()
+
+        try:
+            return largest(fits, _MOST_IMAGES)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _train_two_steps(
+    build: Callable[[], Trainee], images: int, size: Tuple[int, int], device: torch.device
+) -> None:
+    """The second has the state of the optimizer."""
+    with _quiet():
+        trainee = build()
+    batch = make_batch(images, size, device)
+    count = 1000
+    proposals = [make_proposals(i["instances"].gt_boxes.tensor, size, count) for i in batch]
+    with fixed_heads(trainee.model, proposals):
+        for _ in range(2):
+            trainee.step(batch)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Detectron2 prints a model's every parameter when it builds one."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

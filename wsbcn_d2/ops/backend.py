@@ -1,0 +1,86 @@
+"""Which kernels run: Triton's on GPUs, plain PyTorch elsewhere."""
+
+import logging
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import eager
+
+logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
+
+BACKENDS = ("auto", "eager", "triton")
+_VARIABLE = "WSBCN_D2_BACKEND"
+
+_chosen: Optional[str] = None
+
+
+def set_backend(name: Optional[str]) -> None:
+    """Chooses the kernels of this process.
+
+    Args:
+        name: ``"auto"``: Triton for tensors on a GPU where it works, plain PyTorch otherwise.
+            ``"eager"``: plain PyTorch. ``"triton"``: as "auto", and for tensors on the CPU too if
+            Triton interprets its kernels (``TRITON_INTERPRET=1``, for debugging).
+            None: what the environment variable ``WSBCN_D2_BACKEND`` says, or else "auto", which is
+            how a process starts.
+
+    Raises:
+        ValueError: if the name is none of these.
+    """
+    global _chosen
+    _chosen = None if name is None else _checked(name, "the backend")
+
+
+def backend_name(device: Optional[torch.device] = None) -> str:
+    """The kernels in use for tensors on ``device``: ``"eager"`` or ``"triton"``.
+
+    Args:
+        device: default: the current GPU if there is one, else the CPU.
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choice = _chosen or _checked(os.environ.get(_VARIABLE) or "auto", _VARIABLE)
+    if choice == "eager" or (choice == "auto" and device.type != "cuda"):
+        return "eager"
+    return "eager" if _triton_fails(device.type, device.index, choice) else "triton"
+
+
+def kernels_for(x: Tensor) -> ModuleType:
+    """The module with the kernels for a tensor: :mod:`.eager` or :mod:`.triton_kernels`."""
+    if x.device.type in ("cpu", "cuda") and backend_name(x.device) == "triton":
+        from . import triton_kernels
+
+        return triton_kernels
+    return eager
+
+
+def _checked(name: str, what: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{what} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@lru_cache(maxsize=None)
+def _triton_fails(device_type: str, device_index: Optional[int], choice: str) -> bool:
+    """Whether Triton cannot serve a device, found out by trying; says so once."""
+    try:
+        from . import triton_kernels
+
+        if device_type == "cpu" and not triton_kernels.INTERPRETED:
+            raise RuntimeError("it compiles for GPUs only")
+        device = torch.device(device_type, device_index)
+        # Triton launches on the current device, which need not be that of the tensor.
+        with torch.cuda.device(device if device_type == "cuda" else -1):
+            triton_kernels.moments(torch.ones(1, 1, 2, 2, device=device))
+    except Exception as problem:  # a missing package, compiler or driver, an old GPU, ...
+        logger.warning(
+            f"Triton cannot be used on {device_type}, so normalization runs in plain PyTorch "
+            f"there, which needs more time: {type(problem).__name__}: {problem}"
+        )
+        return True
+    return False

@@ -1,0 +1,94 @@
+"""Batch statistics and running estimates: tables of shape (C,), the same for every backend."""
+
+from typing import Optional, Tuple, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def update_estimates(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    rate: Union[float, Tensor],
+    count: Union[float, Tensor],
+    skipped_updates: Optional[Tensor],
+    seen_elements: Optional[Tensor],
+) -> None:
+    """Moves the estimates towards the statistics of a batch, in place.
+
+    Nothing moves if any result would not be finite. The decision stays on the device: asking the
+    host for it would stall a GPU at every layer.
+
+    Args:
+        running_mean, running_var, mean, var: (C,).
+        rate: fraction of the way.
+        count: number of values behind the statistics of each channel.
+        skipped_updates: integer scalar, incremented if nothing moves.
+        seen_elements: scalar, incremented by ``count`` otherwise.
+    """
+    new_mean = running_mean + rate * (mean - running_mean)
+    new_var = running_var + rate * (var - running_var)
+    finite = torch.isfinite(new_mean).all() & torch.isfinite(new_var).all()
+    running_mean.copy_(torch.where(finite, new_mean, running_mean))
+    running_var.copy_(torch.where(finite, new_var, running_var))
+    if skipped_updates is not None:
+        skipped_updates.add_(~finite)
+    if seen_elements is not None:
+        seen_elements.add_(finite * count)
+
+
+def update_with_batch(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    rate: float,
+    count: Tensor,
+    skipped_updates: Optional[Tensor],
+    seen_elements: Optional[Tensor],
+) -> None:
+    """As :func:`update_estimates`, by the rules of :class:`torch.nn.BatchNorm2d`.
+
+    The estimate of the variance is unbiased, and an empty batch (``count``, a tensor, is 0)
+    changes nothing.
+    """
+    at_least_one = count.clamp(min=1)
+    unbiased = var * (at_least_one / (at_least_one - 1).clamp(min=1))
+    rate = rate * (count > 0).to(mean.dtype)
+    update_estimates(
+        running_mean, running_var, mean, unbiased, rate, count, skipped_updates, seen_elements
+    )
+
+
+def pool_over_ranks(mean: Tensor, var: Tensor, count: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """Statistics of the batches of all ranks together.
+
+    Every rank must call. Ranks whose batch is empty count for nothing.
+
+    Args:
+        mean, var: (C,), of this rank's batch; var is biased.
+        count: (1,), the number of values behind each of them.
+
+    Returns:
+        The same of the union of all batches.
+    """
+    channels = mean.numel()
+    local = torch.cat([mean, var, count])
+    world = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(world, local)
+    means, variances, counts = torch.stack(world).split([channels, channels, 1], dim=1)
+    count = counts.sum(dim=0)
+    share = counts / count.clamp(min=1)
+    mean = (share * means).sum(dim=0)
+    var = (share * (variances + (means - mean).square())).sum(dim=0)
+    return mean, var, count
+
+
+def sum_over_ranks(a: Tensor, b: Tensor) -> Tuple[Tensor, Tensor]:
+    """Sums of two tensors of the same shape (C,) over all ranks, with one collective."""
+    both = torch.cat([a, b])
+    dist.all_reduce(both)
+    return tuple(both.split(a.numel()))
