@@ -13,8 +13,8 @@
    of estimates a level, as Detectron2 does for the literal options "BN" and "SyncBN" only.
 
 3. A hook of PyTorch, called whenever a module gets a buffer. Meta-architectures register
-   ``pixel_mean`` when their parts are in place, which is the moment to say in the log what has
-   been standardized.
+   ``pixel_mean`` when their parts are in place, which is the moment to let the standardized
+   convolutions share their work, and to say in the log which they are.
 
 4. The backbones of :mod:`wsbcn_d2.modeling` in Detectron2's BACKBONE_REGISTRY.
 """
@@ -34,7 +34,13 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from .layers import BatchChannelNorm, is_convolution, standardize_
+from .layers import (
+    BatchChannelNorm,
+    WeightStandardized,
+    is_convolution,
+    standardize_,
+    standardize_together,
+)
 from .modeling import BACKBONES
 from .norm_options import NormOption, get_norm, weight_standardization_request
 from .summary import summarize
@@ -131,6 +137,7 @@ def _on_module(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None
 
 def _on_buffer(module: nn.Module, name: str, buffer: Optional[Tensor]) -> None:
     if name == "pixel_mean":
+        standardize_together(m for m in module.modules() if isinstance(m, WeightStandardized))
         _log_summary(module, type(module).__name__)
 
 

@@ -24,7 +24,9 @@ def describe_machine(device: torch.device) -> Dict[str, str]:
     }
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
-        machine["GPU"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+        machine[
+            "GPU"
+        ] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
         machine["CUDA"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
         machine["TF32"] = (
             f"convolutions {_yes(torch.backends.cudnn.allow_tf32)}, "

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import itertools
-import logging
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -90,32 +89,38 @@ def benchmark_train(
             if value is not None:
                 raise ValueError(f"{name} needs a GPU, and the device is {device}")
     configs = _configs(norms, device, checkpoint_activations, opts)
-    skipped: Dict[str, str] = {}
-    with _quiet():
-        models = {name: Trainee(cfg, device, amp, channels_last) for name, cfg in configs.items()}
-        folded, skipped["inference, folded"] = _folded(models)
+    trainees = {name: Trainee(cfg, device, amp, channels_last) for name, cfg in configs.items()}
+    folded, skipped = _folded(trainees)
     rows = []
     for count in images:
         batch = make_batch(count, size, device)
-        proposals = [
-            make_proposals(inputs["instances"].gt_boxes.tensor, size, _num_proposals(configs))
-            for inputs in batch
-        ]
+        results: Dict[str, Dict[str, Any]] = {name: {} for name in trainees}
         with contextlib.ExitStack() as stack:
-            for model in [t.model for t in (*models.values(), *folded.values())]:
-                stack.enter_context(fixed_heads(model, proposals))
-            results = _measure(models, folded, batch, repetitions, warmup, progress)
-        rows += [{"norm": name, "images": count, **results[name]} for name in models]
+            for model in (*(t.model for t in trainees.values()), *folded.values()):
+                stack.enter_context(fixed_heads(model, batch))
+            for title, runs in (
+                ("training", _training_runs(trainees, batch)),
+                ("inference", _inference_runs(trainees, folded, batch)),
+            ):
+                total = len(runs) * (repetitions + warmup)
+                title = f"{title}, {count} image" + ("s" if count > 1 else "")
+                with tqdm(total=total, desc=title, unit="run", disable=not progress) as bar:
+                    times = interleaved(runs, repetitions, warmup, on_run=bar.update)
+                for (name, _), phases in times.items():
+                    results[name].update({key: spread(value) for key, value in phases.items()})
+            for name, trainee in trainees.items():
+                results[name].update(trainee.memory(batch))
+        rows += [{"norm": name, "images": count, **results[name]} for name in trainees]
     if memory_gib is not None:
-        models.clear()
+        trainees.clear()
         folded.clear()
         for name, cfg in configs.items():
-            largest_batch = _largest_batch(
-                lambda: Trainee(cfg, device, amp, channels_last), size, memory_gib, progress, name
+            most = _largest_batch(
+                lambda: Trainee(cfg, device, amp, channels_last), size, memory_gib, name, progress
             )
             for row in rows:
                 if row["norm"] == name:
-                    row["largest_batch"] = largest_batch
+                    row["largest_batch"] = most
     return {
         "kind": "train",
         "device": device.type,
@@ -129,7 +134,7 @@ def benchmark_train(
             "warmup": warmup,
             "opts": list(opts),
         },
-        "skipped": {what: reason for what, reason in skipped.items() if reason},
+        "skipped": skipped,
         "rows": rows,
     }
 
@@ -138,7 +143,7 @@ class Trainee:
     """A model with what a training step needs.
 
     Attributes:
-        model: in training mode.
+        model: built from the config, with a fixed seed, in training mode.
         optimizer: Detectron2's SGD for the model.
     """
 
@@ -148,7 +153,6 @@ class Trainee:
         device: torch.device,
         amp: Optional[str] = None,
         channels_last: bool = False,
-        model: Optional[nn.Module] = None,
     ) -> None:
         """
         Args:
@@ -156,19 +160,17 @@ class Trainee:
             device: where the model is.
             amp: key of AMP_DTYPES.
             channels_last: memory format of the model.
-            model: default: built from the config, with a fixed seed.
         """
-        if model is None:
-            torch.manual_seed(0)
-            model = build_model(cfg)
+        torch.manual_seed(0)
+        self.model = build_model(cfg)
         if channels_last:
-            model.to(memory_format=torch.channels_last)
-        self.model = model
-        self.optimizer = build_optimizer(cfg, model)
+            self.model.to(memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(cfg, self.model)
         self._device = device
         self._amp = amp
-        # the operations of mixed precision in float16, as Detectron2's AMPTrainer has them
-        self._scaler = torch.cuda.amp.GradScaler(enabled=amp == "float16")
+        # PyTorch before 2.3 has it for CUDA alone
+        scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
+        self._scaler = scaler(enabled=amp == "float16")
 
     def autocast(self) -> ContextManager[Any]:
         """The context of forward passes."""
@@ -191,14 +193,6 @@ class Trainee:
     def step(self, batch: List[Dict[str, Any]]) -> None:
         """A training step."""
         self.update(self.loss(batch))
-
-    @torch.no_grad()
-    def infer(self, batch: List[Dict[str, Any]]) -> None:
-        """Inference up to the masks of the boxes, which are not pasted into the image."""
-        self.model.eval()
-        with self.autocast():
-            self.model.inference(batch, do_postprocess=False)
-        self.model.train()
 
     def state_bytes(self) -> int:
         """Memory that the model and its optimizer hold between two steps."""
@@ -293,42 +287,39 @@ def make_proposals(gt_boxes: Tensor, size: Tuple[int, int], count: int) -> Insta
     """
     generator = torch.Generator().manual_seed(1)
     near = gt_boxes.cpu().repeat(-(-count // (3 * len(gt_boxes))), 1)[: count // 3]
-    extent = (near[:, 2:] - near[:, :2]).repeat(1, 2)
-    shift = (torch.rand(len(near), 2, generator=generator) - 0.5).repeat(1, 2)
-    near = near + 0.1 * shift * extent
-    proposals = Instances(size)
-    boxes = torch.cat([near, _random_boxes(count - len(near), size, generator)])
-    proposals.proposal_boxes = Boxes(boxes.to(gt_boxes.device))
-    proposals.proposal_boxes.clip(size)
-    proposals.objectness_logits = torch.zeros(count, device=gt_boxes.device)
-    return proposals
+    shift = 0.1 * torch.rand(len(near), 2, generator=generator) - 0.05
+    near = near + (shift * (near[:, 2:] - near[:, :2])).repeat(1, 2)
+    boxes = Boxes(torch.cat([near, _random_boxes(count - len(near), size, generator)]))
+    boxes.clip(size)
+    logits = torch.zeros(count)
+    proposals = Instances(size, proposal_boxes=boxes, objectness_logits=logits)
+    return proposals.to(gt_boxes.device)
 
 
 @contextlib.contextmanager
-def fixed_heads(model: nn.Module, proposals: List[Instances]) -> Iterator[None]:
+def fixed_heads(model: nn.Module, batch: List[Dict[str, Any]]) -> Iterator[None]:
     """Makes what the heads of an R-CNN have to do independent of its weights.
 
-    The proposal generator does its work, but the heads get the given proposals (one entry an
-    image), and the box predictor is set to find an object in each of them and leave it in place.
+    The proposal generator does its work, but the heads get the proposals of :func:`make_proposals`,
+    as many as it would select in training, and the box predictor is set to find an object in each
+    of them and leave it in place (which it remains).
     """
-
-    def replace(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-        return proposals, outputs[1]
-
+    count = model.proposal_generator.post_nms_topk[True]  # of training
+    boxes = [(i["instances"].gt_boxes.tensor, i["instances"].image_size) for i in batch]
+    proposals = [make_proposals(gt_boxes, size, count) for gt_boxes, size in boxes]
+    predictor = model.roi_heads.box_predictor
     with torch.no_grad():
-        for layer in (model.roi_heads.box_predictor.cls_score, *_box_regression(model)):
+        for layer in (predictor.cls_score, predictor.bbox_pred):
             layer.weight.zero_()
             layer.bias.zero_()
-        model.roi_heads.box_predictor.cls_score.bias[0] = 10
-    handle = model.proposal_generator.register_forward_hook(replace)
+        predictor.cls_score.bias[0] = 10
+    handle = model.proposal_generator.register_forward_hook(
+        lambda module, inputs, outputs: (proposals, outputs[1])
+    )
     try:
         yield
     finally:
         handle.remove()
-
-
-def _box_regression(model: nn.Module) -> Tuple[nn.Module, ...]:
-    return (model.roi_heads.box_predictor.bbox_pred,)
 
 
 def _random_boxes(count: int, size: Tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -356,40 +347,26 @@ def _configs(
     return configs
 
 
-def _num_proposals(configs: Dict[str, CfgNode]) -> int:
-    return next(iter(configs.values())).MODEL.RPN.POST_NMS_TOPK_TRAIN
-
-
-def _folded(models: Dict[str, Trainee]) -> Tuple[Dict[str, Trainee], str]:
-    """Models for inference with stock layers, of those that have layers of this package, and the
-    reason if there are none."""
+def _folded(trainees: Dict[str, Trainee]) -> Tuple[Dict[str, nn.Module], Dict[str, str]]:
+    """Models of stock layers for inference, from those that have layers of this package, and what
+    was skipped for which reason."""
     try:
         from ..export import fold
     except ImportError as error:
-        return {}, str(error)
-    result = {}
-    for name, trainee in models.items():
-        if name != CHECKPOINTED and ("BCN" in name or "+WS" in name):
-            trainee.model.eval()
-            result[name] = trainee.with_model(fold(trainee.model))
-            trainee.model.train()
-    return result, ""
+        return {}, {"inference, folded": str(error)}
+    names = [n for n in trainees if n != CHECKPOINTED and ("BCN" in n or "+WS" in n)]
+    folded = {name: fold(trainees[name].model.eval()) for name in names}
+    for name in names:
+        trainees[name].model.train()
+    return folded, {}
 
 
-def _measure(
-    models: Dict[str, Trainee],
-    folded: Dict[str, Trainee],
-    batch: List[Dict[str, Any]],
-    repetitions: int,
-    warmup: int,
-    progress: bool,
-) -> Dict[str, Dict[str, Any]]:
-    """The results of every model for one batch."""
-    device = batch[0]["image"].device
-
+def _training_runs(
+    trainees: Dict[str, Trainee], batch: List[Dict[str, Any]]
+) -> Dict[Tuple[str, str], Callable[[], Times]]:
     def training(trainee: Trainee) -> Callable[[], Times]:
         def run() -> Times:
-            times = {"step": wall_time(lambda: trainee.step(batch), device)[1]}
+            times = {"step": wall_time(lambda: trainee.step(batch), batch[0]["image"].device)[1]}
             standardization = trainee.standardize()
             if standardization is not None:
                 times["standardization"] = standardization
@@ -397,33 +374,46 @@ def _measure(
 
         return run
 
-    def inference(trainee: Trainee, phase: str) -> Callable[[], Times]:
-        return lambda: {phase: wall_time(lambda: trainee.infer(batch), device)[1]}
+    return {(name, "training"): training(trainee) for name, trainee in trainees.items()}
 
-    results: Dict[str, Dict[str, Any]] = {name: {} for name in models}
-    runs = {(name, ""): training(trainee) for name, trainee in models.items()}
-    infer = {(n, "inference"): inference(t, "inference") for n, t in models.items()}
-    infer.update({(n, "folded"): inference(t, "inference_folded") for n, t in folded.items()})
-    for title, contenders in (("training", runs), ("inference", infer)):
-        total = len(contenders) * (repetitions + warmup)
-        title = f"{title}, {len(batch)} image" + ("s" if len(batch) > 1 else "")
-        with tqdm(total=total, desc=title, unit="run", disable=not progress) as bar:
-            times = interleaved(contenders, repetitions, warmup, on_run=bar.update)
-        for (name, _), phases in times.items():
-            results[name].update({phase: spread(values) for phase, values in phases.items()})
-    for name, trainee in models.items():
-        results[name].update(trainee.memory(batch))
-    return results
+
+def _inference_runs(
+    trainees: Dict[str, Trainee], folded: Dict[str, nn.Module], batch: List[Dict[str, Any]]
+) -> Dict[Tuple[str, str], Callable[[], Times]]:
+    """Inference ends with the masks of the boxes, before they are pasted into the image."""
+
+    def inference(trainee: Trainee, model: nn.Module, phase: str) -> Callable[[], Times]:
+        def run() -> Times:
+            training = model.training
+            model.eval()
+            with torch.no_grad(), trainee.autocast():
+                elapsed = wall_time(
+                    lambda: model.inference(batch, do_postprocess=False), batch[0]["image"].device
+                )[1]
+            model.train(training)
+            return {phase: elapsed}
+
+        return run
+
+    runs = {
+        (name, "inference"): inference(trainee, trainee.model, "inference")
+        for name, trainee in trainees.items()
+        if name != CHECKPOINTED  # the same as without
+    }
+    for name, model in folded.items():
+        runs[name, "folded"] = inference(trainees[name], model, "inference_folded")
+    return runs
 
 
 def _largest_batch(
     build: Callable[[], Trainee],
     size: Tuple[int, int],
     memory_gib: float,
-    progress: bool,
     title: str,
+    progress: bool,
 ) -> int:
-    """The most images for which two training steps fit into the memory."""
+    """The most images for which two training steps fit into the memory; the second has the state
+    of the optimizer."""
     device = torch.device("cuda", torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).total_memory
     gc.collect()
@@ -431,43 +421,25 @@ def _largest_batch(
     torch.cuda.set_per_process_memory_fraction(min(memory_gib * 2**30 / total, 1.0), device)
     with tqdm(desc=f"largest batch, {title}", unit="trial", disable=not progress) as bar:
 
+        def train(images: int) -> None:
+            trainee, batch = build(), make_batch(images, size, device)
+            with fixed_heads(trainee.model, batch):
+                for _ in range(2):
+                    trainee.step(batch)
+
         def fits(images: int) -> bool:
             bar.set_postfix(images=images)
             bar.update()
             try:
-                _train_two_steps(build, images, size, device)
-                return True
+                train(images)
             except torch.cuda.OutOfMemoryError:
                 return False
             finally:
                 gc.collect()
                 torch.cuda.empty_cache()
+            return True
 
         try:
             return largest(fits, _MOST_IMAGES)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
-
-
-def _train_two_steps(
-    build: Callable[[], Trainee], images: int, size: Tuple[int, int], device: torch.device
-) -> None:
-    """The second has the state of the optimizer."""
-    with _quiet():
-        trainee = build()
-    batch = make_batch(images, size, device)
-    count = 1000
-    proposals = [make_proposals(i["instances"].gt_boxes.tensor, size, count) for i in batch]
-    with fixed_heads(trainee.model, proposals):
-        for _ in range(2):
-            trainee.step(batch)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Detectron2 prints a model's every parameter when it builds one."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -1,6 +1,8 @@
 """Layers: modules with state and modes. They know nothing of configs."""
 
 from .batch_channel_norm import BatchChannelNorm, ChannelNorm
+from .fusion import is_hooked, normalize
+from .shared_standardization import StandardizeOnce, standardize_together
 from .weight_standardization import (
     WeightStandardized,
     WSConv2d,
@@ -12,9 +14,13 @@ from .weight_standardization import (
 __all__ = [
     "BatchChannelNorm",
     "ChannelNorm",
+    "StandardizeOnce",
     "WSConv2d",
     "WSConvTranspose2d",
     "WeightStandardized",
     "is_convolution",
+    "is_hooked",
+    "normalize",
     "standardize_",
+    "standardize_together",
 ]

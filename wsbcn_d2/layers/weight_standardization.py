@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from torch import Tensor, nn
 
-from ..ops import standardize_weight
+from ..ops import is_compiling, standardize_weight
+from .fusion import normalize
+from .shared_standardization import forget_standardized_weight, shared_standardized_weight
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
 _EPS = 1e-5
 _MARK = "ws_eps"
+_ADAPTATION = ("ws_scale", "ws_shift")
 
 
 class WeightStandardized(nn.Module):
@@ -28,18 +31,79 @@ class WeightStandardized(nn.Module):
 
     The state dict of such a layer has the keys of the plain one and ``ws_eps``, a float64 scalar.
     It tells weights that were trained under weight standardization from those that were not: the
-    latter give another function here, which loading them reports.
+    latter give another function here, which loading them reports. A checkpoint may also have
+    ``ws_scale`` and ``ws_shift``, (C_out,): the filters used are then ``ws_scale * W_hat +
+    ws_shift``. Conversion writes them, so that filters that were trained without weight
+    standardization keep their scale and mean (the adaptive variant of Qiao et al., DetectoRS,
+    arXiv 2006.02334); they are constant.
+
+    The standardized filters are kept for as long as the weight stays the same. A change through
+    ``weight.data`` cannot be seen; after one, call :meth:`forget_standardized_weight`, unless a
+    backward pass or a change between training and evaluation lies between it and the next use.
 
     Attributes:
         eps: added to the variance of a filter, inside the root; loaded with the weights.
+        ws_scale, ws_shift: buffers, None unless a checkpoint brought them.
     """
 
     weight: Tensor
     eps: float
+    ws_scale: Optional[Tensor]
+    ws_shift: Optional[Tensor]
+
+    # State of :mod:`.shared_standardization`, which neither copies nor pickles take along.
+    _standardized = None
+    _connected = None
+    _neighbours = ()
+    _in_graph = False
+
+    def _init_standardization(self, eps: float) -> None:
+        self.eps = eps
+        for name in _ADAPTATION:
+            self.register_buffer(name, None)
 
     def standardized_weight(self) -> Tensor:
-        """The filters that the convolution uses, of the shape and dtype of ``weight``."""
-        return standardize_weight(self.weight, self.eps)
+        """The filters that the convolution uses, of the shape of ``weight``.
+
+        Returns:
+            Tensor of the dtype of ``weight``, or in which autocast makes the convolution compute.
+        """
+        if torch.jit.is_scripting():
+            return self._adapted(standardize_weight(self.weight, self.eps))
+        else:  # TorchScript does not compile what is in the branch not taken
+            return self._shared_standardized_weight()
+
+    @torch.jit.unused
+    def _shared_standardized_weight(self) -> Tensor:
+        if is_compiling() or torch.jit.is_tracing():
+            return self._adapted(standardize_weight(self.weight, self.eps))
+        return self._adapted(shared_standardized_weight(self))
+
+    def _adapted(self, filters: Tensor) -> Tensor:
+        scale, shift = self.ws_scale, self.ws_shift
+        if scale is None or shift is None:
+            return filters
+        shape = [-1] + [1] * (filters.dim() - 1)
+        return (filters * scale.view(shape) + shift.view(shape)).to(filters.dtype)
+
+    def forget_standardized_weight(self) -> None:
+        """Makes the next call standardize the filters anew, after a change of ``weight.data``."""
+        forget_standardized_weight(self)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode != self.training:
+            self.forget_standardized_weight()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        self.forget_standardized_weight()
+        return super()._apply(fn, *args, **kwargs)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        state = dict(self.__dict__)
+        for name in ("_standardized", "_connected", "_neighbours", "_in_graph"):
+            state.pop(name, None)
+        return state
 
     def _save_to_state_dict(
         self, destination: Dict[str, Tensor], prefix: str, keep_vars: bool
@@ -67,13 +131,23 @@ class WeightStandardized(nn.Module):
                 logger.warning(
                     f"The weights loaded into {prefix}weight (and perhaps others) were not trained "
                     "with weight standardization: there is no record of it in the checkpoint. "
-                    "Standardizing them changes what the model computes. Either use weights that "
+                    "Standardizing them changes what the model computes. Either convert them with "
+                    "tools/convert_weights.py, which keeps what they compute, or use weights that "
                     "were trained with it, or remove '+WS' from the NORM options of the model."
                 )
             missing_keys.append(prefix + _MARK)
+        if prefix + "weight" in state_dict:
+            for name in _ADAPTATION:
+                given = state_dict.get(prefix + name)
+                self._buffers[name] = None if given is None else self._filter_table()
+        self.forget_standardized_weight()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _filter_table(self) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.empty(self.out_channels, dtype=dtype, device=self.weight.device)
 
 
 class WSConv2d(WeightStandardized, Conv2d):
@@ -95,7 +169,7 @@ class WSConv2d(WeightStandardized, Conv2d):
             eps: added to the variance of each filter, inside the root.
         """
         super().__init__(*args, norm=norm, activation=activation, **kwargs)
-        self.eps = eps
+        self._init_standardization(eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """
@@ -106,11 +180,14 @@ class WSConv2d(WeightStandardized, Conv2d):
             (N, C_out, H_out, W_out)
         """
         x = self._conv_forward(x, self.standardized_weight(), self.bias)
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.activation is not None:
-            x = self.activation(x)
-        return x
+        if torch.jit.is_scripting():
+            if self.norm is not None:
+                x = self.norm(x)
+            if self.activation is not None:
+                x = self.activation(x)
+            return x
+        else:
+            return normalize(x, self.norm, activation=self.activation)
 
 
 class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
@@ -123,7 +200,7 @@ class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
             eps: added to the variance of each filter, inside the root.
         """
         super().__init__(*args, **kwargs)
-        self.eps = eps
+        self._init_standardization(eps)
 
     def standardized_weight(self) -> Tensor:
         """The filters that the convolution uses, (C_in, C_out / groups, kh, kw)."""
@@ -131,7 +208,7 @@ class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
         # divide the first.
         w = self.weight.unflatten(0, (self.groups, self.in_channels // self.groups))
         w = w.transpose(1, 2).flatten(0, 1)
-        w = standardize_weight(w, self.eps)
+        w = self._adapted(standardize_weight(w, self.eps))
         w = w.unflatten(0, (self.groups, self.out_channels // self.groups))
         return w.transpose(1, 2).flatten(0, 1)
 
@@ -233,5 +310,5 @@ def standardize_(conv: nn.Module, eps: float = _EPS) -> nn.Module:
     if type(conv) is nn.Conv2d:
         conv.norm, conv.activation = None, None
     conv.__class__ = _STANDARDIZED[type(conv)]
-    conv.eps = eps
+    conv._init_standardization(eps)
     return conv

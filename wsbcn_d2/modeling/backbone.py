@@ -13,6 +13,8 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .blocks import fuse_blocks_
+
 
 class CheckpointedStage(nn.Sequential):
     """A stage whose blocks keep only their input in training and run again in the backward pass."""
@@ -34,7 +36,8 @@ class CheckpointedStage(nn.Sequential):
 def build_wsbcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Detectron2's ResNet (depths 18 to 152, ResNeXt, deformable blocks).
 
-    With ``MODEL.WSBCN.CHECKPOINT_ACTIVATIONS``, its stages trade time for memory.
+    Its blocks need fewer passes over their activations with BCN; see :mod:`.blocks`. With
+    ``MODEL.WSBCN.CHECKPOINT_ACTIVATIONS``, its stages trade time for memory.
 
     Raises:
         KeyError: if the config lacks the keys of :func:`wsbcn_d2.add_wsbcn_config`.
@@ -44,6 +47,7 @@ def build_wsbcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             "MODEL.WSBCN is missing: call wsbcn_d2.add_wsbcn_config(cfg) after get_cfg()"
         )
     resnet = build_resnet_backbone(cfg, input_shape)
+    fuse_blocks_(resnet)
     if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
         # ResNet keeps its stages in a plain list too, so the objects must remain the same.
         for stage in resnet.stages:

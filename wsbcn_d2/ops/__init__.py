@@ -3,11 +3,7 @@
 from .backend import BACKENDS, backend_name, set_backend
 from .batch_channel_norm import batch_channel_norm, moments
 from .state import in_backward, is_compiling
-from .weight_standardization import (
-    standardize_all,
-    standardize_all_backward,
-    standardize_weight,
-)
+from .weight_standardization import standardize_all, standardize_all_backward, standardize_weight
 
 __all__ = [
     "BACKENDS",

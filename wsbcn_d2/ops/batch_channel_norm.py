@@ -30,11 +30,11 @@ passes over the activation: the addition of a residual, and ReLU.
 
 Two operations are known to PyTorch, and so to torch.compile and the profiler:
 ``wsbcn_d2::batch_channel_norm`` and ``wsbcn_d2::batch_channel_norm_backward``. A backend
-(:mod:`.eager`, :mod:`.triton_kernels`) has a function for each with the same arguments. The forward
-one returns ``y`` and tables in the compute dtype, at least float32: ``m, v, d`` (N, C), ``r`` (N, G),
-``mu, rstd`` (C,) and ``count`` (1,), the number of values behind ``mu`` if that is of the batch, else
-empty. The backward one takes them and returns the gradients of x, of the residual (empty if there is
-none), ``weight``, ``bias``, ``group_weight`` and ``group_bias``.
+(:mod:`.eager`, :mod:`.triton_kernels`) has a function for each with the same arguments. The
+forward one returns ``y`` and tables in the compute dtype, at least float32: ``m, v, d`` (N, C),
+``r`` (N, G), ``mu, rstd`` (C,) and ``count`` (1,), the number of values behind ``mu`` if that is of
+the batch, else empty. The backward one takes them and returns the gradients of x, of the residual
+(empty if there is none), ``weight``, ``bias``, ``group_weight`` and ``group_bias``.
 """
 
 from typing import Any, Optional, Tuple
@@ -45,11 +45,10 @@ from torch import Tensor
 from .backend import kernels_for
 from .library import LIBRARY
 
-
 LIBRARY.define(
     "batch_channel_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, "
     "Tensor group_weight, Tensor group_bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
-    "Tensor(c!)? skipped_updates, Tensor(d!)? seen_elements, float? update_rate, float eps, "
+    "Tensor(c!)? skipped_updates, Tensor(d!)? seen_elements, Tensor? update_rate, float eps, "
     "bool use_batch_statistics, bool relu, bool synchronize) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -106,6 +105,12 @@ def batch_channel_norm(
     Returns:
         Tensor of the shape, dtype and memory format of x.
     """
+    if update_rate is not None:
+        # A tensor, but on the CPU, where reading it stalls nothing: torch.compile would take a
+        # number for a constant and compile again whenever a schedule changes it.
+        rate = torch.tensor(update_rate, dtype=torch.float64, device="cpu")
+    else:
+        rate = None
     return _BatchChannelNorm.apply(
         x,
         residual,
@@ -117,7 +122,7 @@ def batch_channel_norm(
         running_var,
         skipped_updates,
         seen_elements,
-        update_rate,
+        rate,
         eps,
         use_batch_statistics,
         relu,
@@ -144,7 +149,7 @@ class _BatchChannelNorm(torch.autograd.Function):
         running_var: Tensor,
         skipped_updates: Optional[Tensor],
         seen_elements: Optional[Tensor],
-        update_rate: Optional[float],
+        update_rate: Optional[Tensor],
         eps: float,
         use_batch_statistics: bool,
         relu: bool,
@@ -208,7 +213,7 @@ def _forward_shapes(
     running_var: Tensor,
     skipped_updates: Optional[Tensor],
     seen_elements: Optional[Tensor],
-    update_rate: Optional[float],
+    update_rate: Optional[Tensor],
     eps: float,
     use_batch_statistics: bool,
     relu: bool,

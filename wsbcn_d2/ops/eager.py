@@ -28,7 +28,7 @@ def batch_channel_norm_forward(
     running_var: Tensor,
     skipped_updates: Optional[Tensor],
     seen_elements: Optional[Tensor],
-    update_rate: Optional[float],
+    update_rate: Optional[Tensor],
     eps: float,
     use_batch_statistics: bool,
     relu: bool,
@@ -47,14 +47,20 @@ def batch_channel_norm_forward(
             mu, s2, count = pool_over_ranks(mu, s2, count)
         if update_rate is not None:
             update_with_batch(
-                running_mean, running_var, mu, s2, update_rate, count.squeeze(0), *counters
+                running_mean, running_var, mu, s2, float(update_rate), count.squeeze(0), *counters
             )
     else:
         count = m.new_empty(0)
         if update_rate is not None and values:
             around_old = (v + (m - running_mean).square()).mean(dim=0)
             update_estimates(
-                running_mean, running_var, m.mean(dim=0), around_old, update_rate, values, *counters
+                running_mean,
+                running_var,
+                m.mean(dim=0),
+                around_old,
+                float(update_rate),
+                values,
+                *counters
             )
         mu, s2 = running_mean.to(m.dtype, copy=True), running_var.to(m.dtype)
 

@@ -689,7 +689,7 @@ def batch_channel_norm_forward(
     running_var: Tensor,
     skipped_updates: Optional[Tensor],
     seen_elements: Optional[Tensor],
-    update_rate: Optional[float],
+    update_rate: Optional[Tensor],
     eps: float,
     use_batch_statistics: bool,
     relu: bool,
@@ -729,7 +729,7 @@ def batch_channel_norm_forward(
             tiling.part,
             tiling.parts,
             float(images * pixels),
-            float(update_rate or 0.0),
+            0.0 if update_rate is None else float(update_rate),
             AROUND_ESTIMATE=around_estimate,
             COMPUTE=compute,
             BLOCK_R=min(triton.next_power_of_2(rows), _TABLE_TILE // block_c),
@@ -752,7 +752,7 @@ def batch_channel_norm_forward(
                 running_var,
                 mean,
                 var,
-                update_rate,
+                float(update_rate),
                 count.squeeze(0),
                 skipped_updates,
                 seen_elements,
@@ -1051,7 +1051,10 @@ def _concatenated(weights: List[Tensor]) -> Tensor:
 def _divided(flat: Tensor, weights: List[Tensor]) -> List[Tensor]:
     """The inverse of :func:`_concatenated`."""
     parts = flat.split([w.numel() for w in weights])
-    return [part.as_strided(w.shape, w.stride(), part.storage_offset()) for part, w in zip(parts, weights)]
+    return [
+        part.as_strided(w.shape, w.stride(), part.storage_offset())
+        for part, w in zip(parts, weights)
+    ]
 
 
 def _storage_order(weight: Tensor) -> List[int]:

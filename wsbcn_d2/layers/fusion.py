@@ -1,0 +1,44 @@
+"""Normalization together with what follows it, in one pass over the activation where possible."""
+
+from typing import Callable, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .batch_channel_norm import BatchChannelNorm
+
+_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+
+
+def normalize(
+    x: Tensor,
+    norm: Optional[nn.Module],
+    residual: Optional[Tensor] = None,
+    activation: Optional[Callable[[Tensor], Tensor]] = None,
+) -> Tensor:
+    """``activation(norm(x) + residual)``; any of the three may be missing.
+
+    :class:`BatchChannelNorm` computes all of it at once if the activation is ReLU, unless a hook
+    listens to its output.
+    """
+    relu = activation in _RELUS or type(activation) is nn.ReLU
+    if isinstance(norm, BatchChannelNorm) and not is_hooked(norm) and (relu or activation is None):
+        return norm(x, residual=residual, relu=relu)
+    if norm is not None:
+        x = norm(x)
+    if residual is not None:
+        x = x + residual
+    if activation is not None:
+        x = activation(x)
+    return x
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something wants to see the inputs or outputs of a module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

@@ -1,0 +1,310 @@
+"""When filters are standardized: once for as long as they stay the same, and many at once.
+
+A convolution that is called several times between two steps of the optimizer (a head on five
+feature levels, several batches whose gradients accumulate, a recomputed stage) uses the same
+standardized filters each time, and so does one that is evaluated on many images. What each
+convolution remembers is valid for its weight tensor as it is: its identity, version and address,
+``eps`` and the dtype. All of these are known to the host, so nothing waits for a GPU. PyTorch
+counts a version for every change in place, also by optimizers, ``load_state_dict`` and in-place
+operations under ``no_grad``, but not for those through ``weight.data``; so after a backward pass, a
+change of mode or a conversion of the module, filters are standardized anew in any case.
+
+The convolutions of one model share the work (:func:`standardize_together`): the first that needs
+its filters has those of some megabytes of its neighbours standardized as well, by one operation,
+whose gradient is one operation too.
+"""
+
+import weakref
+from types import TracebackType
+from typing import Any, Iterable, List, Optional, Tuple, Type
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import in_backward, standardize_all, standardize_all_backward, standardize_weight
+
+# Values in the weights that are standardized together. Their gradients are ready together as well,
+# so the number is about that of a gradient bucket of DistributedDataParallel (25 MB).
+_GROUP_SIZE = 6_000_000
+
+_scope: Optional["StandardizeOnce"] = None
+
+
+class Standardized:
+    """The standardized filters of one convolution, and what they were made of."""
+
+    def __init__(
+        self, weight: Tensor, eps: float, value: Tensor, mean: Tensor, rstd: Tensor
+    ) -> None:
+        self.weight = weight
+        self.version = weight._version
+        self.address = weight.data_ptr()
+        self.eps = eps
+        self.value = value
+        self.mean = mean
+        self.rstd = rstd
+        self.scope = _scope
+        # Whether a backward pass has come by: the optimizer may now change the weight.
+        self.used = False
+        # Collects the gradients of all but the last of several backward passes.
+        self.leaf: Optional[Tensor] = None
+
+    def holds_for(self, weight: Tensor, eps: float, dtype: torch.dtype) -> bool:
+        """Whether these are still the standardized filters of ``weight``."""
+        within_step = in_backward() or (_scope is not None and _scope is self.scope)
+        if self.used and not within_step:
+            return False
+        return (
+            self.weight is weight
+            and self.version == weight._version
+            and self.address == weight.data_ptr()
+            and self.eps == eps
+            and self.value.dtype == dtype
+        )
+
+    def take_gradient(self, grad: Optional[Tensor]) -> Optional[Tensor]:
+        """``grad`` and what has been collected."""
+        if self.leaf is None or self.leaf.grad is None:
+            return grad
+        collected, self.leaf = self.leaf.grad, None
+        return collected if grad is None else collected.add_(grad)
+
+
+class Neighbours:
+    """Convolutions of one model that are standardized together."""
+
+    def __init__(self, convs: Iterable[nn.Module]) -> None:
+        # Weak, since the convolutions refer to this object.
+        self._convs = [weakref.ref(conv) for conv in convs]
+
+    def __iter__(self) -> Any:
+        return (conv for conv in (ref() for ref in self._convs) if conv is not None)
+
+
+def standardize_together(convs: Iterable[nn.Module]) -> None:
+    """Makes the weight-standardized convolutions of a model share the work.
+
+    Args:
+        convs: in the order of the model. Those that are copied or pickled later work on their own.
+    """
+    group: List[nn.Module] = []
+    groups = [group]
+    for conv in convs:
+        if sum(c.weight.numel() for c in group) >= _GROUP_SIZE:
+            group = []
+            groups.append(group)
+        group.append(conv)
+    for group in groups:
+        neighbours = Neighbours(group)
+        for conv in group:
+            conv.__dict__["_neighbours"] = neighbours
+
+
+class StandardizeOnce:
+    """Context of several forward and backward passes for one step of the optimizer.
+
+    Filters are standardized once, and their gradients collected until the backward pass of the
+    last one, which carries them on to the weights; hooks of the weights, such as those by which
+    DistributedDataParallel reduces gradients, see the sum then.
+
+    Attributes:
+        last: to be set when the last of the passes begins.
+    """
+
+    def __init__(self) -> None:
+        self.last = False
+        self._collecting: List[Standardized] = []
+
+    def __enter__(self) -> "StandardizeOnce":
+        global _scope
+        if _scope is not None:
+            raise RuntimeError("StandardizeOnce cannot be nested")
+        _scope = self
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        global _scope
+        _scope = None
+        # Convolutions that the last pass did not use.
+        records = [r for r in self._collecting if r.leaf is not None]
+        for record in records:
+            grad = record.take_gradient(None)
+            if grad is None or kind is not None:
+                record.leaf = None
+                continue
+            (grad,) = _weight_gradients([record], [grad])
+            weight = record.weight
+            weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+        for record in self._collecting:
+            record.used = True
+
+    def leaf_of(self, record: Standardized) -> Tensor:
+        """The standardized filters as the end of the graph of a pass that is not the last."""
+        if record.leaf is None:
+            # In the dtype of the weight, so that gradients are not summed in half precision.
+            leaf = record.value.detach().to(record.weight.dtype)
+            record.leaf = leaf.requires_grad_()
+            self._collecting.append(record)
+        return record.leaf
+
+
+def shared_standardized_weight(conv: nn.Module) -> Tensor:
+    """The standardized filters of a convolution, in the dtype in which it computes.
+
+    Args:
+        conv: a weight-standardized convolution whose filters are the first dimension of its weight.
+    """
+    weight = conv.weight
+    if not weight.is_leaf or weight.is_inference() or _is_transformed(weight):
+        return standardize_weight(weight, conv.eps)
+    dtype = _compute_dtype(weight)
+    record = conv._standardized
+    if record is None or not record.holds_for(weight, conv.eps, dtype):
+        _standardize(conv, dtype)
+        record = conv._standardized
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        return record.value
+    if _scope is not None and not _scope.last:
+        return _scope.leaf_of(record)
+    connected = conv._connected
+    if connected is None or connected[0] is not record:
+        _connect(conv, dtype)
+        connected = conv._connected
+    if not in_backward():
+        conv.__dict__["_in_graph"] = True
+    return connected[1]
+
+
+def forget_standardized_weight(conv: nn.Module) -> None:
+    """Makes the next call standardize anew."""
+    conv.__dict__["_standardized"] = None
+    conv.__dict__["_connected"] = None
+
+
+def _standardize(conv: nn.Module, dtype: torch.dtype) -> None:
+    convs = [conv] + [
+        other
+        for other in conv._neighbours
+        if other is not conv
+        and _matches(other, conv)
+        and (
+            other._standardized is None
+            or not other._standardized.holds_for(other.weight, other.eps, dtype)
+        )
+    ]
+    weights, eps = [c.weight for c in convs], [c.eps for c in convs]
+    with torch.inference_mode(False), torch.no_grad():
+        results = zip(*standardize_all(weights, eps, dtype))
+    for c, (value, mean, rstd) in zip(convs, results):
+        forget_standardized_weight(c)
+        c.__dict__["_standardized"] = Standardized(c.weight, c.eps, value, mean, rstd)
+
+
+def _connect(conv: nn.Module, dtype: torch.dtype) -> None:
+    """Gives the standardized filters of a convolution a place in the graph.
+
+    Those of its neighbours that the graph of the last pass contained share it. Others must not: a
+    backward pass visits every weight behind a node, and DistributedDataParallel would take that of
+    a stage under reentrant checkpointing, which has a graph of its own, for done.
+    """
+    convs = [conv]
+    if not in_backward():
+        for other in conv._neighbours:
+            record = other._standardized
+            if (
+                other is not conv
+                and other.weight.requires_grad
+                and _matches(other, conv)
+                and record is not None
+                and record.holds_for(other.weight, other.eps, dtype)
+                and (other._in_graph or record.leaf is not None)
+            ):
+                other.__dict__["_in_graph"] = False
+                convs.append(other)
+    records = [c._standardized for c in convs]
+    outputs = _Connect.apply(records, *(c.weight for c in convs))
+    for c, record, output in zip(convs, records, outputs):
+        c.__dict__["_connected"] = (record, output)
+
+
+class _Connect(torch.autograd.Function):
+    """From weights to their standardized values, which are there already.
+
+    The graph keeps plain references instead of saved tensors: several forward passes share this
+    node, and the backward pass of each may come on its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, records: List[Standardized], *weights: Tensor) -> Tuple[Tensor, ...]:
+        ctx.records = records
+        ctx.set_materialize_grads(False)
+        return tuple(record.value.view_as(record.value) for record in records)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+        outputs: List[Optional[Tensor]] = [None] * len(grads)
+        total = [record.take_gradient(grad) for record, grad in zip(ctx.records, grads)]
+        given = [i for i, grad in enumerate(total) if grad is not None]
+        results = _weight_gradients([ctx.records[i] for i in given], [total[i] for i in given])
+        for i, result in zip(given, results):
+            outputs[i] = result
+        for record in ctx.records:
+            record.used = True
+        return (None, *outputs)
+
+
+def _weight_gradients(records: List[Standardized], grads: List[Tensor]) -> List[Tensor]:
+    for record in records:
+        if record.version != record.weight._version:
+            raise RuntimeError(
+                "the weight of a standardized convolution was changed in place between a forward "
+                "pass and its backward pass"
+            )
+    if torch.is_grad_enabled():  # create_graph=True: the gradient must be differentiable
+        return [
+            torch.autograd.grad(
+                standardize_weight(r.weight, r.eps), r.weight, grad.to(r.weight), create_graph=True
+            )[0]
+            for r, grad in zip(records, grads)
+        ]
+    if len({grad.dtype for grad in grads}) > 1:
+        grads = [grad.to(r.weight.dtype) for r, grad in zip(records, grads)]
+    if not records:
+        return []
+    return standardize_all_backward(
+        grads,
+        [r.weight for r in records],
+        [r.mean for r in records],
+        [r.rstd for r in records],
+    )
+
+
+def _matches(other: nn.Module, conv: nn.Module) -> bool:
+    a, b = other.weight, conv.weight
+    return a.dtype == b.dtype and a.device == b.device and a.is_leaf and not a.is_inference()
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    kind = weight.device.type
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    # PyTorch 2.0 to 2.3
+    if kind == "cuda" and torch.is_autocast_enabled():
+        return torch.get_autocast_gpu_dtype()
+    if kind == "cpu" and torch.is_autocast_cpu_enabled():
+        return torch.get_autocast_cpu_dtype()
+    return weight.dtype
+
+
+def _is_transformed(weight: Tensor) -> bool:
+    """Whether a tensor stands for another one, in torch.func, export and the like."""
+    try:
+        weight.data_ptr()
+        return False
+    except RuntimeError:
+        return True

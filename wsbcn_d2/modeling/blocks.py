@@ -1,0 +1,105 @@
+"""Detectron2's ResNet blocks with ReLU and the addition of the shortcut inside the normalization.
+
+Parameters, names and results are those of the stock blocks; with :class:`BatchChannelNorm` layers a
+block makes one pass over an activation where the stock block makes two or three.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
+from torch import Tensor, nn
+
+from ..layers import BatchChannelNorm, WSConv2d, is_hooked, normalize
+
+
+class FusedBasicStem(BasicStem):
+    """The stem of a ResNet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: images, (N, 3, H, W).
+
+        Returns:
+            (N, 64, H / 4, W / 4)
+        """
+        if torch.jit.is_scripting():
+            x = F.relu(self.conv1(x))
+        else:
+            x = _convolve(self.conv1, x)
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+
+
+class FusedBasicBlock(BasicBlock):
+    """The block of ResNet-18 and 34."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (N, in_channels, H, W).
+
+        Returns:
+            (N, out_channels, H / stride, W / stride)
+        """
+        if torch.jit.is_scripting():
+            out = self.conv2(F.relu(self.conv1(x)))
+            shortcut = x if self.shortcut is None else self.shortcut(x)
+            return F.relu(out + shortcut)
+        else:  # TorchScript does not compile what is in the branch not taken
+            out = _convolve(self.conv1, x)
+            shortcut = x if self.shortcut is None else self.shortcut(x)
+            return _convolve(self.conv2, out, shortcut)
+
+
+class FusedBottleneckBlock(BottleneckBlock):
+    """The block of ResNet-50 and deeper."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (N, in_channels, H, W).
+
+        Returns:
+            (N, out_channels, H / stride, W / stride)
+        """
+        if torch.jit.is_scripting():
+            out = self.conv3(F.relu(self.conv2(F.relu(self.conv1(x)))))
+            shortcut = x if self.shortcut is None else self.shortcut(x)
+            return F.relu(out + shortcut)
+        else:
+            out = _convolve(self.conv2, _convolve(self.conv1, x))
+            shortcut = x if self.shortcut is None else self.shortcut(x)
+            return _convolve(self.conv3, out, shortcut)
+
+
+_FUSED = {
+    BasicStem: FusedBasicStem,
+    BasicBlock: FusedBasicBlock,
+    BottleneckBlock: FusedBottleneckBlock,
+}
+
+
+def fuse_blocks_(model: nn.Module) -> None:
+    """Turns the stock stem and blocks of a ResNet into those of this module, in place.
+
+    Objects stay the same and only their class changes. Subclasses, such as the deformable
+    bottleneck, are left alone.
+    """
+    for module in model.modules():
+        if type(module) in _FUSED:
+            module.__class__ = _FUSED[type(module)]
+
+
+def _convolve(conv: nn.Module, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+    """``relu(conv(x) + residual)`` of a convolution with a normalization layer."""
+    fusible = type(conv) in (Conv2d, WSConv2d) and conv.activation is None and not is_hooked(conv)
+    if fusible and isinstance(conv.norm, BatchChannelNorm):
+        weight = conv.standardized_weight() if isinstance(conv, WSConv2d) else conv.weight
+        return normalize(conv._conv_forward(x, weight, conv.bias), conv.norm, residual, F.relu)
+    out = conv(x)
+    if residual is not None:
+        out += residual
+    return F.relu_(out)
