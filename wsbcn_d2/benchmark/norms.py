@@ -91,6 +91,17 @@ class ReferenceBatchChannelNorm(nn.Module):
         self.running_var.mul_(1 - self.update_rate).add_(self.update_rate * var)
 
 
+class WithReLU(nn.Module):
+    """BCN and ReLU in one operation."""
+
+    def __init__(self, norm: BatchChannelNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x, relu=True)
+
+
 class ThenReLU(nn.Module):
     """A layer and, in an operation of its own and in place, as in Detectron2's ResNet, ReLU."""
 
@@ -130,6 +141,7 @@ CONTENDERS: Dict[str, Callable[[int, int, torch.device], nn.Module]] = {
     "BCN": _batch_channel_norm("estimate"),
     "BatchBCN": _batch_channel_norm("batch"),
     "BCN, ReLU": lambda *args: ThenReLU(_batch_channel_norm("estimate")(*args)),
+    "BCN+ReLU": lambda *args: WithReLU(_batch_channel_norm("estimate")(*args)),
     "reference": lambda channels, groups, device: ReferenceBatchChannelNorm(channels, groups),
     "reference, compiled": _compiled_reference,
     "GroupNorm": lambda channels, groups, device: nn.GroupNorm(groups, channels),
@@ -138,7 +150,7 @@ CONTENDERS: Dict[str, Callable[[int, int, torch.device], nn.Module]] = {
     "FrozenBN": lambda channels, groups, device: FrozenBatchNorm2d(channels),
     "Liger GroupNorm": _liger_group_norm,
 }
-OURS = ("BCN", "BatchBCN", "BCN, ReLU")
+OURS = ("BCN", "BatchBCN", "BCN, ReLU", "BCN+ReLU")
 
 
 def benchmark_norms(

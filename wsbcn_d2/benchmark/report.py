@@ -199,9 +199,10 @@ def _images_per_second(row: Dict[str, Any], phase: str) -> Optional[float]:
 
 
 def _norms_figure(results: Results) -> Figure:
-    """The time of every contender over that of GroupNorm, a panel for each dtype and format."""
+    """The time of the contenders over that of GroupNorm, a panel for each dtype and format."""
     grouped = cases(results)
     names = list(dict.fromkeys(row["contender"] for row in results["rows"]))
+    names = [name for name in names if name != GROUP_NORM]  # it is the line at 1
     figure = Figure(figsize=(12, 4.2 * len(grouped) + 0.8), constrained_layout=True)
     panels = figure.subplots(len(grouped), 1, squeeze=False, sharey=True)[:, 0]
     for axes, ((dtype, memory_format), layers) in zip(panels, grouped.items()):
@@ -240,7 +241,7 @@ def _norms_figure(results: Results) -> Figure:
 def _train_figure(results: Results) -> Figure:
     """Time and peak memory of a step, a row of panels for each batch size."""
     sizes = list(dict.fromkeys(row["images"] for row in results["rows"]))
-    figure = Figure(figsize=(11, 3.4 * len(sizes)), constrained_layout=True)
+    figure = Figure(figsize=(11, 3.4 * len(sizes) + 0.4), constrained_layout=True)
     panels = figure.subplots(len(sizes), 2, squeeze=False)
     for (times, memory), images in zip(panels, sizes):
         rows = [row for row in results["rows"] if row["images"] == images]
@@ -260,12 +261,13 @@ def _train_figure(results: Results) -> Figure:
         bars = memory.barh(names, peak, color=colors, alpha=0.3)
         memory.barh(names, saved, color=colors, alpha=0.8, height=0.4)
         memory.bar_label(bars, [f" {value:.2f}" for value in peak])
-        memory.set_xlabel("GiB: peak of a step (light), saved for the backward pass (dark)")
+        memory.set_xlabel("GiB: peak (light), saved for the backward pass (dark)")
         for axes in (times, memory):
             axes.invert_yaxis()
             axes.margins(x=0.18)
-        times.set_title(f"Mask R-CNN R-50-FPN, {results['device']}")
-        memory.set_title(train_title(results, images))
+        times.set_title(f"time of a step, {train_title(results, images)}")
+        memory.set_title("memory of a step")
+    figure.suptitle(f"Mask R-CNN R-50-FPN, {results['device']}")
     return figure
 
 

@@ -200,6 +200,10 @@ class Trainee:
         tensors = itertools.chain(self.model.parameters(), self.model.buffers(), state)
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
+    def standardized_convolutions(self) -> List[WeightStandardized]:
+        """The convolutions with weight standardization."""
+        return [m for m in self.model.modules() if isinstance(m, WeightStandardized)]
+
     def memory(self, batch: List[Dict[str, Any]]) -> Dict[str, int]:
         """Measures a step, which must not be the first.
 
@@ -209,6 +213,8 @@ class Trainee:
             GPU, all memory of its allocator; on a CPU, that of tensors, without the workspaces of
             kernels.
         """
+        for conv in self.standardized_convolutions():
+            conv.forget_standardized_weight()  # it is memory of the step
         if self._device.type == "cuda":
             before = torch.cuda.memory_allocated(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -230,7 +236,7 @@ class Trainee:
         Returns:
             Milliseconds; None if there are no such filters.
         """
-        convs = [m for m in self.model.modules() if isinstance(m, WeightStandardized)]
+        convs = self.standardized_convolutions()
         if not convs:
             return None
         weights = [conv.weight for conv in convs]

@@ -190,8 +190,9 @@ def _moments(x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     x = x.to(_compute_dtype(x))
     mean = x.mean(dim=(2, 3)) if x.numel() else x.new_zeros(x.shape[:2])
     centered = x - mean[:, :, None, None]
-    var = _dot(centered, centered) / max(x.shape[2] * x.shape[3], 1)
-    return mean, var, centered
+    # The norm reads its operand once; a sum of squares would be written before it is summed.
+    square_sum = torch.linalg.vector_norm(centered, dim=(2, 3)).square()
+    return mean, square_sum / max(x.shape[2] * x.shape[3], 1), centered
 
 
 def _scale_shift_(centered: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
