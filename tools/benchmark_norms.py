@@ -26,7 +26,7 @@ def parse_shapes(texts: "list[str]") -> Dict[str, Shape]:
     return shapes
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -46,6 +46,11 @@ def main() -> int:
         default=512,
         help="size of the tensor whose copy gives the bandwidth, more than the caches hold",
     )
+    return parser
+
+
+def main() -> int:
+    parser = build_parser()
     args = parser.parse_args()
     try:
         device = command_line.check(args)

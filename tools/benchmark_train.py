@@ -22,7 +22,7 @@ def parse_size(text: Optional[str], device: torch.device) -> Tuple[int, int]:
     return sizes[0], sizes[-1]
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -51,6 +51,11 @@ def main() -> int:
     parser.add_argument(
         "--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys, for all models"
     )
+    return parser
+
+
+def main() -> int:
+    parser = build_parser()
     args = parser.parse_args()
     try:
         device = command_line.check(args)

@@ -16,16 +16,20 @@ from .measure import KernelClock, Times, copy_bandwidth, interleaved, saved_byte
 Shape = Tuple[int, int, int, int]
 
 # What is normalized for an image of 800 x 1333 pixels, which Detectron2 pads to 800 x 1344, and in
-# the heads for 512 proposals of which 128 have masks (the most there are in training).
+# the heads for 512 proposals of which 128 have masks (the most there are in training). Of the
+# inputs of a stage's three layers, "in" is that of its first block before the stride. p6 has a
+# normalization layer in other detectors.
 SHAPES: Dict[str, Shape] = {
     "stem": (1, 64, 400, 672),
     "res2": (1, 64, 200, 336),
     "res2 out, p2": (1, 256, 200, 336),
+    "res3 in": (1, 128, 200, 336),
     "res3": (1, 128, 100, 168),
     "res3 out": (1, 512, 100, 168),
-    "p3": (1, 256, 100, 168),
+    "res4 in, p3": (1, 256, 100, 168),
     "res4, p4": (1, 256, 50, 84),
     "res4 out": (1, 1024, 50, 84),
+    "res5 in": (1, 512, 50, 84),
     "res5": (1, 512, 25, 42),
     "res5 out": (1, 2048, 25, 42),
     "p5": (1, 256, 25, 42),
@@ -235,7 +239,7 @@ def floor_ms(shape: Sequence[int], dtype: str, bandwidth: float) -> Dict[str, fl
     Forward it is read for its statistics, then read and written; backward it and the gradient are
     read for the sums, then both are read and the gradient of the input is written.
     """
-    pass_ms = math.prod(shape) * DTYPES[dtype].itemsize / bandwidth * 1e3
+    pass_ms = math.prod(shape) * torch.finfo(DTYPES[dtype]).bits / 8 / bandwidth * 1e3
     return {"forward": 3 * pass_ms, "backward": 5 * pass_ms, "total": 8 * pass_ms}
 
 

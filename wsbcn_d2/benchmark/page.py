@@ -119,7 +119,7 @@ def _bars_table(results: Sequence[Results]) -> str:
             rows.append([bar.text, _not_measured(bar.device), ""])
         else:
             rows.append([bar.text, verdict[0], "yes" if verdict[1] else "**no**"])
-    return report.table(["bar", "measured", "met"], rows)
+    return report.table(["bar", "measured", "met"], rows, left=3)
 
 
 def _layers(
@@ -185,7 +185,7 @@ def _saved(results: Sequence[Results]) -> Optional[Verdict]:
             met = met and ours <= theirs + tables
             ratios.append((ours / theirs, text))
     verdict = _most(ratios, limit=0)
-    return verdict and (verdict[0] + ", all of it tables" * met, met)
+    return verdict and (verdict[0] + ", the rest tables" * met, met)
 
 
 def _step(

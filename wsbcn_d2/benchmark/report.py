@@ -47,9 +47,11 @@ def figure(results: Results) -> Figure:
     return {"norms": _norms_figure, "train": _train_figure}[results["kind"]](results)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its first column aligned to the left and the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, its first ``left`` columns aligned to the left and the others to the
+    right."""
+    alignment = ["---"] * left + ["---:"] * (len(header) - left)
+    lines = [header, alignment, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

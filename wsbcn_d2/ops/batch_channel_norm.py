@@ -32,9 +32,10 @@ Two operations are known to PyTorch, and so to torch.compile and the profiler:
 ``wsbcn_d2::batch_channel_norm`` and ``wsbcn_d2::batch_channel_norm_backward``. A backend
 (:mod:`.eager`, :mod:`.triton_kernels`) has a function for each with the same arguments. The
 forward one returns ``y`` and tables in the compute dtype, at least float32: ``m, v, d`` (N, C),
-``r`` (N, G), ``mu, rstd`` (C,) and ``count`` (1,), the number of values behind ``mu`` if that is of
-the batch, else empty. The backward one takes them and returns the gradients of x, of the residual
-(empty if there is none), ``weight``, ``bias``, ``group_weight`` and ``group_bias``.
+``r`` (N, G), ``mu`` and ``rstd = 1 / sqrt(s2 + eps)`` (C,), the coefficients of t, ``scale`` and
+``shift`` (N, C), and ``count`` (1,), the number of values behind ``mu`` if that is of the batch,
+else empty. The backward one takes them and returns the gradients of x, of the residual (empty if
+there is none), ``weight``, ``bias``, ``group_weight`` and ``group_bias``.
 """
 
 from typing import Any, Optional, Tuple
@@ -50,12 +51,12 @@ LIBRARY.define(
     "Tensor group_weight, Tensor group_bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
     "Tensor(c!)? skipped_updates, Tensor(d!)? seen_elements, Tensor? update_rate, float eps, "
     "bool use_batch_statistics, bool relu, bool synchronize) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "batch_channel_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, "
-    "Tensor group_weight, Tensor group_bias, Tensor m, Tensor v, Tensor d, Tensor r, Tensor mu, "
-    "Tensor rstd, Tensor count, bool relu, bool has_residual, bool synchronize) "
+    "Tensor group_weight, Tensor m, Tensor v, Tensor d, Tensor r, Tensor mu, Tensor rstd, "
+    "Tensor scale, Tensor shift, Tensor count, bool relu, bool has_residual, bool synchronize) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -174,7 +175,7 @@ class _BatchChannelNorm(torch.autograd.Function):
         )
         recomputable = residual is None and not kernels_for(x).SAVES_OUTPUT_OF_RELU
         saved_y = y if relu and not recomputable else None
-        ctx.save_for_backward(x, saved_y, weight, group_weight, group_bias, *tables)
+        ctx.save_for_backward(x, saved_y, weight, group_weight, *tables)
         ctx.options = (relu, residual is not None, synchronize)
         ctx.parameter_dtypes = (weight.dtype, bias.dtype, group_weight.dtype, group_bias.dtype)
         return y
@@ -231,6 +232,8 @@ def _forward_shapes(
         table.new_empty(images, group_weight.shape[0]),
         table.new_empty(channels),
         table.new_empty(channels),
+        torch.empty_like(table),
+        torch.empty_like(table),
         table.new_empty(int(use_batch_statistics)),
     )
 
@@ -241,7 +244,6 @@ def _backward_shapes(
     y: Optional[Tensor],
     weight: Tensor,
     group_weight: Tensor,
-    group_bias: Tensor,
     m: Tensor,
     *args: Any,
 ) -> Tuple[Tensor, ...]:

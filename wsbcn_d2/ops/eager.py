@@ -81,7 +81,7 @@ def batch_channel_norm_forward(
         y = y.add_(residual)
     if relu:
         y = y.relu_()
-    return _cast(y, x.dtype), m, v, d.flatten(1), r.flatten(1), mu, rstd, count
+    return _cast(y, x.dtype), m, v, d.flatten(1), r.flatten(1), mu, rstd, scale, shift, count
 
 
 def batch_channel_norm_backward(
@@ -90,13 +90,14 @@ def batch_channel_norm_backward(
     y: Optional[Tensor],
     weight: Tensor,
     group_weight: Tensor,
-    group_bias: Tensor,
     m: Tensor,
     v: Tensor,
     d: Tensor,
     r: Tensor,
     mu: Tensor,
     rstd: Tensor,
+    scale: Tensor,
+    shift: Tensor,
     count: Tensor,
     relu: bool,
     has_residual: bool,

@@ -155,12 +155,16 @@ def _forward_tables_kernel(
     seen_ptr,
     weight_ptr,
     bias_ptr,
+    group_weight_ptr,
+    group_bias_ptr,
     m_ptr,
     v_ptr,
     d_ptr,
     r_ptr,
     mu_out_ptr,
     rstd_out_ptr,
+    scale_ptr,
+    shift_ptr,
     channels,
     groups,
     pixels,
@@ -174,7 +178,7 @@ def _forward_tables_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
 ):
-    """One image and group: its statistics.
+    """One image and group: its statistics, and the affine map of each channel.
 
     With ``UPDATE`` the candidates become the estimates, if all of the layer are finite. Every
     program finds that out for itself, and those of the first image write the estimates.
@@ -236,11 +240,14 @@ def _forward_tables_kernel(
     d = tl.where(inside, z_mean - tl.sum(tl.where(inside, z_mean, 0.0), axis=0) / size, 0.0)
     group_var = tl.sum(tl.where(inside, a * a * v + d * d, 0.0), axis=0) / size
     r = 1.0 / tl.sqrt(group_var + eps)
+    gain = tl.load(group_weight_ptr + g).to(COMPUTE) * r
 
     at = n * channels + c
     tl.store(m_ptr + at, m, mask=inside)
     tl.store(v_ptr + at, v, mask=inside)
     tl.store(d_ptr + at, d, mask=inside)
+    tl.store(scale_ptr + at, gain * a, mask=inside)
+    tl.store(shift_ptr + at, gain * d + tl.load(group_bias_ptr + g).to(COMPUTE), mask=inside)
     tl.store(r_ptr + n * groups + g, r)
     if n == 0:
         tl.store(mu_out_ptr + c, mu, mask=inside)
@@ -248,44 +255,14 @@ def _forward_tables_kernel(
 
 
 @triton.jit
-def _affine(
-    n,
-    c,
-    inside,
-    weight_ptr,
-    group_weight_ptr,
-    group_bias_ptr,
-    d_ptr,
-    r_ptr,
-    rstd_ptr,
-    channels,
-    groups,
-    COMPUTE: tl.constexpr,
-):
-    """Scale and shift of channels c of image n: ``y = scale * (x - m) + shift``."""
-    g = c // (channels // groups)
-    k = tl.load(group_weight_ptr + g, mask=inside, other=0.0).to(COMPUTE)
-    k *= tl.load(r_ptr + n * groups + g, mask=inside, other=0.0)
-    a = tl.load(weight_ptr + c, mask=inside, other=0.0).to(COMPUTE)
-    a *= tl.load(rstd_ptr + c, mask=inside, other=0.0)
-    d = tl.load(d_ptr + n * channels + c, mask=inside, other=0.0)
-    return k * a, k * d + tl.load(group_bias_ptr + g, mask=inside, other=0.0).to(COMPUTE)
-
-
-@triton.jit
 def _apply_kernel(
     x_ptr,
     residual_ptr,
     y_ptr,
-    weight_ptr,
-    group_weight_ptr,
-    group_bias_ptr,
     m_ptr,
-    d_ptr,
-    r_ptr,
-    rstd_ptr,
+    scale_ptr,
+    shift_ptr,
     channels,
-    groups,
     pixels,
     tiles,
     stride_n,
@@ -307,20 +284,8 @@ def _apply_kernel(
     mask = inside[:, None] & (p[None, :] < pixels)
     at = n * stride_n + c.to(tl.int64)[:, None] * stride_c + p.to(tl.int64)[None, :] * stride_p
     m = tl.load(m_ptr + n * channels + c, mask=inside, other=0.0)
-    scale, shift = _affine(
-        n,
-        c,
-        inside,
-        weight_ptr,
-        group_weight_ptr,
-        group_bias_ptr,
-        d_ptr,
-        r_ptr,
-        rstd_ptr,
-        channels,
-        groups,
-        COMPUTE,
-    )
+    scale = tl.load(scale_ptr + n * channels + c, mask=inside, other=0.0)
+    shift = tl.load(shift_ptr + n * channels + c, mask=inside, other=0.0)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(COMPUTE)
     y = scale[:, None] * (x - m[:, None]) + shift[:, None]
     if HAS_RESIDUAL:
@@ -345,17 +310,12 @@ def _sums_kernel(
     grad_ptr,
     x_ptr,
     y_ptr,
-    weight_ptr,
-    group_weight_ptr,
-    group_bias_ptr,
     m_ptr,
-    d_ptr,
-    r_ptr,
-    rstd_ptr,
+    scale_ptr,
+    shift_ptr,
     s1_ptr,
     s2_ptr,
     channels,
-    groups,
     pixels,
     stride_n,
     stride_c,
@@ -381,20 +341,8 @@ def _sums_kernel(
     scale = m
     shift = m
     if RELU and not HAS_RESIDUAL:
-        scale, shift = _affine(
-            n,
-            c,
-            inside,
-            weight_ptr,
-            group_weight_ptr,
-            group_bias_ptr,
-            d_ptr,
-            r_ptr,
-            rstd_ptr,
-            channels,
-            groups,
-            COMPUTE,
-        )
+        scale = tl.load(scale_ptr + n * channels + c, mask=inside, other=0.0)
+        shift = tl.load(shift_ptr + n * channels + c, mask=inside, other=0.0)
     s1 = tl.zeros([BLOCK_C, BLOCK_P], COMPUTE)
     s2 = tl.zeros([BLOCK_C, BLOCK_P], COMPUTE)
     row = n * stride_n + c.to(tl.int64)[:, None] * stride_c
@@ -489,18 +437,13 @@ def _input_grad_kernel(
     y_ptr,
     grad_x_ptr,
     grad_residual_ptr,
-    weight_ptr,
-    group_weight_ptr,
-    group_bias_ptr,
     m_ptr,
-    d_ptr,
-    r_ptr,
-    rstd_ptr,
+    scale_ptr,
+    shift_ptr,
     p_ptr,
     q_ptr,
     c_ptr,
     channels,
-    groups,
     pixels,
     tiles,
     stride_n,
@@ -529,20 +472,8 @@ def _input_grad_kernel(
         scale = m
         shift = m
         if not HAS_RESIDUAL:
-            scale, shift = _affine(
-                n,
-                c,
-                inside,
-                weight_ptr,
-                group_weight_ptr,
-                group_bias_ptr,
-                d_ptr,
-                r_ptr,
-                rstd_ptr,
-                channels,
-                groups,
-                COMPUTE,
-            )
+            scale = tl.load(scale_ptr + table, mask=inside, other=0.0)
+            shift = tl.load(shift_ptr + table, mask=inside, other=0.0)
         grad = _under_relu(grad, x, y_ptr, at, mask, m, scale, shift, HAS_RESIDUAL)
         if HAS_RESIDUAL:
             tl.store(grad_residual_ptr + at, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
@@ -708,6 +639,7 @@ def batch_channel_norm_forward(
     y = torch.empty_like(x)
     count = table(int(use_batch_statistics)).fill_(images * pixels)
     m, v, d, r = (table(images, size) for size in (channels, channels, channels, groups))
+    scale, shift = table(images, channels), table(images, channels)
     mu, rstd = table(channels), table(channels)
     if x.numel():
         tiling = _Tiling.of(x)
@@ -769,7 +701,7 @@ def batch_channel_norm_forward(
     if not x.numel():
         mu.copy_(statistics[0])
         rstd.copy_(torch.rsqrt(statistics[1] + eps))
-        return y, m.zero_(), v.zero_(), d.zero_(), r.zero_(), mu, rstd, count
+        return y, m, v, d, r, mu, rstd, scale, shift, count
 
     block_d = triton.next_power_of_2(channels // groups)
     _forward_tables_kernel[(images * groups,)](
@@ -783,12 +715,16 @@ def batch_channel_norm_forward(
         seen_elements,
         weight,
         bias,
+        group_weight,
+        group_bias,
         m,
         v,
         d,
         r,
         mu,
         rstd,
+        scale,
+        shift,
         channels,
         groups,
         pixels,
@@ -806,15 +742,10 @@ def batch_channel_norm_forward(
         x,
         residual if residual is None else _as(residual, x),
         y,
-        weight,
-        group_weight,
-        group_bias,
         m,
-        d,
-        r,
-        rstd,
+        scale,
+        shift,
         channels,
-        groups,
         pixels,
         tiling.tiles,
         *tiling.strides,
@@ -824,7 +755,7 @@ def batch_channel_norm_forward(
         BLOCK_C=tiling.block_c,
         BLOCK_P=tiling.block_p,
     )
-    return y, m, v, d, r, mu, rstd, count
+    return y, m, v, d, r, mu, rstd, scale, shift, count
 
 
 def batch_channel_norm_backward(
@@ -833,13 +764,14 @@ def batch_channel_norm_backward(
     y: Optional[Tensor],
     weight: Tensor,
     group_weight: Tensor,
-    group_bias: Tensor,
     m: Tensor,
     v: Tensor,
     d: Tensor,
     r: Tensor,
     mu: Tensor,
     rstd: Tensor,
+    scale: Tensor,
+    shift: Tensor,
     count: Tensor,
     relu: bool,
     has_residual: bool,
@@ -859,7 +791,7 @@ def batch_channel_norm_backward(
         grad_residual = torch.empty_like(x)
     p, q, c = (torch.empty_like(m) for _ in range(3))
     parameters = m.new_empty(images, 2 * channels + 2 * groups)
-    tables = (weight, group_weight, group_bias, m, d, r, rstd)
+    tables = (m, scale, shift)
     activation = {"HAS_RESIDUAL": has_residual, "RELU": relu}
 
     if x.numel():
@@ -874,7 +806,6 @@ def batch_channel_norm_backward(
             s1,
             s2,
             channels,
-            groups,
             pixels,
             *tiling.strides,
             tiling.part,
@@ -929,7 +860,6 @@ def batch_channel_norm_backward(
             q,
             c,
             channels,
-            groups,
             pixels,
             tiling.tiles,
             *tiling.strides,

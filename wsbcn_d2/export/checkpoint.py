@@ -1,0 +1,80 @@
+"""From a config with weights to exported files."""
+
+import os
+from typing import Any, Dict
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+
+from ..engine.checkpoint import atomic_write
+from .deployment import export_backbone_onnx, export_onnx, script, trace
+from .fold import fold
+from .stock import CHECKPOINT, CONFIG, LOADER, save_for_detectron2
+
+FORMATS = ("detectron2", "tracing", "scripting", "onnx", "onnx-backbone")
+
+
+def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> str:
+    """Folds the model of a config and writes it in one of several formats.
+
+    Args:
+        cfg: names the weights, ``MODEL.WEIGHTS``.
+        output: the folder to write, for "detectron2"; else the file, in an existing folder. Files
+            appear when they are complete.
+        format: one of ``FORMATS``: files for Detectron2 (see :func:`save_for_detectron2`),
+            TorchScript by tracing or scripting, ONNX of the whole model or of its backbone.
+
+    Returns:
+        What was written, for the person who asked for it.
+
+    Raises:
+        ValueError: if the weights do not belong to the model, or the format cannot express it.
+        FileNotFoundError: if there is no folder for the output.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; allowed are {', '.join(FORMATS)}")
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("MODEL.WEIGHTS is empty; it must name the checkpoint to export")
+    folder = os.path.dirname(os.path.abspath(output))
+    if format != "detectron2" and not os.path.isdir(folder):
+        raise FileNotFoundError(f"there is no folder {folder!r} to write {output!r} to")
+    original = build_model(cfg)
+    _CompleteCheckpointer(original).load(cfg.MODEL.WEIGHTS)
+    model = fold(original)
+    if format == "detectron2":
+        alone = save_for_detectron2(model, cfg, output)
+        return f"{output}: {CONFIG}, {CHECKPOINT} and {LOADER}, " + (
+            "which Detectron2 loads without the last, too"
+            if alone
+            else f"to be loaded with {LOADER}: BCN became biases that Detectron2 does not build"
+        )
+    names = ""
+    if format in ("onnx", "onnx-backbone"):
+        onnx = export_onnx(model) if format == "onnx" else export_backbone_onnx(model.backbone)
+        with atomic_write(output) as file:
+            file.write(onnx)
+        return output
+    if format == "tracing":
+        scripted, keys = trace(model)
+        names = f": (image) -> ({', '.join(keys)})"
+    else:
+        scripted = script(model)
+    with atomic_write(output) as file:
+        torch.jit.save(scripted, file)
+    return output + names
+
+
+class _CompleteCheckpointer(DetectionCheckpointer):
+    """Refuses what Detectron2 only warns about."""
+
+    def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        wrong = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
+        if wrong:
+            raise ValueError(
+                f"MODEL.WEIGHTS: {len(wrong)} entries of the model are missing in the checkpoint "
+                f"or have other shapes there, the first of them {', '.join(wrong[:3])}"
+            )
+        return incompatible

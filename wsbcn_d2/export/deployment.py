@@ -1,0 +1,238 @@
+"""A folded model as TorchScript or ONNX.
+
+Inputs are images as Detectron2's models take them: (3, H, W), float32, values 0 to 255, in the
+channel order of ``INPUT.FORMAT``. Outputs are those before the final resizing: boxes (N, 4) in
+pixels of the input, and masks of R-CNNs (N, 1, 28, 28) in the box.
+"""
+
+import contextlib
+import inspect
+import io
+import warnings
+from typing import Any, Dict, Iterator, List, Tuple
+
+import torch
+from detectron2.export import TracingAdapter, scripting_with_instances
+from detectron2.layers import CycleBatchNormList
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+from torch.onnx import symbolic_helper
+
+# Half-pixel RoIAlign, which is what Detectron2's ROIAlignV2 is, came with version 16. With
+# Detectron2's STABLE_ONNX_OPSET_VERSION, 11, boxes are wrong by tens of pixels.
+_OPSET = 17
+
+# What Instances may hold while a detector runs.
+_FIELDS = {
+    "proposal_boxes": Boxes,
+    "objectness_logits": Tensor,
+    "pred_boxes": Boxes,
+    "scores": Tensor,
+    "pred_classes": Tensor,
+    "pred_masks": Tensor,
+    "pred_keypoints": Tensor,
+    "pred_keypoint_heatmaps": Tensor,
+}
+
+
+def trace(model: nn.Module) -> Tuple[torch.jit.ScriptModule, List[str]]:
+    """Traces a detector or semantic segmenter by Detectron2's TracingAdapter.
+
+    Args:
+        model: from :func:`fold`.
+
+    Returns:
+        A function of an image (3, H, W) of any size, and the names of the tensors it returns, for
+        example ``["pred_boxes", "pred_classes", "pred_masks", "scores"]``. To load it, a program
+        needs ``torch`` and ``torchvision``.
+    """
+    adapter, image = _adapter(model)
+    with _expected_warnings():
+        # The check would call it with the same image again.
+        traced = torch.jit.trace(adapter, (image,), check_trace=False)
+    return traced, adapter.outputs_schema.keys
+
+
+def script(model: nn.Module) -> torch.jit.ScriptModule:
+    """Scripts a detector by Detectron2's scripting_with_instances.
+
+    Args:
+        model: from :func:`fold`.
+
+    Returns:
+        A function of a list of ``{"image": (3, H, W)}`` that returns a list of dictionaries.
+
+    Raises:
+        ValueError: if the model cannot be scripted.
+    """
+    if any(isinstance(module, CycleBatchNormList) for module in model.modules()):
+        raise ValueError(
+            "Detectron2's CycleBatchNormList, which a head with estimates for each feature level "
+            "folds to, cannot be scripted; trace the model instead"
+        )
+    kind = _ScriptableRCNN if isinstance(model, GeneralizedRCNN) else _ScriptableDetector
+    return scripting_with_instances(kind(model).eval(), _FIELDS)
+
+
+def export_onnx(model: nn.Module) -> bytes:
+    """A detector or semantic segmenter as ONNX.
+
+    Proposals with equal scores may be taken in another order than by PyTorch, whose order is
+    unspecified, too; that can change which boxes remain.
+
+    Args:
+        model: from :func:`fold`.
+
+    Returns:
+        A file with the input ``image``, (3, height, width), and outputs named as by :func:`trace`.
+
+    Raises:
+        ImportError: if the package ``onnx`` is not installed.
+    """
+    adapter, image = _adapter(model)
+    return _to_onnx(
+        adapter, image, adapter.outputs_schema.keys, {"image": {1: "height", 2: "width"}}
+    )
+
+
+def export_backbone_onnx(backbone: nn.Module) -> bytes:
+    """A backbone, for example ResNet-FPN, as ONNX.
+
+    Args:
+        backbone: of a model from :func:`fold`.
+
+    Returns:
+        A file with the input ``images``, (N, 3, H, W), normalized by ``MODEL.PIXEL_MEAN`` and
+        ``PIXEL_STD``, H and W multiples of ``backbone.size_divisibility``; and the feature maps as
+        outputs, by name.
+
+    Raises:
+        ImportError: if the package ``onnx`` is not installed.
+    """
+    names = list(backbone.output_shape())
+    axes = {"images": {0: "batch", 2: "height", 3: "width"}}
+    axes.update({name: {0: "batch", 2: f"{name}_height", 3: f"{name}_width"} for name in names})
+    device = next(backbone.parameters()).device
+    sample = torch.zeros(1, 3, 256, 320, device=device)
+    adapter = TracingAdapter(backbone, sample, lambda model, x: [model(x)[name] for name in names])
+    return _to_onnx(adapter.eval(), sample, names, axes)
+
+
+# ---------------------------------------------------------------------------------------- adapters
+
+
+def _adapter(model: nn.Module) -> Tuple[TracingAdapter, Tensor]:
+    """A function from tensor to tensors, which has been called once, and its input."""
+    # Nothing is found in it, and what is recorded holds for all images.
+    image = torch.zeros(3, 256, 320, device=model.device)
+    adapter = TracingAdapter(model, image, _predict).eval()
+    adapter(image)
+    return adapter, image
+
+
+def _predict(model: nn.Module, image: Tensor) -> Dict[str, Tensor]:
+    inputs = [{"image": image}]
+    if isinstance(model, GeneralizedRCNN):
+        outputs: Dict[str, Any] = {"instances": model.inference(inputs, do_postprocess=False)[0]}
+    else:
+        outputs = model(inputs)[0]
+    tensors: Dict[str, Tensor] = {}
+    for name, value in outputs.items():
+        fields = value.get_fields() if isinstance(value, Instances) else {name: value}
+        tensors.update({k: v.tensor if isinstance(v, Boxes) else v for k, v in fields.items()})
+    return tensors
+
+
+@contextlib.contextmanager
+def _expected_warnings() -> Iterator[None]:
+    """Detectron2's assertions are not part of a trace, which PyTorch reports one by one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        yield
+
+
+class _ScriptableRCNN(nn.Module):
+    """Returns dictionaries, since a script that returns Instances cannot be saved
+    (https://github.com/pytorch/pytorch/issues/46944)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: List[Dict[str, Tensor]]) -> List[Dict[str, Tensor]]:
+        instances = self.model.inference(inputs, do_postprocess=False)
+        return [i.get_fields() for i in instances]
+
+
+class _ScriptableDetector(nn.Module):
+    """The same for RetinaNet and FCOS."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: List[Dict[str, Tensor]]) -> List[Dict[str, Tensor]]:
+        instances = self.model(inputs)
+        return [i.get_fields() for i in instances]
+
+
+# -------------------------------------------------------------------------------------------- ONNX
+
+
+def _to_onnx(
+    adapter: TracingAdapter, sample: Tensor, names: List[str], axes: Dict[str, Dict[int, str]]
+) -> bytes:
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "ONNX files need the package onnx: pip install onnx (or wsbcn_d2[export])"
+        ) from error
+    # The exporter by tracing, which knows torchvision's operations.
+    options: Dict[str, Any] = {}
+    if "dynamo" in inspect.signature(torch.onnx.export).parameters:
+        options["dynamo"] = False
+    file = io.BytesIO()
+    with _group_norm_of_nothing(), _expected_warnings():
+        torch.onnx.export(
+            adapter,
+            (sample,),
+            file,
+            input_names=list(axes)[:1],
+            output_names=names,
+            dynamic_axes=axes,
+            opset_version=_OPSET,
+            **options,
+        )
+    return file.getvalue()
+
+
+@contextlib.contextmanager
+def _group_norm_of_nothing() -> Iterator[None]:
+    """Exports GroupNorm so that it takes an empty batch, as the heads of an R-CNN get where nothing
+    is detected. PyTorch's own reshapes to (0, groups, -1), which onnxruntime refuses."""
+    torch.onnx.register_custom_op_symbolic("aten::group_norm", _group_norm_symbolic, _OPSET)
+    try:
+        yield
+    finally:
+        torch.onnx.unregister_custom_op_symbolic("aten::group_norm", _OPSET)
+
+
+@symbolic_helper.parse_args("v", "i", "v", "v", "f", "b")
+def _group_norm_symbolic(g, x, groups, weight, bias, eps, cudnn):  # type: ignore[no-untyped-def]
+    def constant(value: Tensor) -> Any:
+        return g.op("Constant", value_t=value)
+
+    shape = g.op("Shape", x)
+    batch = g.op("Shape", x, start_i=0, end_i=1)
+    per_image = g.op("ReduceProd", g.op("Shape", x, start_i=1), keepdims_i=1)
+    per_group = g.op("Div", per_image, constant(torch.tensor([groups])))
+    grouped = g.op("Concat", batch, constant(torch.tensor([groups])), per_group, axis_i=0)
+    y = g.op("Reshape", x, grouped, allowzero_i=1)
+    ones, zeros = constant(torch.ones(groups)), constant(torch.zeros(groups))
+    y = g.op("InstanceNormalization", y, ones, zeros, epsilon_f=eps)
+    y = g.op("Reshape", y, shape, allowzero_i=1)
+    axes = constant(torch.tensor([1, 2]))
+    y = g.op("Mul", y, g.op("Unsqueeze", weight, axes))
+    return g.op("Add", y, g.op("Unsqueeze", bias, axes))
