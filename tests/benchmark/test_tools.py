@@ -1,14 +1,17 @@
-"""The commands of the documentation, in processes of their own."""
+"""The two tools, and the command that runs them."""
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 
 from wsbcn_d2.benchmark import report
+from wsbcn_d2.benchmark.__main__ import COMMANDS, commands, main
 
 ROOT = Path(__file__).parents[2]
 NORMS = [
@@ -25,23 +28,25 @@ TRAIN = [
 ]
 
 
-def run(command, cwd, *arguments):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, *command, "--device", "cpu", *arguments],
-        env=env,
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-    )
-    return result
+def load_tool(kind):
+    name = f"benchmark_{kind}"
+    spec = spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("kind,arguments", [("norms", NORMS), ("train", TRAIN)])
 def test_benchmark(kind, arguments, tmp_path):
     tool = ROOT / "tools" / f"benchmark_{kind}.py"
     outputs = ["--json", "out.json", "--markdown", "out.md", "--plot", "out.png"]
-    result = run([tool], tmp_path, *outputs, *arguments)
+    result = subprocess.run(
+        [sys.executable, tool, "--device", "cpu", *outputs, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.md", "out.png"]
     content = json.loads((tmp_path / "out.json").read_text())
@@ -72,16 +77,27 @@ def test_benchmark(kind, arguments, tmp_path):
         ("norms", ["--json", "nowhere/out.json"], "there is no folder"),
     ],
 )
-def test_an_error_is_one_line(kind, arguments, message, tmp_path):
-    result = run([ROOT / "tools" / f"benchmark_{kind}.py"], tmp_path, *arguments)
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith(f"benchmark_{kind}.py: {message}")
-    assert "Traceback" not in result.stderr and list(tmp_path.iterdir()) == []
+def test_an_error_is_one_line(kind, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tool = str(ROOT / "tools" / f"benchmark_{kind}.py")
+    monkeypatch.setattr(sys, "argv", [tool, "--device", "cpu", *arguments])
+    assert load_tool(kind).main() == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith(f"benchmark_{kind}.py: {message}")
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_list(tmp_path):
-    result = run(["-m", "wsbcn_d2.benchmark"], tmp_path, "--list")
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[0] == "tools/benchmark_norms.py --device cpu --json docs/benchmarks/norms-cpu.json"
-    assert lines[1].startswith("tools/benchmark_train.py --device cpu --size 256 ")
+@pytest.mark.parametrize("command", [c for device in COMMANDS for c in commands(device)])
+def test_commands_behind_the_page(command):
+    tool, *arguments = shlex.split(command)
+    args = load_tool(Path(tool).stem.partition("_")[2]).build_parser().parse_args(arguments)
+    name = Path(args.json).stem
+    assert name in COMMANDS[args.device] and Path(args.json).parent == Path("docs/benchmarks")
+
+
+def test_list_of_commands(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--device", "cpu", "--list"])
+    assert main() == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "tools/benchmark_norms.py --device cpu --json docs/benchmarks/norms-cpu.json"
+    assert second.startswith("tools/benchmark_train.py --device cpu --size 256 ")

@@ -142,5 +142,7 @@ def test_standardization_finds_new_weights_each_time():
 
 @pytest.mark.parametrize("option", [{"amp": "float16"}, {"memory_gib": 16.0}])
 def test_options_that_need_a_gpu(option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))} needs a GPU, and the device is cpu"):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(option))} needs a GPU, and the device is cpu"
+    ):
         benchmark_train(("GN",), device=CPU, size=(64, 64), **option)

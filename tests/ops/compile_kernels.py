@@ -1,0 +1,80 @@
+"""Compiles every Triton kernel for a GPU, which needs none: the interpreter checks no types.
+
+In a process of its own, because the interpreter is chosen when Triton is imported.
+"""
+
+import re
+import sys
+
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from wsbcn_d2.ops import triton_kernels as kernels
+
+HALF = ("x_ptr", "y_ptr", "residual_ptr", "grad_ptr", "grad_x_ptr", "grad_residual_ptr")
+POINTERS = {"starts_ptr": "*i64", "skipped_ptr": "*i64", "eps_ptr": "*fp64", "out_ptr": "*fp32"}
+FLOATS = ("values", "group_values", "update_rate", "eps")
+# Arguments that can be 1, for which Triton compiles a variant with the constant in their place.
+ONES = ("channels", "groups", "pixels", "tiles", "rows", "part", "parts", "stride_n", "stride_c")
+ACTIVATION = [
+    {"HAS_RESIDUAL": residual, "RELU": relu}
+    for residual, relu in ((False, False), (False, True), (True, True), (True, False))
+]
+TABLES = {"BLOCK_D": 8, "BLOCK_S": 64}
+VARIANTS = {
+    "_moments_kernel": [{}],
+    "_pool_kernel": [{"AROUND_ESTIMATE": e, "BLOCK_R": 64, "BLOCK_C": 16} for e in (True, False)],
+    "_forward_tables_kernel": [
+        {"UPDATE": update, "BLOCK_ALL": 512, **TABLES} for update in (True, False)
+    ],
+    "_apply_kernel": ACTIVATION,
+    "_sums_kernel": ACTIVATION,
+    "_backward_tables_kernel": [TABLES],
+    "_input_grad_kernel": ACTIVATION,
+    "_standardize_kernel": [{"BLOCK": 1024}],
+    "_standardize_backward_kernel": [{"BLOCK": 1024}],
+}
+
+
+def compile_kernel(kernel, constants, half, ones, target):
+    signature, values, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants or name in ones:
+            signature[name], values[name] = "constexpr", constants.get(name, 1)
+        elif name.endswith("_ptr"):
+            signature[name] = POINTERS.get(name, half if name in HALF else "*fp32")
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
+    return compile(source, target=target).asm["ptx"]
+
+
+def main():
+    assert not kernels.INTERPRETED
+    missing = set(VARIANTS) ^ {n for n in vars(kernels) if re.fullmatch(r"_\w+_kernel", n)}
+    assert not missing, missing
+    for capability in (70, 90):
+        target = GPUTarget("cuda", capability, 32)
+        for name, variants in VARIANTS.items():
+            for variant in variants:
+                # long rows, many channels, RoIs, one value
+                for tile in ((1, 2048), (128, 16), (32, 64), (1, 1)):
+                    if "BLOCK_C" not in kernels.__dict__[name].arg_names or "BLOCK_C" in variant:
+                        tile = None
+                    constants = {"COMPUTE": tl.float32, **variant}
+                    if tile is not None:
+                        constants.update(BLOCK_C=tile[0], BLOCK_P=tile[1])
+                    ones = ONES if tile in (None, (1, 1)) else ("stride_p",)
+                    half = "*fp16" if capability == 70 else "*bf16"
+                    ptx = compile_kernel(getattr(kernels, name), constants, half, ones, target)
+                    assert "st.global" in ptx
+                    if tile is None:
+                        compile_kernel(getattr(kernels, name), constants, half, (), target)
+                        break
+    print("compiled")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
