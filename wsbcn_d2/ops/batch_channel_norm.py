@@ -133,7 +133,8 @@ def batch_channel_norm(
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Mean and biased variance of each image and channel of (N, C, H, W): two tables (N, C)."""
-    return kernels_for(x).moments(x)
+    with torch.cuda.device_of(x):  # where Triton launches
+        return kernels_for(x).moments(x)
 
 
 class _BatchChannelNorm(torch.autograd.Function):
@@ -196,11 +197,13 @@ class _BatchChannelNorm(torch.autograd.Function):
 
 
 def _forward(x: Tensor, *args: Any) -> Tuple[Tensor, ...]:
-    return kernels_for(x).batch_channel_norm_forward(x, *args)
+    with torch.cuda.device_of(x):  # where Triton launches
+        return kernels_for(x).batch_channel_norm_forward(x, *args)
 
 
 def _backward(grad: Tensor, x: Tensor, *args: Any) -> Tuple[Tensor, ...]:
-    return kernels_for(x).batch_channel_norm_backward(grad, x, *args)
+    with torch.cuda.device_of(x):  # where Triton launches
+        return kernels_for(x).batch_channel_norm_backward(grad, x, *args)
 
 
 def _forward_shapes(

@@ -584,22 +584,28 @@ class _Tiling:
 
     @classmethod
     def of(cls, x: Tensor) -> "_Tiling":
-        images, channels, height, width = x.shape
-        pixels = height * width
-        if x.is_contiguous():
-            strides = (channels * pixels, pixels, 1)
-            block_p = min(triton.next_power_of_2(pixels), _TILE)
-            block_c = min(triton.next_power_of_2(channels), _TILE // block_p)
-        else:
-            strides = (channels * pixels, 1, channels)
-            block_c = min(triton.next_power_of_2(channels), 128)
-            block_p = min(triton.next_power_of_2(pixels), _TILE // block_c)
-        rows = images * triton.cdiv(channels, block_c)
-        tiles = triton.cdiv(pixels, block_p)
-        # Enough programs for several waves on the GPU; at least two tiles for each.
-        wanted = triton.cdiv(8 * _multiprocessors(x.device), rows)
-        part = block_p * triton.cdiv(tiles, max(min(wanted, tiles // 2), 1))
-        return cls(strides, block_c, block_p, rows, tiles, part, triton.cdiv(pixels, part))
+        """The tiling of a dense activation, in NCHW or channels_last."""
+        return _tiling(x.shape, x.is_contiguous(), x.device)
+
+
+@lru_cache(maxsize=4096)
+def _tiling(shape: torch.Size, contiguous: bool, device: torch.device) -> _Tiling:
+    images, channels, height, width = shape
+    pixels = height * width
+    if contiguous:
+        strides = (channels * pixels, pixels, 1)
+        block_p = min(triton.next_power_of_2(pixels), _TILE)
+        block_c = min(triton.next_power_of_2(channels), _TILE // block_p)
+    else:
+        strides = (channels * pixels, 1, channels)
+        block_c = min(triton.next_power_of_2(channels), 128)
+        block_p = min(triton.next_power_of_2(pixels), _TILE // block_c)
+    rows = images * triton.cdiv(channels, block_c)
+    tiles = triton.cdiv(pixels, block_p)
+    # Enough programs for several waves on the GPU; at least two tiles for each.
+    wanted = triton.cdiv(8 * _multiprocessors(device), rows)
+    part = block_p * triton.cdiv(tiles, max(min(wanted, tiles // 2), 1))
+    return _Tiling(strides, block_c, block_p, rows, tiles, part, triton.cdiv(pixels, part))
 
 
 @lru_cache(maxsize=None)

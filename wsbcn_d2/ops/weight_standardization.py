@@ -94,11 +94,13 @@ def _dense(weight: Tensor) -> Tensor:
 
 
 def _forward(weights: List[Tensor], *args: Any) -> Tuple[List[Tensor], Tensor, Tensor]:
-    return kernels_for(weights[0]).standardize_forward(weights, *args)
+    with torch.cuda.device_of(weights[0]):  # where Triton launches
+        return kernels_for(weights[0]).standardize_forward(weights, *args)
 
 
 def _backward(grads: List[Tensor], *args: Any) -> List[Tensor]:
-    return kernels_for(grads[0]).standardize_backward(grads, *args)
+    with torch.cuda.device_of(grads[0]):  # where Triton launches
+        return kernels_for(grads[0]).standardize_backward(grads, *args)
 
 
 LIBRARY.impl("standardize", _forward, "CompositeExplicitAutograd")
