@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from oracles import estimated_bcn, large_batch_bcn
+from oracles import estimated_bcn, large_batch_bcn, standardized_weight
 from torch import nn
 
 from wsbcn_d2 import BatchChannelNorm, WSConv2d
-from wsbcn_d2.layers import standardize_weight
+from wsbcn_d2.layers import standardize_together
+from wsbcn_d2.ops import backend_name, batch_channel_norm, set_backend
 
 pytestmark = pytest.mark.gpu
 
@@ -69,9 +70,61 @@ def test_autocast_and_no_synchronization_with_the_host():
     assert model[1].running_var.isfinite().all() and model[1].skipped_updates == 0
 
 
-def test_standardize_weight():
-    weight = torch.randn(256, 64, 3, 3) * 0.02
-    expected = standardize_weight(weight.double())
-    close(standardize_weight(weight.cuda()), expected, 1e-5)
-    half = weight.half()
-    close(standardize_weight(half.cuda()), standardize_weight(half.double()), 1e-3)
+def test_triton_is_what_runs():
+    assert backend_name() == "triton"
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("shape", [(1, 64, 200, 301), (128, 64, 7, 7), (2, 96, 1, 1)])
+def test_fused_relu_and_residual(shape, with_residual, memory_format):
+    """Triton against plain PyTorch, both on the GPU."""
+    results = {}
+    for backend in ("eager", "triton"):
+        torch.manual_seed(0)
+        set_backend(backend)
+        try:
+            c = shape[1]
+            x, residual, dy = (
+                torch.randn(shape, device="cuda").contiguous(memory_format=memory_format)
+                for _ in range(3)
+            )
+            affine = [torch.rand(n, device="cuda") + 0.5 for n in (c, c, 32, 32)]
+            leaves = [t.requires_grad_() for t in (x, residual, *affine)]
+            mean, var = torch.zeros(c, device="cuda"), torch.ones(c, device="cuda")
+            y = batch_channel_norm(
+                x,
+                *affine,
+                mean,
+                var,
+                update_rate=0.1,
+                residual=residual if with_residual else None,
+                relu=True,
+            )
+            y.backward(dy)
+        finally:
+            set_backend(None)
+        results[backend] = [y.detach(), mean, var, *(t.grad for t in leaves if t.grad is not None)]
+    assert len(results["eager"]) == 8 + with_residual
+    for eager, triton in zip(*results.values()):
+        close(triton, eager.double().cpu(), 1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_filters_are_standardized_together(memory_format):
+    convs = [WSConv2d(64, 128, 3), WSConv2d(128, 32, 1), WSConv2d(32, 32, 5, groups=32)]
+    exact = [c.weight.detach().double().requires_grad_() for c in convs]
+    for conv in convs:
+        conv.cuda().to(memory_format=memory_format)
+    standardize_together(convs)
+    for _ in range(2):  # in the second pass they have one node in the graph
+        for conv in convs:
+            conv.weight.grad = None
+        filters = [conv.standardized_weight() for conv in convs]
+        sum(f.square().sum() + f.pow(3).sum() for f in filters).backward()
+    expected = [standardized_weight(w) for w in exact]
+    sum(f.square().sum() + f.pow(3).sum() for f in expected).backward()
+    for conv, ours, weight, other in zip(convs, filters, exact, expected):
+        assert ours.is_contiguous(memory_format=memory_format)
+        close(ours.detach(), other.detach(), 1e-5)
+        close(conv.weight.grad, weight.grad, 1e-4)

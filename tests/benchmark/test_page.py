@@ -179,7 +179,9 @@ def test_table_of_training():
     assert ours["largest batch in 16 GiB"] == "7"
 
 
-@pytest.mark.parametrize("content", [norms(), norms("cpu"), train()], ids=["norms-cuda", "norms-cpu", "train"])
+@pytest.mark.parametrize(
+    "content", [norms(), norms("cpu"), train()], ids=["norms-cuda", "norms-cpu", "train"]
+)
 def test_plot(content, tmp_path):
     report.write_plot(content, str(tmp_path / "plot.png"))
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

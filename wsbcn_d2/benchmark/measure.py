@@ -8,7 +8,19 @@ import random
 import statistics
 import time
 import weakref
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, TypeVar
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Hashable,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+)
 
 import torch
 from torch import Tensor
@@ -16,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 T = TypeVar("T")
+Name = TypeVar("Name", bound=Hashable)
 # What one run of a contender took: milliseconds of each of its phases.
 Times = Dict[str, float]
 
@@ -34,11 +47,11 @@ def spread(values: Sequence[float]) -> Dict[str, float]:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], Times]],
+    contenders: Mapping[Name, Callable[[], Times]],
     repetitions: int,
     warmup: int = 3,
     on_run: Optional[Callable[[], Any]] = None,
-) -> Dict[str, Dict[str, List[float]]]:
+) -> Dict[Name, Dict[str, List[float]]]:
     """Runs every contender once per round, in an order that is shuffled (with a fixed seed) anew
     for each round, since what runs before leaves its traces in caches and allocators.
 
@@ -51,7 +64,7 @@ def interleaved(
     Returns:
         For each contender and phase the times, one a round.
     """
-    times: Dict[str, Dict[str, List[float]]] = {name: {} for name in contenders}
+    times: Dict[Name, Dict[str, List[float]]] = {name: {} for name in contenders}
     order = list(contenders)
     shuffle = random.Random(0).shuffle
     for index in range(-warmup, repetitions):

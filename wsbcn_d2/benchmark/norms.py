@@ -1,7 +1,7 @@
 """Normalization layers side by side, on the activations of a Mask R-CNN R-50-FPN."""
 
 import math
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -302,7 +302,7 @@ def _run(module: nn.Module, x: Tensor, grad: Tensor, clock: KernelClock) -> Call
     return run
 
 
-def _reason(error: Exception, case: Optional[Dict[str, Any]]) -> str:
+def _reason(error: Exception, case: Dict[str, Any]) -> str:
     if isinstance(error, Unavailable):
         return str(error)
     text = str(error).strip().splitlines()

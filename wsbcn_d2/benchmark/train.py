@@ -1,6 +1,7 @@
 """Whole training steps and inference of Mask R-CNN, one model for each normalization."""
 
 import contextlib
+import functools
 import gc
 import itertools
 from pathlib import Path
@@ -89,35 +90,15 @@ def benchmark_train(
             if value is not None:
                 raise ValueError(f"{name} needs a GPU, and the device is {device}")
     configs = _configs(norms, device, checkpoint_activations, opts)
-    trainees = {name: Trainee(cfg, device, amp, channels_last) for name, cfg in configs.items()}
-    folded, skipped = _folded(trainees)
-    rows = []
-    for count in images:
-        batch = make_batch(count, size, device)
-        results: Dict[str, Dict[str, Any]] = {name: {} for name in trainees}
-        with contextlib.ExitStack() as stack:
-            for model in (*(t.model for t in trainees.values()), *folded.values()):
-                stack.enter_context(fixed_heads(model, batch))
-            for title, runs in (
-                ("training", _training_runs(trainees, batch)),
-                ("inference", _inference_runs(trainees, folded, batch)),
-            ):
-                total = len(runs) * (repetitions + warmup)
-                title = f"{title}, {count} image" + ("s" if count > 1 else "")
-                with tqdm(total=total, desc=title, unit="run", disable=not progress) as bar:
-                    times = interleaved(runs, repetitions, warmup, on_run=bar.update)
-                for (name, _), phases in times.items():
-                    results[name].update({key: spread(value) for key, value in phases.items()})
-            for name, trainee in trainees.items():
-                results[name].update(trainee.memory(batch))
-        rows += [{"norm": name, "images": count, **results[name]} for name in trainees]
+    make: Dict[str, Callable[[], Trainee]] = {
+        name: functools.partial(Trainee, cfg, device, amp, channels_last)
+        for name, cfg in configs.items()
+    }
+    batches = [make_batch(count, size, device) for count in images]
+    rows, skipped = _measure(make, batches, repetitions, warmup, progress)
     if memory_gib is not None:
-        trainees.clear()
-        folded.clear()
-        for name, cfg in configs.items():
-            most = _largest_batch(
-                lambda: Trainee(cfg, device, amp, channels_last), size, memory_gib, name, progress
-            )
+        for name in make:
+            most = _largest_batch(make[name], size, memory_gib, name, progress)
             for row in rows:
                 if row["norm"] == name:
                     row["largest_batch"] = most
@@ -351,6 +332,39 @@ def _configs(
     if checkpoint_activations:
         configs[CHECKPOINTED] = load("BCN+WS", *checkpointed)
     return configs
+
+
+def _measure(
+    make: Dict[str, Callable[[], Trainee]],
+    batches: Sequence[List[Dict[str, Any]]],
+    repetitions: int,
+    warmup: int,
+    progress: bool,
+) -> Tuple[List[Dict[str, Any]], Dict[str, str]]:
+    """The rows but for the largest batch, and what was skipped for which reason. All models are in
+    memory at the same time, so that they can take turns."""
+    trainees = {name: build() for name, build in make.items()}
+    folded, skipped = _folded(trainees)
+    rows = []
+    for batch in batches:
+        results: Dict[str, Dict[str, Any]] = {name: {} for name in trainees}
+        with contextlib.ExitStack() as stack:
+            for model in (*(t.model for t in trainees.values()), *folded.values()):
+                stack.enter_context(fixed_heads(model, batch))
+            for title, runs in (
+                ("training", _training_runs(trainees, batch)),
+                ("inference", _inference_runs(trainees, folded, batch)),
+            ):
+                total = len(runs) * (repetitions + warmup)
+                title = f"{title}, {len(batch)} image" + ("s" if len(batch) > 1 else "")
+                with tqdm(total=total, desc=title, unit="run", disable=not progress) as bar:
+                    times = interleaved(runs, repetitions, warmup, on_run=bar.update)
+                for (name, _), phases in times.items():
+                    results[name].update({key: spread(value) for key, value in phases.items()})
+            for name, trainee in trainees.items():
+                results[name].update(trainee.memory(batch))
+        rows += [{"norm": name, "images": len(batch), **results[name]} for name in trainees]
+    return rows, skipped
 
 
 def _folded(trainees: Dict[str, Trainee]) -> Tuple[Dict[str, nn.Module], Dict[str, str]]:
