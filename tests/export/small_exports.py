@@ -2,7 +2,7 @@
 
 import torch
 from detectron2.modeling import build_model
-from detectron2_models import an_image, randomize_norms, small_config
+from detectron2_models import randomize_norms, small_config
 
 import wsbcn_d2
 
@@ -11,8 +11,8 @@ _WIDE = {
     "FPN__OUT_CHANNELS": 64,
     "ROI_BOX_HEAD__CONV_DIM": 64,
     "ROI_MASK_HEAD__CONV_DIM": 64,
+    "RESNETS__DEPTH": 18,
     "RESNETS__STEM_OUT_CHANNELS": 64,
-    "RESNETS__WIDTH_PER_GROUP": 64,
     "RETINANET__SCORE_THRESH_TEST": 0.0,
     "ROI_HEADS__SCORE_THRESH_TEST": 0.0,
 }
@@ -24,12 +24,16 @@ def small_export(name, norm, **changes):
     cfg = small_config(BASES[name], norm, **{**_WIDE, **changes})
     wsbcn_d2.add_wsbcn_config(cfg)
     torch.manual_seed(0)
-    return cfg, randomize_norms(build_model(cfg)).eval()
+    model = randomize_norms(build_model(cfg)).eval()
+    if name == "RetinaNet":
+        model.head.cls_score.weight.data.mul_(10.0)  # or else all scores are nearly equal
+    return cfg, model
 
 
 def images():
+    """Two inputs, of different shapes, whose outputs are in pixels of the input."""
     torch.manual_seed(1)
-    return [an_image(), {**an_image(), "image": torch.rand(3, 64, 96) * 255}]
+    return [{"image": torch.rand(3, 64, width) * 255} for width in (64, 96)]
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from oracles import estimated_bcn, large_batch_bcn
+from oracles import estimated_bcn
+from ops.cases import ORACLES, make_inputs, with_grad
 
 from wsbcn_d2.ops import batch_channel_norm
 
@@ -15,22 +16,6 @@ SHAPES = [
     ((4, 10, 1, 6), 5),
     ((2, 1, 8, 8), 1),
 ]
-ORACLES = {False: estimated_bcn, True: large_batch_bcn}
-
-
-def make_inputs(shape, groups, dtype=torch.float64, offset=0.0, scale=1.0):
-    c = shape[1]
-    x = torch.randn(shape, dtype=torch.float64) * scale + offset
-    affine = [torch.randn(n, dtype=torch.float64) + 1 for n in (c, c, groups, groups)]
-    mean = torch.randn(c, dtype=torch.float64) * 0.3 + offset
-    var = torch.rand(c, dtype=torch.float64) + 0.5
-    return [t.to(dtype) for t in (x, *affine, mean, var)]
-
-
-def with_grad(tensors):
-    return [t.detach().clone().requires_grad_() for t in tensors[:5]] + [
-        t.clone() for t in tensors[5:]
-    ]
 
 
 @pytest.mark.parametrize("batch_statistics", [False, True])

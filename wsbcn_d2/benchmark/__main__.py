@@ -28,7 +28,7 @@ _TRAIN = "tools/benchmark_train.py --device {device}"
 COMMANDS: Dict[str, Dict[str, str]] = {
     "cpu": {
         "norms-cpu": _NORMS,
-        "train-cpu": _TRAIN + " --size 256 --checkpoint-activations",
+        "train-cpu": _TRAIN + " --size 256 --checkpoint-activations --repetitions 7 --warmup 2",
     },
     "cuda": {
         **{
@@ -72,6 +72,7 @@ def main() -> int:
         if args.device == "cuda" and not torch.cuda.is_available():
             print(f"{parser.prog}: --device cuda: there is no GPU", file=sys.stderr)
             return 2
+        RESULTS.mkdir(exist_ok=True)
         for command in commands(args.device):
             print(command, flush=True)
             code = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode

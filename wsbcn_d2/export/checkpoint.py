@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from ..engine.checkpoint import atomic_write
 from .deployment import export_backbone_onnx, export_onnx, script, trace
 from .fold import fold
-from .stock import CHECKPOINT, CONFIG, LOADER, save_for_detectron2
+from .stock import CHECKPOINT, CONFIG, LOADER, save_for_detectron2, stock_config
 
 FORMATS = ("detectron2", "tracing", "scripting", "onnx", "onnx-backbone")
 
@@ -40,6 +40,8 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
     folder = os.path.dirname(os.path.abspath(output))
     if format != "detectron2" and not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder {folder!r} to write {output!r} to")
+    if format == "detectron2":
+        stock_config(cfg)  # raises, before long work, if there is none
     original = build_model(cfg)
     _CompleteCheckpointer(original).load(cfg.MODEL.WEIGHTS)
     model = fold(original)

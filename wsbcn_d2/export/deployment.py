@@ -6,6 +6,7 @@ pixels of the input, and masks of R-CNNs (N, 1, 28, 28) in the box.
 """
 
 import contextlib
+import copy
 import inspect
 import io
 import warnings
@@ -72,7 +73,8 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
             "folds to, cannot be scripted; trace the model instead"
         )
     kind = _ScriptableRCNN if isinstance(model, GeneralizedRCNN) else _ScriptableDetector
-    return scripting_with_instances(kind(model).eval(), _FIELDS)
+    # A copy, since it changes the ResNet that it is given.
+    return scripting_with_instances(kind(copy.deepcopy(model)).eval(), _FIELDS)
 
 
 def export_onnx(model: nn.Module) -> bytes:

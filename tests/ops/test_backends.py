@@ -1,0 +1,225 @@
+"""Every backend against the formulas in float64: Triton on a GPU, or else in its interpreter."""
+
+import pytest
+import torch
+from oracles import standardized_weight
+from ops.cases import DEVICE, assert_same, expected, make_inputs, run
+
+from wsbcn_d2.ops import (
+    backend_name,
+    batch_channel_norm,
+    moments,
+    set_backend,
+    standardize_all,
+    standardize_all_backward,
+)
+
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+NCHW, LAST = torch.contiguous_format, torch.channels_last
+TOLERANCE = {F64: 1e-7, F32: 2e-5, F16: 2e-3, BF16: 1.6e-2}
+
+PLAIN, RELU = {}, {"relu": True}
+RESIDUAL, BOTH = {"residual": True}, {"residual": True, "relu": True}
+ESTIMATE, BATCH = {"update_rate": 0.3}, {"update_rate": 0.3, "use_batch_statistics": True}
+FIXED, FIXED_BATCH = {}, {"use_batch_statistics": True}
+
+# Each value of a column with most of those of the others, rather than all with all.
+CASES = [
+    # (N, C, H, W), groups, dtype, memory format, statistics, what follows
+    ((2, 12, 5, 3), 1, F64, LAST, ESTIMATE, RELU),
+    ((1, 32, 7, 9), 32, F32, NCHW, ESTIMATE, PLAIN),  # a group a channel
+    ((3, 6, 4, 4), 3, F32, LAST, BATCH, BOTH),
+    ((1, 48, 1, 1), 4, F32, NCHW, FIXED, RESIDUAL),  # one pixel
+    ((2, 5, 1, 1), 5, F64, LAST, BATCH, PLAIN),  # groups of one value
+    ((4, 10, 1, 6), 5, BF16, LAST, ESTIMATE, BOTH),
+    ((2, 10, 3, 7), 2, BF16, NCHW, BATCH, RELU),
+    ((2, 1, 8, 8), 1, F16, NCHW, FIXED_BATCH, RELU),  # one channel
+    ((2, 24, 5, 5), 3, F16, LAST, FIXED, PLAIN),
+    ((2, 130, 3, 5), 13, F32, LAST, ESTIMATE, RESIDUAL),  # two blocks of channels
+    ((1, 2100, 1, 2), 1, F32, NCHW, ESTIMATE, RELU),  # more than a tile of them in a group
+    ((1, 3, 97, 90), 1, F32, NCHW, ESTIMATE, BOTH),  # more than one part of the pixels
+    ((2, 4, 70, 81), 2, F32, LAST, BATCH, RELU),
+]
+
+
+@pytest.fixture(params=["eager", "triton"], autouse=True)
+def backend(request):
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+    set_backend(request.param)
+    assert backend_name(DEVICE) == request.param
+    yield request.param
+    set_backend(None)
+
+
+def random(shape, dtype, memory_format=NCHW):
+    return torch.randn(shape).to(DEVICE, dtype).contiguous(memory_format=memory_format)
+
+
+def activation(shape, groups, dtype, memory_format=NCHW, **where):
+    """The inputs of the operation on the device under test; parameters in at least float32."""
+    x, *rest = (t.to(DEVICE) for t in make_inputs(shape, groups, **where))
+    rest = [t.to(torch.promote_types(dtype, F32)) for t in rest]
+    return [x.to(dtype).contiguous(memory_format=memory_format), *rest]
+
+
+@pytest.mark.parametrize("shape,groups,dtype,memory_format,statistics,follows", CASES)
+def test_forward_backward_and_estimates(shape, groups, dtype, memory_format, statistics, follows):
+    inputs = activation(shape, groups, dtype, memory_format)
+    # Neither the residual nor the gradient need have the memory format of x.
+    other = {NCHW: LAST, LAST: NCHW}[memory_format]
+    options = {**statistics, **follows}
+    if "residual" in options:
+        options["residual"] = random(shape, dtype, other)
+    grad = random(shape, dtype, other)
+    ours = run(inputs, grad, **options)
+    assert_same(ours, expected(inputs, grad, **options), TOLERANCE[dtype])
+    again = run(inputs, grad, **options)
+    torch.testing.assert_close(again, ours, rtol=0, atol=0)  # deterministic
+
+
+def test_pixels_are_divided_in_two_of_the_cases(backend):
+    if backend != "triton":
+        pytest.skip("of Triton")
+    from wsbcn_d2.ops.triton_kernels import _Tiling
+
+    parts = [_Tiling.of(activation(*case[:4])[0]).parts for case in CASES]
+    assert sum(n > 1 for n in parts) >= 2
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_far_from_zero(batch_statistics):
+    """1000 +- 0.01 in float32, whose steps are 6e-5 there."""
+    inputs = activation((2, 6, 9, 8), 3, F32, offset=1000.0, scale=0.01)
+    grad = random((2, 6, 9, 8), F32)
+    options = {"use_batch_statistics": batch_statistics, "update_rate": 0.1}
+    ours, theirs = run(inputs, grad, **options), expected(inputs, grad, **options)
+    # what a few roundings of the values, or their mean, do to the normalized values
+    assert_same(ours, theirs, 4 * torch.finfo(F32).eps * 1000 / 0.01)
+    # the estimates are close to 1, so rounding matters less
+    torch.testing.assert_close(
+        ours["y"], theirs["y"], rtol=0, atol=1e-2 if batch_statistics else 1e-3
+    )
+    torch.testing.assert_close(ours["var"], theirs["var"].double(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 3e38])
+def test_non_finite_batch_is_skipped_and_counted(bad, batch_statistics):
+    """3e38 is finite, but its square is not."""
+    inputs = activation((2, 6, 3, 5), 2, F32)
+    inputs[0][1, 4, 2, 3] = bad
+    skipped, seen = torch.tensor(2, device=DEVICE), torch.tensor(7.0, device=DEVICE)
+    options = {"use_batch_statistics": batch_statistics, "update_rate": 0.1}
+    options.update(skipped_updates=skipped, seen_elements=seen)
+    before = [t.clone() for t in inputs[5:]]
+    y = batch_channel_norm(*inputs, **options)
+    torch.testing.assert_close(inputs[5:], before, rtol=0, atol=0)
+    assert skipped.item() == 3 and seen.item() == 7
+    assert bad == 3e38 or not y[1].isfinite().all()
+    if not batch_statistics:  # the other image is unharmed
+        x, *rest = (t.double().cpu() for t in inputs)
+        good = expected([x[:1], *rest], torch.ones(1, 6, 3, 5))["y"]
+        torch.testing.assert_close(y[:1].double().cpu(), good, rtol=1e-4, atol=1e-5)
+    inputs[0][1, 4, 2, 3] = 0.0
+    batch_channel_norm(*inputs, **options)
+    assert skipped.item() == 3 and seen.item() == 7 + 30
+    assert not torch.equal(inputs[5], before[0])
+
+
+@pytest.mark.parametrize("statistics", [ESTIMATE, BATCH])
+@pytest.mark.parametrize("shape", [(0, 8, 7, 7), (2, 8, 0, 7)])
+def test_empty(shape, statistics):
+    inputs = activation(shape, 2, F32)
+    ours = run(inputs, random(shape, F32), residual=random(shape, F32), relu=True, **statistics)
+    torch.testing.assert_close(ours["mean"], inputs[5].double().cpu(), rtol=0, atol=0)
+    torch.testing.assert_close(ours["var"], inputs[6].double().cpu(), rtol=0, atol=0)
+    assert ours["skipped"] == 0 and ours["seen"] == 0
+    assert all(not ours[name].any() for name in ours if name.startswith("gradient"))
+
+
+def strided():
+    return torch.randn(2, 6, 4, 10)[..., ::2]
+
+
+def transposed():
+    return torch.randn(2, 6, 5, 4).transpose(2, 3)
+
+
+def expanded():
+    return torch.randn(1, 6, 4, 1).expand(2, 6, 4, 5)
+
+
+@pytest.mark.parametrize("make", [strided, transposed, expanded])
+def test_operands_that_do_not_lie_densely(make):
+    """x, the residual and the gradient, which is expanded whenever a sum or mean follows."""
+    inputs = activation((2, 6, 4, 5), 2, F32)
+    operands = [make().to(DEVICE) for _ in range(3)]
+    results = []
+    for x, residual, grad in (operands, [t.contiguous() for t in operands]):
+        x, residual = x.requires_grad_(), residual.requires_grad_()
+        leaves = [t.clone().requires_grad_() for t in inputs[1:5]]
+        y = batch_channel_norm(x, *leaves, *inputs[5:], residual=residual, relu=True)
+        results.append([y, *torch.autograd.grad(y, [x, residual, *leaves], grad)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+def test_without_counters():
+    inputs = activation((1, 6, 3, 4), 2, F32)
+    theirs = expected(inputs, torch.ones(1, 6, 3, 4), **ESTIMATE)
+    batch_channel_norm(*inputs, **ESTIMATE)
+    torch.testing.assert_close(inputs[5].double().cpu(), theirs["mean"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape,memory_format", [((2, 5, 3, 4), LAST), ((1, 3, 97, 90), NCHW)])
+def test_moments(shape, memory_format):
+    x = (random(shape, F32) + 100).contiguous(memory_format=memory_format)
+    mean, var = moments(x)
+    exact = x.double()
+    torch.testing.assert_close(mean.double(), exact.mean((2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        var.double(), exact.var((2, 3), unbiased=False), rtol=1e-4, atol=1e-6
+    )
+    for empty in (torch.ones(0, 3, 2, 2), torch.ones(2, 3, 0, 2)):
+        for table in moments(empty.to(DEVICE)):
+            assert table.shape == empty.shape[:2] and not table.any()
+
+
+# ------------------------------------------------------------------------ weight standardization
+
+
+def filters(dtype):
+    """Weights of several layers: any shape and memory format, constant filters, one value each."""
+    weights = [
+        random((7, 5, 3, 3), F32),
+        random((6, 4, 3, 3), F32, LAST),
+        random((9, 3, 1, 1), F32, LAST),
+        random((4, 1, 3, 3), F32),  # depthwise
+        random((3, 1, 1, 1), F32),
+        random((2, 130, 3, 3), F32) * 0.02 + 0.5,  # longer than a block
+        torch.full((2, 3, 2, 2), 0.7, device=DEVICE),
+        random((5, 4, 6, 3), F32)[:, :, ::2],  # not dense
+    ]
+    return [w.to(dtype) for w in weights], [1e-5, 1e-3, 1e-5, 0.1, 1e-5, 1e-5, 1e-5, 1.0]
+
+
+@pytest.mark.parametrize("dtype,out", [(F32, F32), (F32, BF16), (F16, F16), (F64, F64)])
+def test_standardize_all_and_its_gradient(dtype, out):
+    weights, eps = filters(dtype)
+    outputs, mean, rstd = standardize_all(weights, eps, out)
+    grads = [random(w.shape, out) for w in weights]
+    gradients = standardize_all_backward(grads, weights, mean, rstd)
+    # A constant filter is divided by the root of eps, as are its roundings.
+    tolerance = max(5 * TOLERANCE[dtype], TOLERANCE[out])
+    for i, (weight, e, grad) in enumerate(zip(weights, eps, grads)):
+        exact = weight.double().requires_grad_()
+        reference = standardized_weight(exact, e)
+        (gradient,) = torch.autograd.grad(reference, exact, grad.double())
+        assert outputs[i].dtype == out and gradients[i].dtype == dtype
+        assert mean[i].shape == rstd[i].shape == weight.shape[:1]
+        for ours, theirs in ((outputs[i], reference), (gradients[i], gradient)):
+            # in the memory format of the weight, where it has one
+            if weight.is_contiguous() or weight.is_contiguous(memory_format=LAST):
+                assert ours.stride() == weight.stride()
+            top = theirs.detach().abs().max().clamp(min=1.0)
+            torch.testing.assert_close(ours.double() / top, theirs / top, rtol=0, atol=tolerance)

@@ -1,0 +1,113 @@
+"""The operations as PyTorch knows them: schemas, shapes, profiler, torch.compile, autocast."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from ops.cases import make_inputs, with_grad
+from torch.profiler import ProfilerActivity, profile
+
+from wsbcn_d2 import BatchChannelNorm, WSConv2d
+from wsbcn_d2.ops import batch_channel_norm, standardize_all, standardize_all_backward
+
+OPS = torch.ops.wsbcn_d2
+COUNTERS = ("skipped_updates", "seen_elements")
+
+
+def check(op, args):
+    """What the schema says about mutation and aliases, and whether the shapes, dtypes and strides
+    of fake tensors are those of the real ones."""
+    torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_schemas_and_shapes(dtype, memory_format):
+    shape, groups = (2, 8, 4, 5), 2
+    x, weight, bias, *rest = make_inputs(shape, groups, torch.float32)
+    x = x.to(dtype).contiguous(memory_format=memory_format)
+    counters = [torch.tensor(0), torch.tensor(0.0)]
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    for has_residual, relu, batch in itertools.product((False, True), repeat=3):
+        residual = torch.randn_like(x) if has_residual else None
+        args = (x, residual, weight, bias, *rest, *counters, rate, 1e-5, batch, relu, False)
+        check(OPS.batch_channel_norm, args)
+        y, *tables = OPS.batch_channel_norm(*args)
+        grad = torch.randn(shape, dtype=dtype)
+        args = (grad, x, y, weight, rest[0], *tables, relu, has_residual, False)
+        check(OPS.batch_channel_norm_backward, args)
+
+
+def test_profiler_shows_the_names():
+    conv = WSConv2d(3, 8, 3, norm=BatchChannelNorm(8, 2))
+    with profile(activities=[ProfilerActivity.CPU]) as result:
+        conv(torch.randn(1, 3, 6, 6)).sum().backward()
+    counts = {event.key: event.count for event in result.key_averages()}
+    for name in ("batch_channel_norm", "standardize"):
+        assert counts[f"wsbcn_d2::{name}"] == counts[f"wsbcn_d2::{name}_backward"] == 1
+
+
+def results(norm, x, residual, relu):
+    x = x.detach().requires_grad_()
+    leaves = [x, *norm.parameters()]
+    if residual is not None:
+        residual = residual.detach().requires_grad_()
+        leaves.append(residual)
+    y = norm(x, residual=residual, relu=relu)
+    grads = torch.autograd.grad(y.square().sum(), leaves)
+    return [y.detach(), *grads, *(b.clone() for b in norm.buffers())]
+
+
+@pytest.mark.parametrize("mode", ["estimate", "batch"])
+@pytest.mark.parametrize("has_residual,relu", [(False, True), (True, False), (True, True)])
+def test_compiled_without_graph_break(mode, has_residual, relu):
+    torch._dynamo.reset()
+    norm = BatchChannelNorm(8, 2, mode=mode)
+    for p in norm.parameters():
+        torch.nn.init.normal_(p, 1.0, 0.5)
+    other = copy.deepcopy(norm)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        x = torch.randn(2, 8, 6, 5)
+        residual = torch.randn(2, 8, 6, 5) if has_residual else None
+        torch.testing.assert_close(
+            results(compiled, x, residual, relu), results(norm, x, residual, relu)
+        )
+    assert norm.seen_elements == 2 * 60
+    compiled.eval()  # as the other: of the same module
+    norm.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(x, residual=residual, relu=relu), norm(x, residual=residual, relu=relu)
+        )
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_autocast_leaves_all_of_it_in_float32(batch_statistics):
+    """The result is that of the same half precision input without autocast."""
+    inputs = make_inputs((2, 8, 9, 9), 2, torch.float32, offset=30.0)
+    inputs[0] = inputs[0].bfloat16()
+    residual = torch.randn(2, 8, 9, 9).bfloat16()
+    options = {"use_batch_statistics": batch_statistics, "update_rate": 0.1, "relu": True}
+    plain, mixed = with_grad(inputs), with_grad(inputs)
+    y = batch_channel_norm(*plain, residual=residual, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = batch_channel_norm(*mixed, residual=residual, **options)
+        z.sum().backward()
+    y.sum().backward()
+    assert z.dtype == torch.bfloat16
+    torch.testing.assert_close([z, *mixed[5:]], [y, *plain[5:]], rtol=0, atol=0)
+    for a, b in zip(mixed[:5], plain[:5]):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
+
+
+def test_standardization_under_autocast():
+    weights = [torch.randn(4, 3, 3, 3), torch.randn(5, 64, 1, 1)]
+    plain = standardize_all(weights, [1e-5, 1e-5], torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = standardize_all(weights, [1e-5, 1e-5], torch.float32)
+        gradients = standardize_all_backward(mixed[0], weights, *mixed[1:])
+    torch.testing.assert_close(mixed, plain, rtol=0, atol=0)
+    expected = standardize_all_backward(plain[0], weights, *plain[1:])
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
