@@ -143,7 +143,12 @@ FAMILIES: List[Family] = [
     ),
     _family("Misc", "cascade_mask_rcnn_R_50_FPN", "Base-Cascade-Mask-RCNN-FPN.yaml", ONE_X),
     *(
-        _family("Misc", f"mask_rcnn_R_50_FPN_{kind}_c3-c5", f"Base-Mask-RCNN-FPN-{kind}_c3-c5.yaml", ONE_X)
+        _family(
+            "Misc",
+            f"mask_rcnn_R_50_FPN_{kind}_c3-c5",
+            f"Base-Mask-RCNN-FPN-{kind}_c3-c5.yaml",
+            ONE_X,
+        )
         for kind in ("dconv", "mdconv")
     ),
     Family(

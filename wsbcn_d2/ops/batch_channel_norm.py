@@ -34,8 +34,9 @@ Two operations are known to PyTorch, and so to torch.compile and the profiler:
 forward one returns ``y`` and tables in the compute dtype, at least float32: ``m, v, d`` (N, C),
 ``r`` (N, G), ``mu`` and ``rstd = 1 / sqrt(s2 + eps)`` (C,), the coefficients of t, ``scale`` and
 ``shift`` (N, C), and ``count`` (1,), the number of values behind ``mu`` if that is of the batch,
-else empty. The backward one takes them and returns the gradients of x, of the residual (empty if
-there is none), ``weight``, ``bias``, ``group_weight`` and ``group_bias``.
+else empty. The backward one takes them (``scale`` and ``shift`` only where it finds out from them
+what ReLU let through, and y where it does not) and returns the gradients of x, of the residual
+(empty if there is none), ``weight``, ``bias``, ``group_weight`` and ``group_bias``.
 """
 
 from typing import Any, Optional, Tuple
@@ -56,7 +57,7 @@ LIBRARY.define(
 LIBRARY.define(
     "batch_channel_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, "
     "Tensor group_weight, Tensor m, Tensor v, Tensor d, Tensor r, Tensor mu, Tensor rstd, "
-    "Tensor scale, Tensor shift, Tensor count, bool relu, bool has_residual, bool synchronize) "
+    "Tensor? scale, Tensor? shift, Tensor count, bool relu, bool has_residual, bool synchronize) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -174,9 +175,11 @@ class _BatchChannelNorm(torch.autograd.Function):
             relu,
             synchronize,
         )
-        recomputable = residual is None and not kernels_for(x).SAVES_OUTPUT_OF_RELU
-        saved_y = y if relu and not recomputable else None
-        ctx.save_for_backward(x, saved_y, weight, group_weight, *tables)
+        *tables, scale, shift, count = tables
+        # Where ReLU let through is read from its output, or found again from x.
+        found_again = relu and residual is None and not kernels_for(x).SAVES_OUTPUT_OF_RELU
+        saved = (None, scale, shift) if found_again else (y if relu else None, None, None)
+        ctx.save_for_backward(x, saved[0], weight, group_weight, *tables, *saved[1:], count)
         ctx.options = (relu, residual is not None, synchronize)
         ctx.parameter_dtypes = (weight.dtype, bias.dtype, group_weight.dtype, group_bias.dtype)
         return y

@@ -1,0 +1,188 @@
+#!/usr/bin/env python
+"""Writes MODEL_ZOO.md, the list of all configs, from them and from docs/published_results.yaml."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import yaml
+from detectron2.config import CfgNode
+
+from wsbcn_d2.engine.checkpoint import atomic_write
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "MODEL_ZOO.md"
+PUBLISHED = ROOT / "docs" / "published_results.yaml"
+
+# Of a file: model, norm, schedule and images per GPU; those of the digits have the former two only.
+_NAME = re.compile(
+    r"(?P<model>.+?)_(?P<norm>(?:gn|frozenbn|syncbn|batchbcn|bcn|bn|cn)(?:_ws)?)"
+    r"(?:_(?P<schedule>[^_]+)_(?P<images>\d)img)?"
+)
+
+# Of the models of Detectron2's projects, which have config keys of their own.
+_PROJECTS = {
+    "Misc/pointrend": "PointRend",
+    "Cityscapes/deeplab": "DeepLab",
+    "Cityscapes/panoptic_deeplab": "Panoptic-DeepLab",
+}
+
+_HEADER = """\
+# Model zoo
+
+Every config of this repository; `tools/list_model_zoo.py` writes this page. A name says model,
+backbone, norm and schedule. Each is there for 1 and for 2 images per GPU on 8 GPUs; with another
+number of GPUs add `SOLVER.REFERENCE_WORLD_SIZE 8` to the command, and Detectron2 keeps the images
+per GPU and scales learning rate, steps and iterations itself.
+
+**Nobody has trained these configs with this code yet.** The results are those that others have
+published for the same model, norm and schedule, made with their code: `authors` are those of the
+paper. In brackets: the source, and the images of all GPUs together. Where nothing has been
+published, the cell is empty. Rows in italics are the same model with another norm.
+
+`starts from`: the weights that the config loads. Those that Detectron2 hosts are downloaded; with
+`random`, nothing is frozen. To start from others, convert them if they are not Detectron2's, and
+give `MODEL.WEIGHTS FILE`.
+
+The files are written by `tools/make_configs.py` from the few that people write: `Base-*.yaml` in
+each folder, and `configs/_base_`. For another norm, take any file of the model and give the `NORM`
+options as arguments of the command.
+"""
+
+
+def describe(norm: str) -> str:
+    """The norm option that a word in a file name stands for."""
+    options = {"frozenbn": "FrozenBN", "syncbn": "SyncBN", "batchbcn": "BatchBCN"}
+    base, _, ws = norm.partition("_")
+    return options.get(base, base.upper()) + ("+WS" if ws else "")
+
+
+def command(group: str, example: str) -> str:
+    """How the configs of a group are trained."""
+    for prefix, project in _PROJECTS.items():
+        if group.startswith(prefix):
+            return (
+                f"cd DETECTRON2/projects/{project}  # with `import wsbcn_d2` in its train_net.py: "
+                "docs/in_your_project.md\n"
+                f"python train_net.py --num-gpus 8 --config-file WSBCN_D2/{example}"
+            )
+    gpus = "" if group.startswith("Digits") else "--num-gpus 8 "
+    return f"tools/train_net.py {gpus}--config-file {example}"
+
+
+def published(entries: List[Dict[str, Any]], sources: Dict[str, str]) -> str:
+    """A cell: metrics, source and batch of each entry."""
+    cells = []
+    for entry in entries:
+        metrics = ", ".join(
+            f"{key} {value}"
+            for key, value in entry.items()
+            if key not in ("source", "batch", "norm")
+        )
+        source = entry["source"]
+        cells.append(f"{metrics} ([{source}]({sources[source]}), {entry['batch']})")
+    return "; ".join(cells)
+
+
+def weights(path: Path) -> str:
+    """What a config starts from, in a word."""
+    value = CfgNode.load_yaml_with_base(str(path))["MODEL"].get("WEIGHTS", "")
+    return re.sub(r"^.*?//(?:ImageNetPretrained/)?", "", value) or "random"
+
+
+def groups(configs: Path) -> Dict[str, List[Tuple[Path, Dict[str, str]]]]:
+    """The configs with the parts of their names, by folder and model.
+
+    Raises:
+        ValueError: naming a file whose name has other parts.
+    """
+    found: Dict[str, List[Tuple[Path, Dict[str, str]]]] = {}
+    for path in sorted(configs.rglob("*.yaml")):
+        if path.name.startswith("Base-") or "_base_" in path.parts:
+            continue
+        match = _NAME.fullmatch(path.stem)
+        if match is None:
+            raise ValueError(
+                f"{path}: the name must be MODEL_NORM.yaml or MODEL_NORM_SCHEDULE_IMAGESimg.yaml"
+            )
+        found.setdefault(f"{path.parent.name}/{match['model']}", []).append(
+            (path, match.groupdict(default=""))
+        )
+    return found
+
+
+def page() -> str:
+    """The text of MODEL_ZOO.md.
+
+    Raises:
+        ValueError: if a published result is of a config that does not exist.
+    """
+    data = yaml.safe_load(PUBLISHED.read_text())
+    sources, results, baselines = data["sources"], data["results"], data["baselines"]
+    known = set()
+    parts, folder = [_HEADER], ""
+    for group, files in groups(ROOT / "configs").items():
+        if group.split("/")[0] != folder:
+            folder = group.split("/")[0]
+            parts.append(f"## {folder}\n")
+        example = files[0][0].relative_to(ROOT)
+        parts.append(f"### {group.split('/')[1]}\n\n```\n{command(group, str(example))}\n```\n")
+        rows: Dict[Tuple[str, str], Dict[str, Path]] = {}
+        for path, name in files:
+            rows.setdefault((name["schedule"], name["norm"]), {})[name["images"]] = path
+        lines = [
+            "| norm | schedule | images per GPU | starts from | published |",
+            "|---|---|---|---|---|",
+        ]
+        schedules = dict.fromkeys(schedule for schedule, _ in rows)
+        for schedule in schedules:
+            key = f"{group}_{schedule}"
+            known.add(key)
+            for entry in baselines.get(key, []):
+                cell = published([entry], sources)
+                lines.append(f"| *{entry['norm']}* | {schedule} | | | {cell} |")
+            for (of_schedule, norm), paths in rows.items():
+                if of_schedule != schedule:
+                    continue
+                key = "_".join(filter(None, (group, norm, schedule)))
+                known.add(key)
+                links = ", ".join(
+                    f"[{images or 1}]({path.relative_to(ROOT)})" for images, path in paths.items()
+                )
+                start = weights(next(iter(paths.values())))
+                cell = published(results.get(key, []), sources)
+                lines.append(f"| {describe(norm)} | {schedule} | {links} | {start} | {cell} |")
+        parts.append("\n".join(line.replace("|  |", "| |") for line in lines) + "\n")
+    unknown = sorted({*results, *baselines} - known)
+    if unknown:
+        raise ValueError(f"{PUBLISHED}: there is no config for {', '.join(unknown)}")
+    return "\n".join(parts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing, exit with 1 if the page is not up to date",
+    )
+    args = parser.parse_args()
+    try:
+        text = page()
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    if args.check:
+        current = PAGE.is_file() and PAGE.read_text() == text
+        print(f"{PAGE.name} is {'up to date' if current else 'not up to date'}")
+        return 0 if current else 1
+    with atomic_write(str(PAGE), "w") as file:
+        file.write(text)
+    print(PAGE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
