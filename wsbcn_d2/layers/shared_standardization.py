@@ -5,9 +5,10 @@ feature levels, several batches whose gradients accumulate, a recomputed stage) 
 standardized filters each time, and so does one that is evaluated on many images. What each
 convolution remembers is valid for its weight tensor as it is: its identity, version and address,
 ``eps`` and the dtype. All of these are known to the host, so nothing waits for a GPU. PyTorch
-counts a version for every change in place, also by optimizers, ``load_state_dict`` and in-place
-operations under ``no_grad``, but not for those through ``weight.data``; so after a backward pass, a
-change of mode or a conversion of the module, filters are standardized anew in any case.
+counts a version for every change in place, also by ``load_state_dict`` and in-place operations
+under ``no_grad``, but not for those of fused optimizers and through ``weight.data``; so after a
+step of an optimizer, a backward pass, a change of mode or a conversion of the module, filters are
+standardized anew in any case.
 
 The convolutions of one model share the work (:func:`standardize_together`): the first that needs
 its filters has those of some megabytes of its neighbours standardized as well, by one operation,
@@ -29,6 +30,18 @@ _GROUP_SIZE = 6_000_000
 
 _scope: Optional["StandardizeOnce"] = None
 
+# How many steps optimizers have made in this process.
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+if hasattr(torch.optim.optimizer, "register_optimizer_step_post_hook"):  # not in PyTorch 2.0
+    torch.optim.optimizer.register_optimizer_step_post_hook(_count_step)
+
 
 class Standardized:
     """The standardized filters of one convolution, and what they were made of."""
@@ -39,11 +52,13 @@ class Standardized:
         self.weight = weight
         self.version = weight._version
         self.address = weight.data_ptr()
+        self.steps = _steps
         self.eps = eps
         self.value = value
+        self.value_version = value._version
         self.mean = mean
         self.rstd = rstd
-        self.scope = _scope
+        self.scope = None if _scope is None else _scope.token
         # Whether a backward pass has come by: the optimizer may now change the weight.
         self.used = False
         # Collects the gradients of all but the last of several backward passes.
@@ -51,15 +66,17 @@ class Standardized:
 
     def holds_for(self, weight: Tensor, eps: float, dtype: torch.dtype) -> bool:
         """Whether these are still the standardized filters of ``weight``."""
-        within_step = in_backward() or (_scope is not None and _scope is self.scope)
+        within_step = in_backward() or (_scope is not None and _scope.token is self.scope)
         if self.used and not within_step:
             return False
         return (
             self.weight is weight
             and self.version == weight._version
             and self.address == weight.data_ptr()
+            and (self.steps == _steps or not weight.requires_grad)
             and self.eps == eps
             and self.value.dtype == dtype
+            and self.value_version == self.value._version
         )
 
     def take_gradient(self, grad: Optional[Tensor]) -> Optional[Tensor]:
@@ -113,6 +130,7 @@ class StandardizeOnce:
 
     def __init__(self) -> None:
         self.last = False
+        self.token = object()
         self._collecting: List[Standardized] = []
 
     def __enter__(self) -> "StandardizeOnce":
@@ -131,17 +149,18 @@ class StandardizeOnce:
         global _scope
         _scope = None
         # Convolutions that the last pass did not use.
-        records = [r for r in self._collecting if r.leaf is not None]
-        for record in records:
-            grad = record.take_gradient(None)
-            if grad is None or kind is not None:
-                record.leaf = None
-                continue
-            (grad,) = _weight_gradients([record], [grad])
-            weight = record.weight
-            weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+        left = [(record, record.take_gradient(None)) for record in self._collecting]
+        left = [(record, grad) for record, grad in left if grad is not None]
+        if kind is None:
+            with torch.no_grad():
+                grads = _weight_gradients([r for r, _ in left], [grad for _, grad in left])
+                for (record, _), grad in zip(left, grads):
+                    weight = record.weight
+                    weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
         for record in self._collecting:
             record.used = True
+            record.leaf = None
+        self._collecting.clear()
 
     def leaf_of(self, record: Standardized) -> Tensor:
         """The standardized filters as the end of the graph of a pass that is not the last."""
@@ -165,8 +184,10 @@ def shared_standardized_weight(conv: nn.Module) -> Tensor:
     dtype = _compute_dtype(weight)
     record = conv._standardized
     if record is None or not record.holds_for(weight, conv.eps, dtype):
-        _standardize(conv, dtype)
-        record = conv._standardized
+        record = _standardize(conv, dtype)
+        if type(record.value) is not Tensor:  # of a mode that traces without data
+            forget_standardized_weight(conv)
+            return standardize_weight(weight, conv.eps)
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return record.value
     if _scope is not None and not _scope.last:
@@ -186,7 +207,7 @@ def forget_standardized_weight(conv: nn.Module) -> None:
     conv.__dict__["_connected"] = None
 
 
-def _standardize(conv: nn.Module, dtype: torch.dtype) -> None:
+def _standardize(conv: nn.Module, dtype: torch.dtype) -> Standardized:
     convs = [conv] + [
         other
         for other in conv._neighbours
@@ -203,6 +224,7 @@ def _standardize(conv: nn.Module, dtype: torch.dtype) -> None:
     for c, (value, mean, rstd) in zip(convs, results):
         forget_standardized_weight(c)
         c.__dict__["_standardized"] = Standardized(c.weight, c.eps, value, mean, rstd)
+    return conv._standardized
 
 
 def _connect(conv: nn.Module, dtype: torch.dtype) -> None:
@@ -286,11 +308,14 @@ def _weight_gradients(records: List[Standardized], grads: List[Tensor]) -> List[
 
 def _matches(other: nn.Module, conv: nn.Module) -> bool:
     a, b = other.weight, conv.weight
-    return a.dtype == b.dtype and a.device == b.device and a.is_leaf and not a.is_inference()
+    same = a.dtype == b.dtype and a.device == b.device
+    return same and a.is_leaf and not a.is_inference() and not _is_transformed(a)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     kind = weight.device.type
+    if weight.dtype == torch.float64:  # which autocast leaves alone
+        return weight.dtype
     if hasattr(torch, "get_autocast_dtype"):
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     # PyTorch 2.0 to 2.3

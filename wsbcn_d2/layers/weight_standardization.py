@@ -140,6 +140,9 @@ class WeightStandardized(nn.Module):
             for name in _ADAPTATION:
                 given = state_dict.get(prefix + name)
                 self._buffers[name] = None if given is None else self._filter_table()
+            if (self.ws_scale is None) != (self.ws_shift is None):
+                found, missing = _ADAPTATION if self.ws_shift is None else _ADAPTATION[::-1]
+                error_msgs.append(f"{prefix}{found} is there, but {prefix}{missing} is missing")
         self.forget_standardized_weight()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -1,0 +1,3 @@
+from .common import normalized
+
+dataloader, lr_multiplier, model, optimizer, train = normalized("COCO-Detection/fcos_R_50_FPN_1x.py")
