@@ -51,7 +51,6 @@ def normalized(name: str, model: Optional[str] = None) -> Tuple[DictConfig, ...]
 
     resnet = cfg.model.backbone.get("bottom_up", cfg.model.backbone)
     resnet.freeze_at = 0
-    resnet.stages.stride_in_1x1 = False
     cfg.train.init_checkpoint = ""
     cfg.model.pixel_mean, cfg.model.pixel_std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
     if "input_format" in cfg.model:
@@ -73,6 +72,8 @@ def _normalize(node: Any) -> None:
     argument = NORM_ARGUMENTS.get(node.get("_target_"))
     if argument is not None:
         node[argument] = "${train.norm}"
+    if "stride_in_1x1" in node:
+        node.stride_in_1x1 = False  # as torchvision's ResNet
     if node.get("_target_") is FastRCNNConvFCHead:
         node.conv_dims, node.fc_dims = [256] * 4, [1024]  # 2fc has no place for a norm
     for key in node:

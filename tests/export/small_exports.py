@@ -16,12 +16,19 @@ _WIDE = {
     "RETINANET__SCORE_THRESH_TEST": 0.0,
     "ROI_HEADS__SCORE_THRESH_TEST": 0.0,
 }
-BASES = {"Mask R-CNN": "Base-RCNN-FPN.yaml", "RetinaNet": "Base-RetinaNet.yaml"}
+BASES = {
+    "Mask R-CNN": "Base-RCNN-FPN.yaml",
+    "PanopticFPN": "Base-RCNN-FPN.yaml",
+    "SemanticSegmentor": "Base-RCNN-FPN.yaml",
+    "RetinaNet": "Base-RetinaNet.yaml",
+}
 
 
 def small_export(name, norm, **changes):
     """Config with the keys of the package, and model in evaluation mode."""
     cfg = small_config(BASES[name], norm, **{**_WIDE, **changes})
+    if name in ("PanopticFPN", "SemanticSegmentor"):
+        cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NAME = name, "SemSegFPNHead"
     wsbcn_d2.add_wsbcn_config(cfg)
     torch.manual_seed(0)
     model = randomize_norms(build_model(cfg)).eval()

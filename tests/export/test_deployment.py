@@ -78,6 +78,39 @@ def test_levels_cannot_be_scripted(retinanet):
         script(retinanet)
 
 
+def test_scripted_dense_detector():
+    model = fold(small_export("RetinaNet", "GN+WS")[1])
+    scripted = script(model)
+    for image in images():
+        boxes, *expected = detect(model, image)
+        found = scripted([image])[0]
+        for x, name in zip(expected, ["pred_classes", "scores"]):
+            torch.testing.assert_close(found[name], x)
+        width = image["image"].shape[-1]
+        limits = torch.tensor([width, 64.0, width, 64.0])
+        torch.testing.assert_close(found["pred_boxes"].clamp(min=0).minimum(limits), boxes)
+
+
+@torch.no_grad()
+def test_semantic_segmenter():
+    model = fold(small_export("SemanticSegmentor", "BCN+WS")[1])
+    traced, names = trace(model)
+    assert names == ["sem_seg"]
+    for image in images():
+        expected = model([image])[0]["sem_seg"]
+        torch.testing.assert_close(traced(image["image"])[0], expected)
+    with pytest.raises(ValueError, match="a SemanticSegmentor cannot be scripted"):
+        script(model)
+
+
+def test_panoptic_model():
+    model = fold(small_export("PanopticFPN", "BCN+WS")[1])
+    with pytest.raises(ValueError, match="a PanopticFPN cannot be traced as a whole: its output"):
+        trace(model)
+    with pytest.raises(ValueError, match="a PanopticFPN cannot be scripted"):
+        script(model)
+
+
 class TestOnnx:
     @pytest.fixture(autouse=True)
     def needs(self):

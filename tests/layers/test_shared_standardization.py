@@ -178,8 +178,8 @@ def test_once_a_step_in_a_real_model(base):
         for _ in range(2):
             model.eval()
             with Count() as count:
-                model([an_image()])
-                model([an_image()])
+                model([an_image(160)])
+                model([an_image(160)])
             assert count.forward == [len(convs)]
             model.train()
 

@@ -15,7 +15,8 @@ from typing import Any, Dict, Iterator, List, Tuple
 import torch
 from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.layers import CycleBatchNormList
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.onnx import symbolic_helper
@@ -47,6 +48,9 @@ def trace(model: nn.Module) -> Tuple[torch.jit.ScriptModule, List[str]]:
         A function of an image (3, H, W) of any size, and the names of the tensors it returns, for
         example ``["pred_boxes", "pred_classes", "pred_masks", "scores"]``. To load it, a program
         needs ``torch`` and ``torchvision``.
+
+    Raises:
+        ValueError: if the outputs are not tensors (PanopticFPN).
     """
     adapter, image = _adapter(model)
     with _expected_warnings():
@@ -62,11 +66,18 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
         model: from :func:`fold`.
 
     Returns:
-        A function of a list of ``{"image": (3, H, W)}`` that returns a list of dictionaries.
+        A function of a list of ``{"image": (3, H, W)}`` that returns a list of dictionaries. Boxes
+        of RetinaNet and FCOS may reach beyond the image, which Detectron2 clips only later.
 
     Raises:
         ValueError: if the model cannot be scripted.
     """
+    detector = isinstance(model, (GeneralizedRCNN, DenseDetector))
+    if not detector or isinstance(model, PanopticFPN):
+        raise ValueError(
+            f"a {type(model).__name__} cannot be scripted; Detectron2 can script R-CNNs and dense "
+            "detectors"
+        )
     if any(isinstance(module, CycleBatchNormList) for module in model.modules()):
         raise ValueError(
             "Detectron2's CycleBatchNormList, which a head with estimates for each feature level "
@@ -91,6 +102,7 @@ def export_onnx(model: nn.Module) -> bytes:
 
     Raises:
         ImportError: if the package ``onnx`` is not installed.
+        ValueError: if the outputs are not tensors (PanopticFPN).
     """
     adapter, image = _adapter(model)
     return _to_onnx(
@@ -141,6 +153,11 @@ def _predict(model: nn.Module, image: Tensor) -> Dict[str, Tensor]:
         outputs = model(inputs)[0]
     tensors: Dict[str, Tensor] = {}
     for name, value in outputs.items():
+        if not isinstance(value, (Instances, Tensor)):
+            raise ValueError(
+                f"a {type(model).__name__} cannot be traced as a whole: its output {name!r} is a "
+                f"{type(value).__name__}"
+            )
         fields = value.get_fields() if isinstance(value, Instances) else {name: value}
         tensors.update({k: v.tensor if isinstance(v, Boxes) else v for k, v in fields.items()})
     return tensors

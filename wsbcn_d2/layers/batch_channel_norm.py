@@ -210,7 +210,7 @@ class BatchChannelNorm(nn.GroupNorm):
             Tensor of the same shape, dtype and memory format.
 
         Raises:
-            ValueError: if x has another shape.
+            ValueError: if x or residual has another shape.
         """
         if torch.jit.is_scripting():
             return self._exported(x, residual, relu)
@@ -222,6 +222,8 @@ class BatchChannelNorm(nn.GroupNorm):
     @torch.jit.unused
     def _normalized(self, x: Tensor, residual: Optional[Tensor], relu: bool) -> Tensor:
         check_input(x, self.num_channels)
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(f"expected a residual of shape {x.shape}, got {residual.shape}")
         estimates = (self.running_mean, self.running_var, self.seen_elements)
         if self.running_mean.dim() == 2:
             estimates = tuple(e[self.level] for e in estimates)

@@ -22,7 +22,7 @@ def normalize(
     :class:`BatchChannelNorm` computes all of it at once if the activation is ReLU, unless a hook
     listens to its output.
     """
-    relu = activation in _RELUS or type(activation) is nn.ReLU
+    relu = activation in _RELUS or (type(activation) is nn.ReLU and not is_hooked(activation))
     if isinstance(norm, BatchChannelNorm) and not is_hooked(norm) and (relu or activation is None):
         return norm(x, residual=residual, relu=relu)
     if norm is not None:

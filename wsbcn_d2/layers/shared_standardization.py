@@ -22,6 +22,11 @@ from typing import Any, Iterable, List, Optional, Tuple, Type
 import torch
 from torch import Tensor, nn
 
+try:
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+except ImportError:  # PyTorch 2.0
+    register_optimizer_step_post_hook = None
+
 from ..ops import in_backward, standardize_all, standardize_all_backward, standardize_weight
 
 # Values in the weights that are standardized together. Their gradients are ready together as well,
@@ -39,8 +44,8 @@ def _count_step(*_: Any) -> None:
     _steps += 1
 
 
-if hasattr(torch.optim.optimizer, "register_optimizer_step_post_hook"):  # not in PyTorch 2.0
-    torch.optim.optimizer.register_optimizer_step_post_hook(_count_step)
+if register_optimizer_step_post_hook is not None:
+    register_optimizer_step_post_hook(_count_step)
 
 
 class Standardized:
@@ -185,8 +190,7 @@ def shared_standardized_weight(conv: nn.Module) -> Tensor:
     record = conv._standardized
     if record is None or not record.holds_for(weight, conv.eps, dtype):
         record = _standardize(conv, dtype)
-        if type(record.value) is not Tensor:  # of a mode that traces without data
-            forget_standardized_weight(conv)
+        if record is None:
             return standardize_weight(weight, conv.eps)
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return record.value
@@ -207,7 +211,12 @@ def forget_standardized_weight(conv: nn.Module) -> None:
     conv.__dict__["_connected"] = None
 
 
-def _standardize(conv: nn.Module, dtype: torch.dtype) -> Standardized:
+def _standardize(conv: nn.Module, dtype: torch.dtype) -> Optional[Standardized]:
+    """Standardizes the filters of a convolution and of its neighbours, where they are outdated.
+
+    Returns:
+        Those of the convolution; None if a mode is active in which tensors have no data.
+    """
     convs = [conv] + [
         other
         for other in conv._neighbours
@@ -220,7 +229,9 @@ def _standardize(conv: nn.Module, dtype: torch.dtype) -> Standardized:
     ]
     weights, eps = [c.weight for c in convs], [c.eps for c in convs]
     with torch.inference_mode(False), torch.no_grad():
-        results = zip(*standardize_all(weights, eps, dtype))
+        results = list(zip(*standardize_all(weights, eps, dtype)))
+    if type(results[0][0]) is not Tensor:
+        return None
     for c, (value, mean, rstd) in zip(convs, results):
         forget_standardized_weight(c)
         c.__dict__["_standardized"] = Standardized(c.weight, c.eps, value, mean, rstd)
@@ -244,6 +255,7 @@ def _connect(conv: nn.Module, dtype: torch.dtype) -> None:
                 and _matches(other, conv)
                 and record is not None
                 and record.holds_for(other.weight, other.eps, dtype)
+                and (other._connected is None or other._connected[0] is not record)
                 and (other._in_graph or record.leaf is not None)
             ):
                 other.__dict__["_in_graph"] = False
@@ -327,7 +339,9 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _is_transformed(weight: Tensor) -> bool:
-    """Whether a tensor stands for another one, in torch.func, export and the like."""
+    """Whether a tensor stands for another one, or torch.func is at work."""
+    if hasattr(torch._C, "_functorch") and torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
     try:
         weight.data_ptr()
         return False
