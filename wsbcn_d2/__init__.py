@@ -15,6 +15,7 @@ except ImportError as error:
 
 from .config import add_wsbcn_config
 from .detectron2_hooks import is_registered, register, unregister
+from .export import fold
 from .layers import BatchChannelNorm, ChannelNorm, WSConv2d, WSConvTranspose2d
 from .norm_options import get_norm, list_norm_options
 from .ops import standardize_weight
@@ -28,6 +29,7 @@ __all__ = [
     "WSConvTranspose2d",
     "__version__",
     "add_wsbcn_config",
+    "fold",
     "get_norm",
     "is_registered",
     "list_norm_options",

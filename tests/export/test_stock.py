@@ -13,7 +13,8 @@ from export.small_exports import assert_same_detections, detect, images, small_e
 from torch import nn
 
 from wsbcn_d2.export import fold
-from wsbcn_d2.export.stock import FOLDED, save_for_detectron2, stock_config
+from wsbcn_d2.export.stock import save_for_detectron2, stock_config
+from wsbcn_d2.layers.folded import FOLDED
 
 # The options and the models that the child process is to load.
 EXPORTS = {

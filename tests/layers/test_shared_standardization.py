@@ -25,11 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from wsbcn_d2 import WSConv2d
+from wsbcn_d2 import WSConv2d, WSConvTranspose2d
 from wsbcn_d2.engine import accumulate_gradients
 from wsbcn_d2.layers import StandardizeOnce, standardize_together
 
-# --------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 
 
 class Count(TorchDispatchMode):
@@ -148,7 +148,7 @@ def warmed_up(model, steps=2):
     return model
 
 
-# ------------------------------------------------------------------------- once, and all at once
+# ---------------------------------------------------------------------------- once, and all at once
 
 
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
@@ -210,6 +210,15 @@ def test_large_models_are_divided():
     assert count.forward == [8, 8]
 
 
+def test_transposed_convolutions_work_on_their_own():
+    """Their filters are another dimension of the weight."""
+    model = nn.Sequential(WSConv2d(3, 4, 3), WSConvTranspose2d(4, 3, 3))
+    standardize_together(model)
+    with Count() as count:
+        model(torch.randn(1, 3, 6, 6))
+    assert count.forward == [1]
+
+
 def test_different_dtypes_are_not_mixed():
     model = net()
     model.extra.float()
@@ -237,7 +246,7 @@ def test_frozen_convolution_is_standardized_once():
     assert sizes == [[3], [2], [2]]
 
 
-# ----------------------------------------------------------------------------- training, gradients
+# ------------------------------------------------------------------------------ training, gradients
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=False),
@@ -302,7 +311,9 @@ def test_backward_passes_of_several_losses():
     leaves, call = plain(model)
     # the stem of the plain model is a model itself
     stem_leaves, stem = plain(model.stem)
-    first = torch.autograd.grad(stem(x).square().mean() + stem(x).abs().mean(), stem_leaves.values())
+    first = torch.autograd.grad(
+        stem(x).square().mean() + stem(x).abs().mean(), stem_leaves.values()
+    )
     expected = plain_gradients(model, loss_of(x))
     for key, grad in zip(stem_leaves, first):
         expected[f"stem.{key}"] = expected[f"stem.{key}"] + grad
@@ -565,7 +576,7 @@ def test_returned_filters_may_be_overwritten():
         torch.testing.assert_close(conv.standardized_weight().detach(), expected)
 
 
-# ----------------------------------------------------------------------- modes of PyTorch and others
+# ---------------------------------------------------------------------- modes of PyTorch and others
 
 
 def test_inference_mode_and_training():
@@ -650,15 +661,17 @@ def test_functional_call():
     assert_current(model, x)
 
 
-@pytest.mark.parametrize("names", [("stem.weight", "twice.weight", "extra.weight"), ("twice.weight",)])
+@pytest.mark.parametrize(
+    "names", [("stem.weight", "twice.weight", "extra.weight"), ("twice.weight",)]
+)
 def test_function_transforms(names):
     """Of all weights, and of one in a group whose others are ordinary tensors."""
     model = net()
     x = images()
     weights = {name: model.get_parameter(name).detach() for name in names}
-    grads = torch.func.grad(
-        lambda values: functional_call(model, values, x).square().mean()
-    )(weights)
+    grads = torch.func.grad(lambda values: functional_call(model, values, x).square().mean())(
+        weights
+    )
     expected = plain_gradients(model, loss_of(x))
     torch.testing.assert_close(grads, {name: expected[name] for name in names})
     assert_current(model, x)
@@ -676,7 +689,7 @@ def test_tensors_without_data():
     assert copy.deepcopy(model).to("meta")(images().to("meta")).shape == (1, 4, 7, 6)
 
 
-# ---------------------------------------------------------------------------- several batches a step
+# --------------------------------------------------------------------------- several batches a step
 
 
 def trainer_of(model, data, steps, lr=0.1):
@@ -725,9 +738,7 @@ def test_accumulation_in_mixed_precision():
     expected = plain_gradients(model, loss)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    trainer = AMPTrainer(
-        model, iter(data), optimizer, grad_scaler=scaler, precision=torch.bfloat16
-    )
+    trainer = AMPTrainer(model, iter(data), optimizer, grad_scaler=scaler, precision=torch.bfloat16)
     holder = nn.Module()
     holder._trainer = trainer
     accumulate_gradients(holder, 3)
@@ -836,7 +847,7 @@ def test_saves_no_filters_for_the_backward_pass():
     assert len(filters) == 1
 
 
-# -------------------------------------------------------------- filters that keep scale and mean
+# ----------------------------------------------------------------- filters that keep scale and mean
 
 
 def adapted(model):
@@ -938,9 +949,7 @@ def ranks_data_parallel(rank):
 def ranks_data_parallel_with_unused_convolutions(rank):
     """Ranks may use different ones; none of them is what it is without data parallelism."""
     model = net()
-    parallel = DistributedDataParallel(
-        model, broadcast_buffers=False, find_unused_parameters=True
-    )
+    parallel = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     uses = [(True, True), (True, False), (False, False), (False, True), (False, False)]
     for iteration, extra in enumerate(uses):
@@ -966,7 +975,10 @@ def ranks_accumulation(rank):
         for iteration in range(2):
             extras = (iteration == 0 or rank == 0, True, False)
             data = [
-                [(data_of(r, 3 * iteration + i), extras[i] if r == rank else None) for i in range(3)]
+                [
+                    (data_of(r, 3 * iteration + i), extras[i] if r == rank else None)
+                    for i in range(3)
+                ]
                 for r in range(2)
             ]
             for i in range(3):

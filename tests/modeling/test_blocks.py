@@ -48,7 +48,9 @@ def pair(depth, norm, *opts):
     if depth < 50:  # Detectron2 knows no narrower ones
         opts = ("MODEL.RESNETS.STEM_OUT_CHANNELS", "64", *opts)
     cfg = config(depth, norm, *opts)
-    models = [f(cfg, ShapeSpec(channels=3)) for f in (build_wsbcn_resnet_backbone, build_resnet_backbone)]
+    models = [
+        f(cfg, ShapeSpec(channels=3)) for f in (build_wsbcn_resnet_backbone, build_resnet_backbone)
+    ]
     randomize_norms(models[1])
     models[0].load_state_dict(models[1].state_dict())
     return [m.double() for m in models]
@@ -91,7 +93,9 @@ def test_same_as_the_stock_backbone(depth, norm):
     torch.testing.assert_close(results(ours.eval(), x), results(stock.eval(), x), **close)
 
 
-@pytest.mark.parametrize("opts", [("MODEL.RESNETS.NUM_GROUPS", "2"), ("MODEL.BACKBONE.FREEZE_AT", "3")])
+@pytest.mark.parametrize(
+    "opts", [("MODEL.RESNETS.NUM_GROUPS", "2"), ("MODEL.BACKBONE.FREEZE_AT", "3")]
+)
 def test_variants(opts):
     """ResNeXt, and stages whose layers are frozen."""
     ours, stock = pair(50, "BCN+WS", "MODEL.RESNETS.STRIDE_IN_1X1", "False", *opts)

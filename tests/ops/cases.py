@@ -63,9 +63,7 @@ def run(inputs, grad, residual=None, relu=False, **options):
     return {name: t.detach().double().cpu() for name, t in results.items()}
 
 
-def expected(
-    inputs, grad, residual=None, relu=False, use_batch_statistics=False, update_rate=None
-):
+def expected(inputs, grad, residual=None, relu=False, use_batch_statistics=False, update_rate=None):
     """The same by the formulas in float64."""
     x, *rest = with_grad([t.double().cpu() for t in inputs])
     rate = update_rate

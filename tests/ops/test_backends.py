@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from oracles import standardized_weight
 from ops.cases import DEVICE, assert_same, expected, make_inputs, run
+from oracles import standardized_weight
 
 from wsbcn_d2.ops import (
     backend_name,
@@ -17,6 +17,12 @@ from wsbcn_d2.ops import (
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 NCHW, LAST = torch.contiguous_format, torch.channels_last
 TOLERANCE = {F64: 1e-7, F32: 2e-5, F16: 2e-3, BF16: 1.6e-2}
+
+# Of the interpreter, and of NumPy where numbers are not finite on purpose.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
 
 PLAIN, RELU = {}, {"relu": True}
 RESIDUAL, BOTH = {"residual": True}, {"residual": True, "relu": True}

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from oracles import estimated_bcn
 from ops.cases import ORACLES, make_inputs, with_grad
+from oracles import estimated_bcn
 
 from wsbcn_d2.ops import batch_channel_norm
 

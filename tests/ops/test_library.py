@@ -9,10 +9,9 @@ from ops.cases import make_inputs, with_grad
 from torch.profiler import ProfilerActivity, profile
 
 from wsbcn_d2 import BatchChannelNorm, WSConv2d
-from wsbcn_d2.ops import batch_channel_norm, standardize_all, standardize_all_backward
+from wsbcn_d2.ops import batch_channel_norm, set_backend, standardize_all, standardize_all_backward
 
 OPS = torch.ops.wsbcn_d2
-COUNTERS = ("skipped_updates", "seen_elements")
 
 
 def check(op, args):
@@ -21,9 +20,23 @@ def check(op, args):
     torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.fixture
+def restore():
+    yield
+    set_backend(None)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_schemas_and_shapes(dtype, memory_format):
+@pytest.mark.parametrize(
+    "backend,dtype",
+    [("eager", torch.float32), ("eager", torch.bfloat16), ("triton", torch.float32)],
+)
+def test_schemas_and_shapes(backend, dtype, memory_format, restore):
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+        if torch.cuda.is_available():
+            pytest.skip("without its interpreter, Triton is for tensors on a GPU")
+    set_backend(backend)
     shape, groups = (2, 8, 4, 5), 2
     x, weight, bias, *rest = make_inputs(shape, groups, torch.float32)
     x = x.to(dtype).contiguous(memory_format=memory_format)

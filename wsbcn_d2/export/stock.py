@@ -12,14 +12,12 @@ from torch import nn
 
 from ..config import add_wsbcn_config
 from ..engine.checkpoint import atomic_write
+from ..layers.folded import FOLDED
 from ..modeling import BACKBONES
 from ..norm_options import NormOption
 from .load_model import add_folded_parts
 
 CHECKPOINT, CONFIG, LOADER = "model.pth", "config.yaml", "load_model.py"
-
-# In the metadata of every module's entry in the state dict of a folded model.
-FOLDED = "wsbcn_d2_folded"
 
 # Options that fold to GroupNorm, which Detectron2's option "GN" builds with 32 groups.
 _GROUP_NORM = ("BCN", "BatchBCN", "SyncBCN", "CN", "GN")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import batch_channel_norm, in_backward
+from .folded import refuse_folded
 
 MODES = ("estimate", "batch", "sync")
 
@@ -76,6 +77,12 @@ class ChannelNorm(nn.GroupNorm):
         if not torch.jit.is_tracing():
             check_input(x, self.num_channels)
         return _channel_norm(x, self.weight, self.bias, self.eps)
+
+    def _load_from_state_dict(
+        self, state_dict: Dict[str, Tensor], prefix: str, local_metadata: Dict[str, Any], *args: Any
+    ) -> None:
+        refuse_folded(local_metadata, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}, groups={self.num_groups}"
@@ -293,6 +300,7 @@ class BatchChannelNorm(nn.GroupNorm):
         unexpected_keys: List[str],
         error_msgs: List[str],
     ) -> None:
+        refuse_folded(local_metadata, prefix)
         # BatchNorm's counter has no counterpart here.
         state_dict.pop(prefix + "num_batches_tracked", None)
         if self.running_mean.dim() == 2:

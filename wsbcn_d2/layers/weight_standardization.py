@@ -16,6 +16,7 @@ from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from torch import Tensor, nn
 
 from ..ops import is_compiling, standardize_weight
+from .folded import refuse_folded
 from .fusion import normalize
 from .shared_standardization import forget_standardized_weight, shared_standardized_weight
 
@@ -122,6 +123,7 @@ class WeightStandardized(nn.Module):
         unexpected_keys: List[str],
         error_msgs: List[str],
     ) -> None:
+        refuse_folded(local_metadata, prefix)
         mark = state_dict.pop(prefix + _MARK, None)
         if mark is not None:
             self.eps = float(mark)

@@ -1,0 +1,23 @@
+"""Which of several trained models is better, by how much, whether it is noise, and why.
+
+``tools/compare.py``, ``tools/analyze_norms.py`` and ``tools/visualize.py`` are the commands; see
+``docs/evaluation.md``. Nothing here needs a run to have been made with this package.
+
+- :mod:`.runs` reads the folder of a run, :mod:`.coco` evaluates its detections,
+- :mod:`.comparison` puts runs side by side, and :mod:`.comparison_page` shows it,
+- :mod:`.norms` and :mod:`.probe` look into a checkpoint, and :mod:`.norms_page` shows it.
+"""
+
+from .coco import CocoEvaluation, resample_images
+
+__all__ = [
+    "CocoEvaluation",
+    "Run",
+    "analyze_layers",
+    "compare_runs",
+    "estimate_drift",
+    "filter_statistics",
+    "probe_loss",
+    "read_run",
+    "resample_images",
+]
