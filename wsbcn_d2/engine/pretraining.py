@@ -78,6 +78,7 @@ class BackboneClassifier(nn.Module):
         shapes = self.bottom_up.output_shape()
         self._coarsest = max(shapes, key=lambda name: shapes[name].stride)
         self.predict = nn.Linear(shapes[self._coarsest].channels, num_classes)
+        nn.init.normal_(self.predict.weight, std=0.01)  # as Detectron2 initializes its classifiers
         self._reverse_channels = cfg.INPUT.FORMAT == "BGR"
         for name, values in (("pixel_std", cfg.MODEL.PIXEL_STD), ("pixel_mean", cfg.MODEL.PIXEL_MEAN)):
             # named and shaped as in Detectron2's models

@@ -29,11 +29,12 @@ def update_estimates(
         skipped_updates: integer scalar, incremented if nothing moves.
         seen_elements: scalar, incremented by ``count`` otherwise.
     """
-    new_mean = running_mean + rate * (mean - running_mean)
-    new_var = running_var + rate * (var - running_var)
-    finite = torch.isfinite(new_mean).all() & torch.isfinite(new_var).all()
-    running_mean.copy_(torch.where(finite, new_mean, running_mean))
-    running_var.copy_(torch.where(finite, new_var, running_var))
+    old = torch.stack([running_mean, running_var])
+    new = torch.lerp(old, torch.stack([mean, var]).to(old.dtype), rate)
+    finite = torch.isfinite(new).all()
+    mean, var = torch.where(finite, new, old).unbind()
+    running_mean.copy_(mean)
+    running_var.copy_(var)
     if skipped_updates is not None:
         skipped_updates.add_(~finite)
     if seen_elements is not None:
