@@ -132,13 +132,12 @@ def _on_module(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None
     if isinstance(parent, RetinaNetHead) and name in ("cls_subnet", "bbox_subnet"):
         _separate_levels(parent, child)
     if "pixel_mean" in parent._buffers:  # a part that joins a model that seemed complete
-        _log_summary(child, f"{type(parent).__name__}.{name}")
+        _complete(child, f"{type(parent).__name__}.{name}")
 
 
 def _on_buffer(module: nn.Module, name: str, buffer: Optional[Tensor]) -> None:
     if name == "pixel_mean":
-        standardize_together(m for m in module.modules() if isinstance(m, WeightStandardized))
-        _log_summary(module, type(module).__name__)
+        _complete(module, type(module).__name__)
 
 
 def _standardize_feeding_conv(parent: nn.Module, name: str, channels: int) -> None:
@@ -201,7 +200,8 @@ def _restart_levels(head: nn.Module, inputs: Any) -> None:
             module.restart_levels()
 
 
-def _log_summary(module: nn.Module, name: str) -> None:
+def _complete(module: nn.Module, name: str) -> None:
+    standardize_together(m for m in module.modules() if isinstance(m, WeightStandardized))
     text = summarize(module)
     if text:
         logger.info(f"{name}: {text}")

@@ -18,7 +18,7 @@ from . import digits
 _MIN_CROP_SIZE = 32
 # Of a digit's height to the crop's: 24 to 44 pixels of 64. A higher one might not fit when it is
 # turned and stretched as far as digits are.
-_RELATIVE_HEIGHT = (24 / 64, 44 / 64)
+_RELATIVE_HEIGHT = (24 / 48, 33 / 48)
 # A crop shows this fraction of an image's width, so that the photograph's texture is as coarse.
 _CROPS_PER_IMAGE_WIDTH = 3
 
