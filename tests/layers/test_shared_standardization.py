@@ -59,10 +59,13 @@ class Net(nn.Module):
         if together:
             standardize_together(convolutions(self))
 
-    def forward(self, x, extra=True, use_reentrant=None):
+    def forward(self, x, extra=True, use_reentrant=None, each=False):
         x = self.stem(x).relu()
         if use_reentrant is None:
             x = self.stage(x)
+        elif each:  # the second to be recomputed comes after gradients of the first
+            x = checkpoint(self.twice, x, use_reentrant=use_reentrant).relu()
+            x = checkpoint(self.twice, x, use_reentrant=use_reentrant)
         else:
             x = checkpoint(self.stage, x, use_reentrant=use_reentrant)
         if extra:
@@ -369,13 +372,14 @@ def test_gradcheck():
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(use_reentrant):
+def test_activation_checkpointing(use_reentrant, each):
     model = warmed_up(net())
     for _ in range(3):
         x = images()
         with Count() as count:
-            backward(model, loss_of(x, use_reentrant=use_reentrant))
+            backward(model, loss_of(x, use_reentrant=use_reentrant, each=each))
         assert count.forward == [3]
         assert_same_gradients(model, plain_gradients(model, loss_of(x)))
         with torch.no_grad():
@@ -446,6 +450,14 @@ def step(model):
     model.zero_grad(set_to_none=True)
 
 
+def step_by_hand(model):
+    """By an optimizer that PyTorch knows nothing of."""
+    loss_of(images())(model).backward()
+    for p in model.parameters():
+        p.data -= p.grad.sign()
+    model.zero_grad(set_to_none=True)
+
+
 def replacement(model):
     model.extra.weight = nn.Parameter(torch.rand_like(model.extra.weight))
 
@@ -488,6 +500,7 @@ CHANGES = [
     load_by_assignment,
     load_one,
     step,
+    step_by_hand,
     replacement,
     exchange_of_data,
     average_and_change_of_mode,
@@ -829,6 +842,10 @@ def test_nothing_of_several_batches_is_kept(no_collector):
 def test_model_is_freed(no_collector):
     model = warmed_up(net())
     y = model(images())
+    extra = weakref.ref(model.extra)
+    model.extra = None  # its neighbours remain
+    gc.collect()
+    assert extra() is None
     kept = [weakref.ref(model.stem), weakref.ref(model.stem.weight)]
     del y, model
     gc.collect()

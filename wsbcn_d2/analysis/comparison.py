@@ -11,6 +11,7 @@ import datetime
 import io
 import json
 import math
+import re
 import shlex
 import sys
 from collections import defaultdict
@@ -95,7 +96,7 @@ def compare_runs(
         )
         weights = resample_images(description["images"], num_draws, seed)
         with_predictions = [i for i, run in enumerate(runs) if run.predictions_file is not None]
-        steps = len(with_predictions) * len(IOU_TYPES) * math.ceil(max(num_draws, 1) / 50)
+        steps = len(with_predictions) * len(IOU_TYPES) * math.ceil(max(num_draws, 1) / _DRAWS_PER_STEP)
         with tqdm(total=steps, desc="AP and bootstrap", disable=not progress) as bar:
             for i in with_predictions:
                 bar.set_postfix_str(runs[i].name)
@@ -114,7 +115,7 @@ def compare_runs(
         "kind": KIND,
         "version": __version__,
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "dataset": description,
         "bootstrap": {"draws": num_draws, "seed": seed, "confidence": CONFIDENCE},
         "runs": [
@@ -280,6 +281,12 @@ def _interval(value: float, draws: Optional[np.ndarray]) -> Dict[str, Any]:
         tail = (100 - CONFIDENCE) / 2
         low, high = value + np.nanpercentile(draws, [tail, 100 - tail]) - np.nanmean(draws)
     return {"value": _number(value), "low": _number(low), "high": _number(high)}
+
+
+def _command() -> str:
+    """The command line, with the last part of paths only: the rest is of no use elsewhere."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return shlex.join(re.sub(r"[^=,]*/(?=[^=,/])", "", word.rstrip("/")) for word in words)
 
 
 def _number(value: float) -> Optional[float]:

@@ -7,6 +7,7 @@ norm option, so that the second half can be compared between norms without Image
 """
 
 import dataclasses
+import math
 import os
 import time
 from typing import Any, Dict, Iterable, Tuple
@@ -78,7 +79,7 @@ class BackboneClassifier(nn.Module):
         shapes = self.bottom_up.output_shape()
         self._coarsest = max(shapes, key=lambda name: shapes[name].stride)
         self.predict = nn.Linear(shapes[self._coarsest].channels, num_classes)
-        nn.init.normal_(self.predict.weight, std=0.01)  # as Detectron2 initializes its classifiers
+        nn.init.normal_(self.predict.weight)
         self._reverse_channels = cfg.INPUT.FORMAT == "BGR"
         for name, values in (("pixel_std", cfg.MODEL.PIXEL_STD), ("pixel_mean", cfg.MODEL.PIXEL_MEAN)):
             # named and shaped as in Detectron2's models
@@ -95,7 +96,10 @@ class BackboneClassifier(nn.Module):
         if self._reverse_channels:
             images = images.flip(1)
         features = self.bottom_up((images - self.pixel_mean) / self.pixel_std)
-        return self.predict(features[self._coarsest].mean((2, 3)))
+        pooled = features[self._coarsest].mean((2, 3))
+        # Without this scale the linear layer diverges at learning rates that suit the ResNet: its
+        # curvature grows with the squared length of its input.
+        return self.predict(pooled / math.sqrt(pooled.shape[1]))
 
 
 def large_batch_form(norm: str) -> str:

@@ -1,0 +1,243 @@
+"""Pretraining of the backbone on crops of digits, and what a detector makes of its weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from detectron2_models import logged
+
+from wsbcn_d2.data import digits, make_digits_dataset
+from wsbcn_d2.data.digit_crops import DigitCrops
+from wsbcn_d2.engine import load_config, pretraining
+from wsbcn_d2.engine.pretraining import large_batch_form, pretrain_backbone
+from wsbcn_d2.engine.statistics import named_batch_channel_norms
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "Digits-InstanceSegmentation"
+NO_DATA = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.DEVICE", "cpu"]
+# 32 groups need at least 32 channels everywhere.
+NARROW = ["MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.RESNETS.STEM_OUT_CHANNELS", "32"]
+TINY = dict(steps=3, batch_size=4, crop_size=32, eval_crops=8)
+
+
+def config(norm, *opts):
+    return load_config(
+        str(CONFIGS / f"mask_rcnn_R_18_FPN_{norm}.yaml"), [*NO_DATA, *NARROW, *opts]
+    )
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """Config, checkpoint and trained classifier of each norm, made when asked for."""
+    made = {}
+    evaluate = pretraining._evaluate
+
+    def get(norm):
+        if norm not in made:
+            cfg, models = config(norm), []
+            path = str(tmp_path_factory.mktemp("pretraining") / f"{norm}.pth")
+            with pytest.MonkeyPatch.context() as patch:
+                # to look at the classifier, which is not part of the result
+                patch.setattr(
+                    pretraining, "_evaluate", lambda m, b: models.append(m) or evaluate(m, b)
+                )
+                result = pretrain_backbone(cfg, path, **TINY)
+            made[norm] = cfg, path, models[0], result
+        return made[norm]
+
+    return get
+
+
+def bottom_up_keys(model):
+    return {key for key in model.state_dict() if key.startswith("backbone.bottom_up.")}
+
+
+class TestCrops:
+    def test_splits_share_no_digit(self):
+        ids = {
+            split: {DigitCrops(split, 1500).sample_id(i) for i in range(1500)}
+            for split in digits.SPLITS
+        }
+        assert len(ids["train"]) > 700 and len(ids["val"]) > 350
+        assert ids["train"].isdisjoint(ids["val"])
+
+    def test_splits_are_those_of_the_dataset(self, tmp_path):
+        root = make_digits_dataset(
+            str(tmp_path / "digits"), num_train=20, num_val=60, image_size=64, progress=False
+        )
+        with open(digits.annotation_file(root, "val")) as file:
+            in_dataset = {a["sample_id"] for a in json.load(file)["annotations"]}
+        in_crops = {DigitCrops("train", 3000).sample_id(i) for i in range(3000)}
+        assert in_dataset and in_dataset.isdisjoint(in_crops)
+
+    def test_labels_are_those_of_the_samples(self):
+        from sklearn.datasets import load_digits
+
+        crops = DigitCrops("val", 30, 32)
+        for i in range(30):
+            image, label = crops[i]
+            assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+            assert label == load_digits().target[crops.sample_id(i)]
+
+    @pytest.mark.parametrize("crop_size", [32, 48, 77])
+    def test_the_largest_digits_fit(self, crop_size, monkeypatch):
+        # the extremes of everything that makes a digit large
+        monkeypatch.setattr(digits, "_WIDTH_STRETCH", (1.2, 1.2))
+        monkeypatch.setattr(digits, "_ROTATION_DEGREES", 12.0)
+        import wsbcn_d2.data.digit_crops as module
+
+        monkeypatch.setattr(module, "_RELATIVE_HEIGHT", module._RELATIVE_HEIGHT[1:] * 2)
+        crops = DigitCrops("train", 300, crop_size)
+        for i in range(300):
+            assert crops[i][0].shape == (3, crop_size, crop_size)
+
+    def test_reproducible(self):
+        first, second, other = (DigitCrops("train", 9, 32, seed) for seed in (3, 3, 4))
+        assert torch.equal(first[5][0], second[5][0])
+        assert not torch.equal(first[5][0], other[5][0])
+        assert not torch.equal(first[5][0], first[6][0])
+        assert not torch.equal(first[5][0], DigitCrops("val", 9, 32, 3)[5][0])
+
+    @pytest.mark.parametrize(
+        "arguments,message",
+        [
+            (("test", 1), "split is 'test'; it must be one of train, val"),
+            (("val", 0), "num_crops is 0"),
+            (("val", 1, 31), "crop_size is 31"),
+            (("val", 1, 32, -1), "seed is -1"),
+        ],
+    )
+    def test_errors(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            DigitCrops(*arguments)
+
+    def test_no_crop_beyond_the_last(self):
+        assert len(list(DigitCrops("val", 2, 32))) == 2
+
+
+class TestCheckpoint:
+    @pytest.mark.parametrize("norm", ["bcn_ws", "gn_ws", "bn", "frozenbn"])
+    def test_is_the_backbone_of_the_detector(self, pretrained, norm):
+        cfg, path, classifier, _ = pretrained(norm)
+        torch.manual_seed(7)
+        detector = build_model(cfg).eval()
+        before = {key: value.clone() for key, value in detector.state_dict().items()}
+        saved = torch.load(path, weights_only=True)["model"]
+        assert set(saved) == bottom_up_keys(detector)
+
+        with logged("detectron2.wsbcn_d2", "fvcore.common.checkpoint") as messages:
+            DetectionCheckpointer(detector).load(path)
+        # what it says is missing are FPN and heads
+        assert not any("weight standardization" in message for message in messages)
+        assert not any("bottom_up" in message for message in messages)
+        assert not any("in the checkpoint but not" in message for message in messages)
+        for key, value in detector.state_dict().items():
+            torch.testing.assert_close(value, saved.get(key, before[key]), rtol=0, atol=0)
+
+        images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+        x = (images - detector.pixel_mean) / detector.pixel_std
+        features = detector.backbone.bottom_up(x)
+        logits = classifier(images)
+        for name, feature in classifier.bottom_up(x).items():
+            torch.testing.assert_close(features[name], feature)
+        # ... and the classifier sees images as the detector does
+        pooled = features["res5"].mean((2, 3)) / features["res5"].shape[1] ** 0.5
+        torch.testing.assert_close(logits, classifier.predict(pooled))
+
+    def test_estimates_are_trained(self, pretrained):
+        cfg, path, classifier, result = pretrained("bcn_ws")
+        assert result.norm == "BatchBCN+WS"
+        detector = build_model(cfg)
+        assert {layer.mode for _, layer in named_batch_channel_norms(detector)} == {"estimate"}
+        assert {layer.mode for _, layer in named_batch_channel_norms(classifier)} == {"batch"}
+        DetectionCheckpointer(detector).load(path)
+        layers = list(named_batch_channel_norms(detector.backbone.bottom_up))
+        assert len(layers) == 20
+        for name, layer in layers:
+            assert (layer.running_mean != 0).all() and (layer.running_var != 1).all(), name
+
+    def test_everything_is_trained(self, pretrained):
+        cfg, path, *_ = pretrained("gn_ws")
+        start = pretraining._state_of_backbone(pretraining._build(cfg, seed=0))
+        saved = torch.load(path, weights_only=True)["model"]
+        unchanged = {key for key in saved if torch.equal(saved[key], start[key])}
+        assert unchanged == {key for key in saved if key.endswith("ws_eps")}
+
+    def test_reproducible_and_seeded(self, pretrained, tmp_path):
+        cfg, path, _, result = pretrained("gn_ws")
+        state = torch.random.get_rng_state()
+        again = pretrain_backbone(cfg, str(tmp_path / "again.pth"), **TINY)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert (again.loss, again.accuracy) == (result.loss, result.accuracy)
+        first, second = (
+            torch.load(p, weights_only=True)["model"] for p in (path, tmp_path / "again.pth")
+        )
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        other = pretrain_backbone(cfg, str(tmp_path / "other.pth"), seed=1, **TINY)
+        assert other.loss != result.loss
+
+    def test_a_frozen_backbone_is_trained_too(self, tmp_path):
+        cfg = config("gn", "MODEL.BACKBONE.FREEZE_AT", "2")
+        pretrain_backbone(cfg, str(tmp_path / "out.pth"), **{**TINY, "steps": 1})
+        start = pretraining._state_of_backbone(pretraining._build(cfg, seed=0))
+        saved = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+        assert not any(torch.equal(saved[key], start[key]) for key in saved if "weight" in key)
+
+
+def test_it_learns(tmp_path):
+    """Two batches, over and over: the crops of a dataset of two steps."""
+
+
+@pytest.mark.parametrize(
+    "norm,expected",
+    [
+        ("BCN+WS", "BatchBCN+WS"),
+        ("BCN(groups=16)", "BatchBCN(groups=16)"),
+        ("SyncBCN", "BatchBCN"),
+        ("FrozenBN+WS", "BN+WS"),
+        ("SyncBN", "BN"),
+        ("GN(groups=8)+WS", "GN(groups=8)+WS"),
+        ("BN", "BN"),
+        ("", ""),
+    ],
+)
+def test_large_batch_form(norm, expected):
+    assert large_batch_form(norm) == expected
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"crop_size": 16}, "crop_size is 16"),
+        ({"eval_crops": 0}, "num_crops is 0"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_bad_numbers(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain_backbone(config("gn"), str(tmp_path / "out.pth"), **{**TINY, **change})
+    assert not any(tmp_path.iterdir())
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder '.*nowhere' to write"):
+        pretrain_backbone(config("gn"), str(tmp_path / "nowhere" / "out.pth"), **TINY)
+
+
+def test_divergence_is_an_error(tmp_path):
+    with pytest.raises(FloatingPointError, match="lower learning rate"):
+        pretrain_backbone(
+            config("gn"), str(tmp_path / "out.pth"), **{**TINY, "steps": 9}, learning_rate=1e30
+        )
+    assert not any(tmp_path.iterdir())

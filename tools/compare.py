@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""Compares training runs: AP with intervals, differences, cost and learning curves on one page."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import List, Tuple
+
+from wsbcn_d2.analysis.comparison import Results, compare_runs, load_results, write_results
+from wsbcn_d2.analysis.comparison_page import comparison_page
+from wsbcn_d2.analysis.runs import Run, label_by_config, label_by_folder, read_run
+
+GROUPINGS = {
+    "config": label_by_config,
+    "folder": label_by_folder,
+    "none": lambda runs: [run.name for run in runs],
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="OUTPUT_DIR",
+        help="output folder of a run of Detectron2; LABEL=OUTPUT_DIR,OUTPUT_DIR names a group",
+    )
+    parser.add_argument(
+        "--group",
+        choices=GROUPINGS,
+        default="config",
+        help="which runs are seeds of one setting: those whose configs say the same but for the "
+        "seed, those whose folders have the same name but for _s1 at its end, or none",
+    )
+    parser.add_argument("--baseline", help="label of the setting that others are compared with")
+    parser.add_argument("--output", default="comparison", help="folder to write to")
+    parser.add_argument("--name", default="comparison", help="name of the files, without extension")
+    parser.add_argument(
+        "--from", dest="results", metavar="JSON", help="instead of runs: what this tool has written"
+    )
+    parser.add_argument("--dataset", help="of the predictions; the runs' DATASETS.TEST if not given")
+    parser.add_argument("--annotations", help="COCO annotations, of a dataset not registered")
+    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap; 0: no intervals")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    args = parser.parse_args()
+    if bool(args.runs) == bool(args.results):
+        parser.error("give either OUTPUT_DIRs or --from a JSON file")
+    try:
+        results = load_results(args.results) if args.results else _compare(args)
+        page = comparison_page(results, args.baseline)
+        paths = page.write(args.output, args.name)
+        if not args.results:
+            paths.append(str(Path(args.output) / f"{args.name}.json"))
+            write_results(results, paths[-1])
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    for run in results["runs"]:
+        for note in run["notes"]:
+            print(f"{run['name']}: {note}")
+    print("\n".join(paths))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> Results:
+    runs, labels = _read_runs(args.runs, args.group)
+    return compare_runs(
+        runs,
+        labels,
+        dataset=args.dataset,
+        annotations=args.annotations,
+        num_draws=args.draws,
+        seed=args.seed,
+        progress=True,
+    )
+
+
+def _read_runs(arguments: List[str], grouping: str) -> Tuple[List[Run], List[str]]:
+    runs: List[Run] = []
+    given: List[str] = []
+    for argument in arguments:
+        label, _, folders = argument.rpartition("=")
+        for folder in [argument] if Path(argument).is_dir() else folders.split(","):
+            runs.append(read_run(folder))
+            given.append("" if folder == argument else label)
+    return runs, [own or label for own, label in zip(given, GROUPINGS[grouping](runs))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""Trains or evaluates a model from a LazyConfig, with the command line of Detectron2's own script.
+
+    tools/lazyconfig_train_net.py --config-file CONFIG.py [--num-gpus N] [--resume] [--eval-only]
+                                  [KEY=VALUE ...]
+
+The keys of wsbcn_d2/config.py below MODEL.WSBCN, by which the estimates of BCN are treated, are
+those of ``train.wsbcn``, where the config has them: ``train.wsbcn.UPDATE_RATE_WARMUP=True``.
+"""
+
+import argparse
+from typing import Any, Dict, Optional
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    default_argument_parser,
+    default_setup,
+    default_writers,
+    hooks,
+    launch,
+)
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import DictConfig
+from torch import nn
+
+from wsbcn_d2 import add_wsbcn_config
+from wsbcn_d2.engine import AtomicCheckpointer, build_hooks
+
+
+def test(cfg: DictConfig, model: nn.Module) -> Optional[Dict[str, Any]]:
+    """Evaluates the model, if the config has an evaluator."""
+    if "evaluator" not in cfg.dataloader:
+        return None
+    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    results = inference_on_dataset(model, loader, evaluator)
+    print_csv_format(results)
+    return results
+
+
+def hooks_config(cfg: DictConfig) -> CfgNode:
+    """What :func:`wsbcn_d2.engine.build_hooks` has to know."""
+    keys = get_cfg()
+    add_wsbcn_config(keys)
+    for key, value in cfg.train.get("wsbcn", {}).items():
+        keys.merge_from_list([f"MODEL.WSBCN.{key}", value])
+    keys.SOLVER.BASE_LR = cfg.optimizer.lr
+    keys.SOLVER.CHECKPOINT_PERIOD = cfg.train.checkpointer.period
+    keys.TEST.EVAL_PERIOD = cfg.train.eval_period
+    return keys
+
+
+def train(cfg: DictConfig, resume: bool) -> None:
+    """Trains the model; see ``configs/common/train.py`` of Detectron2 for the keys of ``train``."""
+    model = instantiate(cfg.model).to(cfg.train.device)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    loader = instantiate(cfg.dataloader.train)
+    on_gpu = torch.device(cfg.train.device).type == "cuda"
+    device_ids = [comm.get_local_rank()] if on_gpu else None
+    model = create_ddp_model(model, device_ids=device_ids, **cfg.train.ddp)
+    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    trainer.register_hooks(build_hooks(hooks_config(cfg), trainer))
+    trainer.register_hooks(
+        [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
+    )
+    if comm.is_main_process():
+        trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)])
+    trainer.register_hooks([hooks.EvalHook(cfg.train.eval_period, lambda: test(cfg, model))])
+    if comm.is_main_process():
+        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        trainer.register_hooks([hooks.PeriodicWriter(writers, period=cfg.train.log_period)])
+
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    resumed = resume and checkpointer.has_checkpoint()
+    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs in every process."""
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    if cfg.train.device == "cuda" and not torch.cuda.is_available():
+        cfg.train.device = "cpu"
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = instantiate(cfg.model).to(cfg.train.device)
+        DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+        test(cfg, model)
+    else:
+        train(cfg, args.resume)
+
+
+if __name__ == "__main__":
+    arguments = default_argument_parser().parse_args()
+    launch(
+        main,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(arguments,),
+    )
