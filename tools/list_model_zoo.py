@@ -113,6 +113,23 @@ def groups(configs: Path) -> Dict[str, List[Tuple[Path, Dict[str, str]]]]:
     return found
 
 
+def lazy_configs() -> str:
+    """The section on LazyConfigs."""
+    folder = ROOT / "configs" / "LazyConfig"
+    files = [
+        path.relative_to(ROOT) for path in sorted(folder.glob("*.py")) if path.stem != "common"
+    ]
+    rows = [f"| [{path.stem}]({path}) |" for path in files]
+    return (
+        "## LazyConfig\n\n"
+        "Detectron2's own, each with every norm, from random weights, at 1 image per GPU; for 2,\n"
+        "see `configs/LazyConfig/common.py`.\n\n"
+        "```\ntools/lazyconfig_train_net.py --num-gpus 8 "
+        f"--config-file {files[0]} train.norm=BCN+WS\n```\n\n"
+        "| config |\n|---|\n" + "\n".join(rows) + "\n"
+    )
+
+
 def page() -> str:
     """The text of MODEL_ZOO.md.
 
@@ -155,6 +172,7 @@ def page() -> str:
                 cell = published(results.get(key, []), sources)
                 lines.append(f"| {describe(norm)} | {schedule} | {links} | {start} | {cell} |")
         parts.append("\n".join(line.replace("|  |", "| |") for line in lines) + "\n")
+    parts.append(lazy_configs())
     unknown = sorted({*results, *baselines} - known)
     if unknown:
         raise ValueError(f"{PUBLISHED}: there is no config for {', '.join(unknown)}")

@@ -70,7 +70,7 @@ RETINANET = {"1x": Schedule(0.01, COCO["1x"].iterations)}
 LVIS = {"1x": Schedule(0.02, (120000, 160000, 180000))}
 # Epochs of other datasets: of 2,975 images (Cityscapes) and 16,551 (Pascal VOC).
 VOC = {"17e": Schedule(0.02, (12000, 16000, 18000))}
-CITYSCAPES_INSTANCE = {"64e": Schedule(0.02, (9000, 12000))}
+CITYSCAPES_INSTANCE = {"65e": Schedule(0.02, (9000, 12000))}
 CITYSCAPES_SEMANTIC = {"699e": Schedule(0.005, (80000, 110000, 130000))}
 DEEPLAB = {"484e": Schedule(0.01, (90000,))}
 PANOPTIC_DEEPLAB = {"968e": Schedule(0.0005, (180000,))}

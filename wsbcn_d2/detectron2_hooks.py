@@ -125,23 +125,23 @@ def _on_module(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None
         return
     request = weight_standardization_request(child)
     if request is not None and not request.done:
-        _standardize_feeding_conv(parent, name, request.channels)
+        standardize_(feeding_convolution(parent, name, request.channels))
         request.done = True
     if vit is not None and isinstance(child, vit.ResBottleneckBlock):
         _keep_zero_initialization(child.norm3)
     if isinstance(parent, RetinaNetHead) and name in ("cls_subnet", "bbox_subnet"):
         _separate_levels(parent, child)
     if "pixel_mean" in parent._buffers:  # a part that joins a model that seemed complete
-        _complete(child, f"{type(parent).__name__}.{name}")
+        complete(child, f"{type(parent).__name__}.{name}")
 
 
 def _on_buffer(module: nn.Module, name: str, buffer: Optional[Tensor]) -> None:
     if name == "pixel_mean":
-        _complete(module, type(module).__name__)
+        complete(module, type(module).__name__)
 
 
-def _standardize_feeding_conv(parent: nn.Module, name: str, channels: int) -> None:
-    """Standardizes the convolution before the norm layer ``parent.name``.
+def feeding_convolution(parent: nn.Module, name: str, channels: int) -> nn.Module:
+    """The convolution before the norm layer ``parent.name``, which "+WS" is about.
 
     That is the module that owns the layer, or else the last one registered before it in the same
     parent (RetinaNet, FCOS, RegNet, ViT, any Sequential).
@@ -151,15 +151,13 @@ def _standardize_feeding_conv(parent: nn.Module, name: str, channels: int) -> No
             "+WS" must not be built without.
     """
     if is_convolution(parent):
-        standardize_(parent)
-        return
+        return parent
     siblings = list(parent._modules)
     before = siblings[: siblings.index(name)] if name in siblings else siblings
     previous = [parent._modules[key] for key in before if parent._modules[key] is not None]
     if previous and is_convolution(previous[-1]):
         if previous[-1].out_channels == channels:
-            standardize_(previous[-1])
-            return
+            return previous[-1]
     found = f"follows a {type(previous[-1]).__name__}" if previous else "follows no module"
     raise ValueError(
         f"{type(parent).__name__}.{name} asks for weight standardization ('+WS'), but {found}, "
@@ -189,18 +187,25 @@ def _separate_levels(head: RetinaNetHead, subnet: nn.Module) -> None:
             subnet._modules[name] = CycleBatchNormList(
                 head._num_features, type(norm), num_features=norm.num_features
             )
-    if shared and _restart_levels not in head._forward_pre_hooks.values():
+    if shared:
+        restart_levels_before_forward(head)
+
+
+def restart_levels_before_forward(head: nn.Module) -> None:
+    """A forward pass of a head that ended halfway must not shift the levels of the next."""
+    if _restart_levels not in head._forward_pre_hooks.values():
         head.register_forward_pre_hook(_restart_levels)
 
 
 def _restart_levels(head: nn.Module, inputs: Any) -> None:
-    """A forward pass that ended halfway must not shift the levels of the next."""
     for module in head.modules():
         if isinstance(module, BatchChannelNorm):
             module.restart_levels()
 
 
-def _complete(module: nn.Module, name: str) -> None:
+def complete(module: nn.Module, name: str) -> None:
+    """To be called when all parts of a model are there: its convolutions share their
+    standardization, and the log says what it is made of."""
     standardize_together(m for m in module.modules() if isinstance(m, WeightStandardized))
     text = summarize(module)
     if text:

@@ -1,3 +1,5 @@
 from .common import normalized
 
-dataloader, lr_multiplier, model, optimizer, train = normalized("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
+dataloader, lr_multiplier, model, optimizer, train = normalized(
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py"
+)

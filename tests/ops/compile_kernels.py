@@ -18,8 +18,14 @@ FLOATS = ("values", "group_values", "update_rate", "eps")
 # Arguments that can be 1, for which Triton compiles a variant with the constant in their place.
 ONES = ("channels", "groups", "pixels", "tiles", "rows", "part", "parts", "stride_n", "stride_c")
 ACTIVATION = [
-    {"HAS_RESIDUAL": residual, "RELU": relu}
-    for residual, relu in ((False, False), (False, True), (True, True), (True, False))
+    {"HAS_RESIDUAL": residual, "FROM_OUTPUT": output, "RELU": relu}
+    for residual, output, relu in (
+        (False, False, False),
+        (False, False, True),
+        (False, True, True),
+        (True, True, True),
+        (True, False, False),
+    )
 ]
 TABLES = {"BLOCK_D": 8, "BLOCK_S": 64}
 VARIANTS = {

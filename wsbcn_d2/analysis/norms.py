@@ -17,6 +17,7 @@ are from those of BN, the nearer it is to elimination singularities.) Measured h
 
 import contextlib
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -124,14 +125,15 @@ def analyze_layers(
         progress: show a progress bar.
 
     Returns:
-        The layers that were reached, in the order of the model.
+        The layers that were reached, in the order of their first calls.
 
     Raises:
         ValueError: if there is no data, or there is no such layer.
     """
     if len(batches) == 0:
         raise ValueError("there are no batches to analyze the model with")
-    watches = [_Watch(name, layer) for name, layer in _named_norms(model)]
+    calls = itertools.count()
+    watches = [_Watch(name, layer, calls) for name, layer in _named_norms(model)]
     if not watches:
         raise ValueError(f"{type(model).__name__} has no normalization layers")
     with contextlib.ExitStack() as stack:
@@ -142,7 +144,8 @@ def analyze_layers(
             _seed(i)
             with _WatchReLU():
                 model(batch)
-    return [watch.statistics() for watch in watches if watch.normalized.count]
+    reached = [watch for watch in watches if watch.normalized.count]
+    return [watch.statistics() for watch in sorted(reached, key=lambda watch: watch.position)]
 
 
 @torch.no_grad()
@@ -262,8 +265,9 @@ class _Moments:
 class _Watch:
     """Collects the statistics of one layer, while it is entered."""
 
-    def __init__(self, name: str, layer: nn.Module) -> None:
-        self.name, self.layer = name, layer
+    def __init__(self, name: str, layer: nn.Module, calls: "Iterator[int]") -> None:
+        self.name, self.layer, self.calls = name, layer, calls
+        self.position = -1  # of its first call among those of all layers
         self.normalized, self.before_relu = _Moments(), _Moments()
         self.passed: Any = 0
         # The same layer without its last affine transformation, run beside it.
@@ -278,6 +282,8 @@ class _Watch:
 
     def _on_output(self, layer: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() == 4:
+            if self.position < 0:
+                self.position = next(self.calls)
             self.normalized.add(self.plain(*inputs))
             setattr(output, _SOURCE, self)
 

@@ -69,8 +69,9 @@ def probe_loss(
     """Moves a copy of a model along the gradient of each batch and looks at loss and gradient.
 
     Everything is as in a training step: training mode, and BCN moves its estimates before it
-    normalizes. But every pass starts from the same estimates and random numbers (of the sampling
-    of proposals, say), so that nothing differs but the weights. The model is left as it was.
+    normalizes. But every pass starts from the same estimates and random numbers, and the heads of
+    an R-CNN see the proposals that were sampled at θ: other weights propose other boxes, and the
+    loss would jump with every box that is sampled instead of another. The model is left as it was.
 
     Args:
         model: returns a dict of losses, or a loss, for a batch in training mode.
@@ -97,6 +98,7 @@ def probe_loss(
         with tqdm(total=len(batches) * (len(sizes) + 1), desc="probing the loss",
                   disable=not progress) as bar:
             for i, batch in enumerate(batches):
+                _keep_sampled_proposals(model)
                 loss, gradient = _loss_and_gradient(model, parameters, batch, i)
                 bar.update()
                 losses.append(loss)
@@ -118,6 +120,22 @@ def probe_loss(
         np.array(loss_changes),
         np.array(gradient_changes),
     )
+
+
+def _keep_sampled_proposals(model: nn.Module) -> None:
+    """From the next call on, Detectron2's ROI heads train on the proposals that it samples."""
+    heads = getattr(model, "roi_heads", None)
+    sample = getattr(type(heads), "label_and_sample_proposals", None)
+    if sample is None:
+        return
+    kept: List[Any] = []
+
+    def label_and_sample_proposals(*args: Any, **kwargs: Any) -> Any:
+        if not kept:
+            kept.append(sample(heads, *args, **kwargs))
+        return copy.deepcopy(kept[0])  # heads may write into them
+
+    heads.label_and_sample_proposals = label_and_sample_proposals
 
 
 def _loss_and_gradient(

@@ -17,7 +17,7 @@ whose gradient is one operation too.
 
 import weakref
 from types import TracebackType
-from typing import Any, Iterable, List, Optional, Tuple, Type
+from typing import Any, Dict, Iterable, List, Optional, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -84,13 +84,6 @@ class Standardized:
             and self.value_version == self.value._version
         )
 
-    def take_gradient(self, grad: Optional[Tensor]) -> Optional[Tensor]:
-        """``grad`` and what has been collected."""
-        if self.leaf is None or self.leaf.grad is None:
-            return grad
-        collected, self.leaf = self.leaf.grad, None
-        return collected if grad is None else collected.add_(grad)
-
 
 class Neighbours:
     """Convolutions of one model that are standardized together."""
@@ -112,6 +105,8 @@ def standardize_together(convs: Iterable[nn.Module]) -> None:
     group: List[nn.Module] = []
     groups = [group]
     for conv in convs:
+        if isinstance(conv, nn.ConvTranspose2d):  # whose filters are another dimension
+            continue
         if sum(c.weight.numel() for c in group) >= _GROUP_SIZE:
             group = []
             groups.append(group)
@@ -125,18 +120,27 @@ def standardize_together(convs: Iterable[nn.Module]) -> None:
 class StandardizeOnce:
     """Context of several forward and backward passes for one step of the optimizer.
 
-    Filters are standardized once, and their gradients collected until the backward pass of the
-    last one, which carries them on to the weights; hooks of the weights, such as those by which
-    DistributedDataParallel reduces gradients, see the sum then.
+    Filters are standardized once, and the gradients of all but the last pass are carried on to the
+    weights together.
 
     Attributes:
         last: to be set when the last of the passes begins.
     """
 
     def __init__(self) -> None:
-        self.last = False
         self.token = object()
+        self._last = False
         self._collecting: List[Standardized] = []
+
+    @property
+    def last(self) -> bool:
+        return self._last
+
+    @last.setter
+    def last(self, value: bool) -> None:
+        if value and not self._last:
+            self._hand_on()
+        self._last = value
 
     def __enter__(self) -> "StandardizeOnce":
         global _scope
@@ -153,19 +157,31 @@ class StandardizeOnce:
     ) -> None:
         global _scope
         _scope = None
-        # Convolutions that the last pass did not use.
-        left = [(record, record.take_gradient(None)) for record in self._collecting]
-        left = [(record, grad) for record, grad in left if grad is not None]
         if kind is None:
-            with torch.no_grad():
-                grads = _weight_gradients([r for r, _ in left], [grad for _, grad in left])
-                for (record, _), grad in zip(left, grads):
-                    weight = record.weight
-                    weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+            self._hand_on()
         for record in self._collecting:
             record.used = True
             record.leaf = None
         self._collecting.clear()
+
+    def _hand_on(self) -> None:
+        """Carries the collected gradients on to the weights.
+
+        Before the last pass, so that what reduces gradients behind it finds them in ``grad``, also
+        those of weights which the last pass does not use. By a backward pass, for the sake of hooks
+        of the weights; DistributedDataParallel ignores those outside of its own.
+        """
+        kinds: Dict[Any, List[Standardized]] = {}
+        for record in self._collecting:
+            if record.leaf is not None and record.leaf.grad is not None:
+                kind = (record.weight.dtype, record.weight.device)
+                kinds.setdefault(kind, []).append(record)
+        for records in kinds.values():
+            with torch.enable_grad():
+                outputs = _Connect.apply(records, *(r.weight for r in records))
+            torch.autograd.backward(outputs, [r.leaf.grad.to(r.value.dtype) for r in records])
+            for record in records:
+                record.leaf = None
 
     def leaf_of(self, record: Standardized) -> Tensor:
         """The standardized filters as the end of the graph of a pass that is not the last."""
@@ -256,7 +272,7 @@ def _connect(conv: nn.Module, dtype: torch.dtype) -> None:
                 and record is not None
                 and record.holds_for(other.weight, other.eps, dtype)
                 and (other._connected is None or other._connected[0] is not record)
-                and (other._in_graph or record.leaf is not None)
+                and other._in_graph
             ):
                 other.__dict__["_in_graph"] = False
                 convs.append(other)
@@ -282,9 +298,8 @@ class _Connect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         outputs: List[Optional[Tensor]] = [None] * len(grads)
-        total = [record.take_gradient(grad) for record, grad in zip(ctx.records, grads)]
-        given = [i for i, grad in enumerate(total) if grad is not None]
-        results = _weight_gradients([ctx.records[i] for i in given], [total[i] for i in given])
+        given = [i for i, grad in enumerate(grads) if grad is not None]
+        results = _weight_gradients([ctx.records[i] for i in given], [grads[i] for i in given])
         for i, result in zip(given, results):
             outputs[i] = result
         for record in ctx.records:

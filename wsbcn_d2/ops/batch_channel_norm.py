@@ -46,6 +46,7 @@ from torch import Tensor
 
 from .backend import kernels_for
 from .library import LIBRARY
+from .state import is_compiling
 
 LIBRARY.define(
     "batch_channel_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, "
@@ -58,7 +59,7 @@ LIBRARY.define(
     "batch_channel_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, "
     "Tensor group_weight, Tensor m, Tensor v, Tensor d, Tensor r, Tensor mu, Tensor rstd, "
     "Tensor? scale, Tensor? shift, Tensor count, bool relu, bool has_residual, bool synchronize) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -176,8 +177,14 @@ class _BatchChannelNorm(torch.autograd.Function):
             synchronize,
         )
         *tables, scale, shift, count = tables
-        # Where ReLU let through is read from its output, or found again from x.
-        found_again = relu and residual is None and not kernels_for(x).SAVES_OUTPUT_OF_RELU
+        # Where ReLU let through is read from its output, or found again from x. torch.compile does
+        # not look for the kernels: it would try to trace the attempt to run them.
+        found_again = (
+            relu
+            and residual is None
+            and not is_compiling()
+            and not kernels_for(x).SAVES_OUTPUT_OF_RELU
+        )
         saved = (None, scale, shift) if found_again else (y if relu else None, None, None)
         ctx.save_for_backward(x, saved[0], weight, group_weight, *tables, *saved[1:], count)
         ctx.options = (relu, residual is not None, synchronize)
@@ -187,10 +194,15 @@ class _BatchChannelNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        grad_x, grad_residual, *parameters = torch.ops.wsbcn_d2.batch_channel_norm_backward(
-            grad, *ctx.saved_tensors, *ctx.options
+        saved = ctx.saved_tensors  # to be asked for only once, for activation checkpointing
+        grad_x, grad_residual, parameters = torch.ops.wsbcn_d2.batch_channel_norm_backward(
+            grad, *saved, *ctx.options
         )
-        has_residual = ctx.options[1]
+        relu, has_residual, _ = ctx.options
+        channels, groups = saved[2].numel(), saved[3].numel()
+        parameters = parameters.split([channels, channels, groups, groups])
+        if not relu:
+            grad_residual = grad
         return (
             grad_x,
             grad_residual if has_residual else None,
@@ -253,14 +265,11 @@ def _backward_shapes(
     m: Tensor,
     *args: Any,
 ) -> Tuple[Tensor, ...]:
-    has_residual = args[-2]
+    relu, has_residual = args[-3:-1]
     return (
         torch.empty_like(x),
-        torch.empty_like(x) if has_residual else x.new_empty(0),
-        m.new_empty(weight.shape),
-        m.new_empty(weight.shape),
-        m.new_empty(group_weight.shape),
-        m.new_empty(group_weight.shape),
+        torch.empty_like(x) if has_residual and relu else x.new_empty(0),
+        m.new_empty(2 * weight.numel() + 2 * group_weight.numel()),
     )
 
 

@@ -106,7 +106,7 @@ def batch_channel_norm_backward(
     """See :mod:`.batch_channel_norm`."""
     if relu:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    grad_residual = grad if has_residual else grad.new_empty(0)
+    grad_residual = grad if has_residual and relu else grad.new_empty(0)
     groups = group_weight.numel()
     pixels = x.shape[2] * x.shape[3]
     a = (weight.to(m.dtype) * rstd).view(1, groups, -1)
@@ -143,7 +143,11 @@ def batch_channel_norm_backward(
 
     q, c, p = q[:, :, None, None], c[:, :, None, None], p[:, :, None, None]
     grad_x = _cast(centered.mul_(q).add_(c).addcmul_(compute_grad, p), x.dtype)
-    return grad_x, grad_residual, grad_weight, grad_bias, grad_group_weight, grad_group_bias
+    return (
+        grad_x,
+        grad_residual,
+        torch.cat([grad_weight, grad_bias, grad_group_weight, grad_group_bias]),
+    )
 
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:

@@ -296,9 +296,9 @@ def _apply_kernel(
 
 
 @triton.jit
-def _under_relu(grad, x, y_ptr, at, mask, m, scale, shift, HAS_RESIDUAL: tl.constexpr):
-    """The gradient before ReLU, whose output is read if a residual was added before it."""
-    if HAS_RESIDUAL:
+def _under_relu(grad, x, y_ptr, at, mask, m, scale, shift, FROM_OUTPUT: tl.constexpr):
+    """The gradient before ReLU, whose output is read if it has been saved."""
+    if FROM_OUTPUT:
         positive = tl.load(y_ptr + at, mask=mask, other=0.0) > 0
     else:
         positive = scale[:, None] * (x - m[:, None]) + shift[:, None] > 0
@@ -322,7 +322,7 @@ def _sums_kernel(
     stride_p,
     part,
     parts,
-    HAS_RESIDUAL: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
     RELU: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -340,7 +340,7 @@ def _sums_kernel(
     m = tl.load(m_ptr + n * channels + c, mask=inside, other=0.0)
     scale = m
     shift = m
-    if RELU and not HAS_RESIDUAL:
+    if RELU and not FROM_OUTPUT:
         scale = tl.load(scale_ptr + n * channels + c, mask=inside, other=0.0)
         shift = tl.load(shift_ptr + n * channels + c, mask=inside, other=0.0)
     s1 = tl.zeros([BLOCK_C, BLOCK_P], COMPUTE)
@@ -353,7 +353,7 @@ def _sums_kernel(
         grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(COMPUTE)
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(COMPUTE)
         if RELU:
-            grad = _under_relu(grad, x, y_ptr, at, mask, m, scale, shift, HAS_RESIDUAL)
+            grad = _under_relu(grad, x, y_ptr, at, mask, m, scale, shift, FROM_OUTPUT)
         s1 += grad
         s2 += tl.where(mask, grad * (x - m[:, None]), 0.0)
     out = (n * parts + tl.program_id(1)) * channels + c
@@ -450,6 +450,7 @@ def _input_grad_kernel(
     stride_c,
     stride_p,
     HAS_RESIDUAL: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
     RELU: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -471,10 +472,10 @@ def _input_grad_kernel(
     if RELU:
         scale = m
         shift = m
-        if not HAS_RESIDUAL:
+        if not FROM_OUTPUT:
             scale = tl.load(scale_ptr + table, mask=inside, other=0.0)
             shift = tl.load(shift_ptr + table, mask=inside, other=0.0)
-        grad = _under_relu(grad, x, y_ptr, at, mask, m, scale, shift, HAS_RESIDUAL)
+        grad = _under_relu(grad, x, y_ptr, at, mask, m, scale, shift, FROM_OUTPUT)
         if HAS_RESIDUAL:
             tl.store(grad_residual_ptr + at, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
     p = tl.load(p_ptr + table, mask=inside, other=0.0)
@@ -790,15 +791,11 @@ def batch_channel_norm_backward(
     pixels, groups = height * width, group_weight.numel()
     compute = _COMPUTE[m.dtype]
     grad_x = torch.empty_like(x)
-    grad_residual = grad
-    if not has_residual:
-        grad_residual = x.new_empty(0)
-    elif relu:
-        grad_residual = torch.empty_like(x)
+    grad_residual = torch.empty_like(x) if has_residual and relu else x.new_empty(0)
     p, q, c = (torch.empty_like(m) for _ in range(3))
     parameters = m.new_empty(images, 2 * channels + 2 * groups)
     tables = (m, scale, shift)
-    activation = {"HAS_RESIDUAL": has_residual, "RELU": relu}
+    activation = {"FROM_OUTPUT": y is not None, "RELU": relu}
 
     if x.numel():
         tiling = _Tiling.of(x)
@@ -845,9 +842,7 @@ def batch_channel_norm_backward(
             BLOCK_S=_block_s(tiling, block_d),
         )
     parameters = parameters[0] if images == 1 and x.numel() else _sum(parameters, x)
-    grad_weight, grad_bias, grad_group_weight, grad_group_bias = parameters.split(
-        [channels, channels, groups, groups]
-    )
+    grad_weight, grad_bias = parameters[: 2 * channels].split(channels)
     if count.numel():  # gradient through the batch statistics, over all ranks' values
         sums = (grad_bias, grad_weight)
         bias_sum, weight_sum = sum_over_ranks(*sums) if synchronize else sums
@@ -869,10 +864,11 @@ def batch_channel_norm_backward(
             pixels,
             tiling.tiles,
             *tiling.strides,
+            HAS_RESIDUAL=has_residual,
             **activation,
             **tile,
         )
-    return grad_x, grad_residual, grad_weight, grad_bias, grad_group_weight, grad_group_bias
+    return grad_x, grad_residual, parameters
 
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:

@@ -1,0 +1,328 @@
+"""The configs that are combinations, the page that lists them, and LazyConfigs.
+
+What they say is compared with their names, with Detectron2's own configs of the same models, and
+with the metadata of the datasets. tests/test_model_families.py trains small ones.
+"""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2_models import modules_of_type
+from test_configs import NORMS, is_type, norm_layers
+from test_model_families import of_deeplab, of_panoptic_deeplab, of_point_rend, of_this_package
+
+import wsbcn_d2
+from wsbcn_d2.data import make_digits_dataset
+from wsbcn_d2.layers import WeightStandardized
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+NAME = re.compile(
+    r"(?P<model>.+)_(?P<norm>gn|gn_ws|bcn|bcn_ws)_(?P<schedule>[\dxe-]+)_(?P<images>[12])img"
+)
+FILES = {}  # by folder and model
+for _path in sorted(CONFIGS.rglob("*img.yaml")):
+    _match = NAME.fullmatch(_path.stem)
+    if _match is not None:
+        FILES.setdefault(f"{_path.parent.name}/{_match['model']}", []).append((_path, _match))
+RCNN = [
+    f"{folder}_rcnn_{backbone}_FPN"
+    for folder in ("COCO-InstanceSegmentation/mask", "COCO-Detection/faster")
+    for backbone in ("R_50", "R_101", "X_50_32x4d", "X_101_32x4d")
+]
+
+# Thousands of images seen at the decays and at the end.
+SEEN = {
+    "1x": (960, 1280, 1440),
+    "2x": (2400, 2720, 2880),
+    "3x": (3360, 4000, 4320),
+    "9x": (12000, 12640, 12960),
+    # 7,330 batches of 16 images make an epoch
+    "20-23-24e": (2345.6, 2697.44, 2814.72),
+    "17e": (192, 256, 288),
+    "65e": (144, 192),
+    "699e": (1280, 1760, 2080),
+    "484e": (1440,),
+    "968e": (2880,),
+}
+EPOCH = {"17e": 16551, "65e": 2975, "699e": 2975, "484e": 2975, "968e": 2975}
+LVIS = "LVISv1-InstanceSegmentation/mask_rcnn_R_50_FPN"
+LEARNING_RATES = {  # for 16 images; the others have 0.02
+    "COCO-Detection/retinanet_R_50_FPN": 0.01,
+    "Cityscapes/semantic_R_50_FPN": 0.005,
+    "Cityscapes/deeplab_v3_plus_R_103": 0.01,
+    "Cityscapes/panoptic_deeplab_R_52": 0.0005,
+}
+
+
+def load(path):
+    cfg = get_cfg()
+    add_config = of_this_package
+    if "pointrend" in path.stem:
+        add_config = of_point_rend
+    elif "panoptic_deeplab" in path.stem:
+        add_config = of_panoptic_deeplab
+    elif "deeplab" in path.stem:
+        add_config = of_deeplab
+    add_config(cfg)
+    cfg.merge_from_file(str(path))
+    return cfg
+
+
+def flat(cfg, prefix=""):
+    for key, value in cfg.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def test_combinations():
+    assert set(RCNN) < FILES.keys() and len(FILES) == 25
+    for model, files in FILES.items():
+        schedules = {match["schedule"] for _, match in files}
+        if model in RCNN:
+            assert schedules == {"1x", "2x", "20-23-24e"}
+        found = {(match["norm"], match["schedule"], match["images"]) for _, match in files}
+        assert len(found) == 4 * len(schedules) * 2  # every norm and number of images
+
+
+@pytest.mark.parametrize("model", FILES)
+def test_config_is_what_its_name_says(model):
+    for path, match in FILES[model]:
+        cfg = load(path)
+        norm, schedule, images = match["norm"], match["schedule"], int(match["images"])
+        # The norm, everywhere.
+        option = NORMS[norm][0]
+        norms = {k: v for k, v in flat(cfg.MODEL) if k.rpartition(".")[2] == "NORM"}
+        if model == RCNN[0]:  # its files set what the model has
+            del norms["RETINANET.NORM"], norms["SEM_SEG_HEAD.NORM"]
+        assert len(norms) >= 4
+        for key, value in norms.items():
+            if "v3_plus" in model and key == "SEM_SEG_HEAD.NORM":  # has layers of 48 channels
+                value = value.replace("(groups=16)", "")
+            assert value == option, f"{path}: {key}"
+
+        # The schedule, whatever the batch.
+        solver = cfg.SOLVER
+        assert solver.IMS_PER_BATCH == 8 * images, path
+        rate = LEARNING_RATES.get(model, 0.02) * images / 2
+        assert solver.BASE_LR == pytest.approx(rate), path
+        steps = [] if solver.LR_SCHEDULER_NAME == "WarmupPolyLR" else solver.STEPS
+        seen = [solver.IMS_PER_BATCH * i / 1000 for i in (*steps, solver.MAX_ITER)]
+        assert seen == pytest.approx(
+            [x * (2 if model == LVIS else 1) for x in SEEN[schedule]]
+        ), path
+        if schedule in EPOCH:
+            assert round(1000 * seen[-1] / EPOCH[schedule]) == int(schedule[:-1]), path
+
+        # Weights and the input that they were trained with.
+        weights, mean, std = cfg.MODEL.WEIGHTS, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+        if "FAIR" in weights or "MSRA" in weights:
+            assert cfg.INPUT.FORMAT == "BGR" and mean[0] < mean[2] and set(std) == {1.0}, path
+        else:
+            assert cfg.INPUT.FORMAT == "RGB" and mean[0] > mean[2] and min(std) > 57, path
+        assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 == ("MSRA" in weights), path
+        if not weights:
+            assert cfg.MODEL.BACKBONE.FREEZE_AT == 0, path
+        if weights.startswith(("detectron2://", "catalog://")):  # all of them without WS
+            assert not norm.endswith("_ws"), path
+            assert ("GN" in weights) == (norm == "gn"), path
+        if "scratch" in path.stem:
+            assert not weights and cfg.MODEL.WSBCN.UPDATE_RATE_WARMUP, path
+
+
+CLASSES = {  # key below MODEL -> which classes of the dataset it counts
+    "GeneralizedRCNN": [("ROI_HEADS", "thing_classes")],
+    "PanopticFPN": [("ROI_HEADS", "thing_classes"), ("SEM_SEG_HEAD", "stuff_classes")],
+    "RetinaNet": [("RETINANET", "thing_classes")],
+    "SemanticSegmentor": [("SEM_SEG_HEAD", "stuff_classes")],
+    "PanopticDeepLab": [("SEM_SEG_HEAD", "stuff_classes")],
+}
+
+
+@pytest.mark.parametrize("model", FILES)
+def test_number_of_classes_is_that_of_the_dataset(model):
+    cfg = load(FILES[model][0][0])
+    for name in cfg.DATASETS.TRAIN + cfg.DATASETS.TEST:
+        assert name in DatasetCatalog
+        metadata = MetadataCatalog.get(name)
+        for section, classes in CLASSES[cfg.MODEL.META_ARCHITECTURE]:
+            assert cfg.MODEL[section].NUM_CLASSES == len(metadata.get(classes))
+
+
+# The config of Detectron2 for the same model.
+MASK, DETECTION = "COCO-InstanceSegmentation/mask_rcnn_R_50_", "COCO-Detection/"
+DETECTRON2 = {
+    **{MASK + kind: f"{MASK}{kind}_1x.yaml" for kind in ("FPN", "C4", "DC5")},
+    RCNN[4]: DETECTION + "faster_rcnn_R_50_FPN_1x.yaml",
+    DETECTION + "retinanet_R_50_FPN": DETECTION + "retinanet_R_50_FPN_1x.yaml",
+    **{
+        model: f"{model}_1x.yaml"
+        for model in (
+            "COCO-Keypoints/keypoint_rcnn_R_50_FPN",
+            "COCO-PanopticSegmentation/panoptic_fpn_R_50",
+            LVIS,
+            "Misc/cascade_mask_rcnn_R_50_FPN",
+        )
+    },
+    **{
+        model: f"{model}.yaml"
+        for model in (
+            "PascalVOC-Detection/faster_rcnn_R_50_FPN",
+            "PascalVOC-Detection/faster_rcnn_R_50_C4",
+            "Cityscapes/mask_rcnn_R_50_FPN",
+        )
+    },
+    "Misc/mask_rcnn_R_50_FPN_dconv_c3-c5": "Misc/mask_rcnn_R_50_FPN_1x_dconv_c3-c5.yaml",
+    "Misc/scratch_mask_rcnn_R_50_FPN": "Misc/scratch_mask_rcnn_R_50_FPN_3x_gn.yaml",
+}
+
+
+@pytest.mark.parametrize("model", DETECTRON2)
+def test_nothing_else_differs_from_the_config_of_detectron2(model):
+    try:
+        stock = dict(flat(model_zoo.get_config(DETECTRON2[model])))
+    except RuntimeError:
+        pytest.skip(f"this Detectron2 has no {DETECTRON2[model]}")
+    images = stock["SOLVER.IMS_PER_BATCH"] // 8
+    path = next(
+        path
+        for path, match in FILES[model]
+        if match["schedule"] not in ("2x", "20-23-24e", "9x")
+        and (match["norm"], match["images"]) == ("gn_ws", str(images))
+    )
+    ours = dict(flat(load(path)))
+    differing = {key for key, value in stock.items() if ours[key] != value}
+    if "ANCHOR_GENERATOR" in str(differing):  # written out, and rounded
+        key = "MODEL.ANCHOR_GENERATOR.SIZES"
+        torch.testing.assert_close(
+            torch.tensor(ours[key]), torch.tensor(stock[key]), rtol=0, atol=1e-4
+        )
+        differing.remove(key)
+    input_and_weights = ("WEIGHTS", "PIXEL_MEAN", "PIXEL_STD", "FORMAT", "STRIDE_IN_1X1")
+    backbone = ("MODEL.BACKBONE.NAME", "MODEL.BACKBONE.FREEZE_AT")
+    box_head = ("MODEL.ROI_BOX_HEAD.NUM_CONV", "MODEL.ROI_BOX_HEAD.NUM_FC")  # 4conv1fc for 2fc
+    # What the batch determines is left at the default.
+    differing.discard("TEST.EVAL_PERIOD")
+    names = {key for key in differing if key.rpartition(".")[2] not in ("NORM", *input_and_weights)}
+    assert names <= {*backbone, *box_head}
+
+
+@pytest.mark.parametrize("model", RCNN)
+def test_full_size(model):
+    """On the meta device: nothing is computed."""
+    cfg = load(next(path for path, match in FILES[model] if match["norm"] == "bcn_ws"))
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        network = build_model(cfg)
+    convolutions = 104 if "_101" in model else 53  # stem, 3 a block, 4 shortcuts
+    convolutions += 8 + 4 + 4 * ("mask" in model)  # FPN, box head, mask head
+    assert len(modules_of_type(network, WeightStandardized)) == convolutions
+    norms = norm_layers(network)
+    assert len(norms) == convolutions
+    assert all(is_type(norm, wsbcn_d2.BatchChannelNorm) for norm in norms)
+    groups, width = (32, 128) if "_X_" in model else (1, 64)
+    conv = network.backbone.bottom_up.res2[0].conv2
+    assert (conv.groups, conv.out_channels) == (groups, width)
+
+
+# -------------------------------------------------------------------------------------- the tools
+
+
+@pytest.mark.parametrize("tool", ["make_configs.py", "list_model_zoo.py"])
+def test_what_the_tools_write_is_up_to_date(tool, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [tool, "--check"])
+    with pytest.raises(SystemExit) as result:
+        runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+    assert result.value.code == 0, f"run tools/{tool}"
+
+
+def test_page_lists_every_config():
+    page = (ROOT / "MODEL_ZOO.md").read_text()
+    listed = set(re.findall(r"\]\((configs/[\w/.-]+)\)", page))
+    files = {p for p in CONFIGS.rglob("*.*") if p.suffix in (".yaml", ".py")}
+    files = {p for p in files if not p.name.startswith("Base-") and "_base_" not in p.parts}
+    files.discard(CONFIGS / "LazyConfig" / "common.py")
+    assert listed == {str(path.relative_to(ROOT)) for path in files}
+
+
+# ------------------------------------------------------------------------------------ LazyConfigs
+
+LAZY = sorted(path.name for path in (CONFIGS / "LazyConfig").glob("*_1x.py"))
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_norm_of_a_lazy_config(name):
+    cfg = LazyConfig.load(str(CONFIGS / "LazyConfig" / name))
+    assert cfg.dataloader.train.total_batch_size == 8 and cfg.train.max_iter == 180000
+    assert cfg.dataloader.train.mapper.image_format == "RGB"
+    layers = {}
+    for norm, option in (("gn", "GN"), ("bcn_ws", "BCN+WS")):
+        cfg = LazyConfig.apply_overrides(cfg, [f"train.norm={option}"])
+        with torch.device("meta"):
+            model = instantiate(cfg.model)
+        norms = norm_layers(model)
+        assert all(is_type(layer, NORMS[norm][1]) for layer in norms)
+        layers[norm] = len(norms)
+        standardized = modules_of_type(model, WeightStandardized)
+        assert len(standardized) == (len(norms) if norm == "bcn_ws" else 0)
+    assert layers["gn"] == layers["bcn_ws"] >= 53
+
+
+def test_training_from_a_lazy_config(tmp_path):
+    make_digits_dataset(
+        str(tmp_path / "digits"), num_train=2, num_val=2, image_size=64, progress=False
+    )
+    mapper = "mapper.augmentations.0.short_edge_length"
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "lazyconfig_train_net.py"),
+        "--config-file",
+        str(CONFIGS / "LazyConfig" / "retinanet_R_50_FPN_1x.py"),
+        "dataloader.train.dataset.names=digits_train",
+        "dataloader.test.dataset.names=digits_val",
+        "dataloader.train.total_batch_size=1",
+        *(f"dataloader.{part}.num_workers=0" for part in ("train", "test")),
+        f"dataloader.train.{mapper}=[64]",
+        f"dataloader.test.{mapper}=64",
+        "model.num_classes=10",
+        "train.max_iter=2",
+        "train.log_period=1",
+        "train.wsbcn.UPDATE_RATE_WARMUP=True",
+        f"train.output_dir={tmp_path / 'out'}",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(tmp_path)}
+    result = subprocess.run(command, env=env, text=True, capture_output=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    lines = (tmp_path / "out" / "metrics.json").read_text().splitlines()
+    first, second, last = map(json.loads, lines)
+    assert (first["bcn_update_rate"], second["bcn_update_rate"]) == (1.0, 0.5)
+    assert "bbox/AP" in last
+    assert (tmp_path / "out" / "model_final.pth").is_file()
+
+
+# ------------------------------------------------------------------------------------------- docs
+
+
+def snippets():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs/in_your_project.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize("index", range(3), ids=["strings", "convert", "by hand"])
+def test_ways_into_a_project(index):
+    assert len(snippets()) == 3
+    if "wsbcn_d2.convert(" in snippets()[index] and not hasattr(wsbcn_d2, "convert"):
+        pytest.skip("this version has no wsbcn_d2.convert")
+    exec(snippets()[index], {})

@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+"""Looks into the normalization layers of checkpoints: dead channels, estimates, smoothness."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Iterator, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.utils.logger import setup_logger
+
+from wsbcn_d2.analysis.norm_analysis import analyze_checkpoint, load_analyses, write_analyses
+from wsbcn_d2.analysis.norms_page import norms_page
+from wsbcn_d2.analysis.probe import STEPS
+from wsbcn_d2.analysis.runs import read_run
+from wsbcn_d2.engine import load_config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="[LABEL=]OUTPUT_DIR",
+        help="folder of a run, of which config.yaml and the last checkpoint are used",
+    )
+    parser.add_argument("--config-file", help="instead of runs: a config; weights by --opts")
+    parser.add_argument("--num-images", type=int, default=20, help="how many training images")
+    parser.add_argument(
+        "--num-probe-images", type=int, default=8, help="how many of them to probe the loss with"
+    )
+    parser.add_argument(
+        "--steps",
+        type=float,
+        nargs="+",
+        default=list(STEPS),
+        metavar="STEP",
+        help="of the probe, multiples of SOLVER.BASE_LR",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images")
+    parser.add_argument("--output", default="norms", help="folder to write to")
+    parser.add_argument("--name", default="norms", help="name of the files, without extension")
+    parser.add_argument(
+        "--from", dest="analyses", metavar="JSON", help="instead of runs: what this tool has written"
+    )
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config keys to change, of all models; last on the command line",
+    )
+    args = parser.parse_args()
+    if sum(map(bool, (args.runs, args.config_file, args.analyses))) != 1:
+        parser.error("give one of OUTPUT_DIRs, --config-file and --from")
+    try:
+        if args.analyses:
+            analyses = load_analyses(args.analyses)
+        else:
+            setup_logger(name="fvcore")
+            setup_logger()
+            analyses = [
+                analyze_checkpoint(
+                    cfg,
+                    label,
+                    num_images=args.num_images,
+                    num_probe_images=args.num_probe_images,
+                    steps=args.steps,
+                    seed=args.seed,
+                    progress=True,
+                )
+                for label, cfg in list(_configs(args))
+            ]
+        paths = norms_page(analyses).write(args.output, args.name)
+        if not args.analyses:
+            paths.append(str(Path(args.output) / f"{args.name}.json"))
+            write_analyses(analyses, paths[-1])
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(paths))
+    return 0
+
+
+def _configs(args: argparse.Namespace) -> Iterator[Tuple[str, CfgNode]]:
+    if args.config_file:
+        yield Path(args.config_file).stem, load_config(args.config_file, args.opts)
+    for argument in args.runs:
+        label, _, folder = argument.rpartition("=")
+        if Path(argument).is_dir():
+            label, folder = "", argument
+        run = read_run(folder)
+        if run.checkpoint is None:
+            raise ValueError(f"{folder!r} has no checkpoint")
+        opts = ["MODEL.WEIGHTS", str(run.checkpoint), *args.opts]
+        yield label or run.name, load_config(str(run.folder / "config.yaml"), opts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
