@@ -43,7 +43,10 @@ def main() -> int:
     parser.add_argument("--output", default="norms", help="folder to write to")
     parser.add_argument("--name", default="norms", help="name of the files, without extension")
     parser.add_argument(
-        "--from", dest="analyses", metavar="JSON", help="instead of runs: what this tool has written"
+        "--from",
+        dest="analyses",
+        metavar="JSON",
+        help="instead of runs: what this tool has written",
     )
     parser.add_argument(
         "--opts",

@@ -40,7 +40,9 @@ def main() -> int:
     parser.add_argument(
         "--from", dest="results", metavar="JSON", help="instead of runs: what this tool has written"
     )
-    parser.add_argument("--dataset", help="of the predictions; the runs' DATASETS.TEST if not given")
+    parser.add_argument(
+        "--dataset", help="of the predictions; the runs' DATASETS.TEST if not given"
+    )
     parser.add_argument("--annotations", help="COCO annotations, of a dataset not registered")
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap; 0: no intervals")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")

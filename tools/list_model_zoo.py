@@ -16,10 +16,25 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "MODEL_ZOO.md"
 PUBLISHED = ROOT / "docs" / "published_results.yaml"
 
-# Of a file: model, norm, schedule and images per GPU; those of the digits have the former two only.
+# The words for norms in file names, in the order of the rows.
+_NORMS = {
+    "frozenbn": "FrozenBN",
+    "bn": "BN",
+    "bn_ws": "BN+WS",
+    "syncbn": "SyncBN",
+    "gn": "GN",
+    "gn_ws": "GN+WS",
+    "cn": "CN",
+    "cn_ws": "CN+WS",
+    "batchbcn": "BatchBCN",
+    "batchbcn_ws": "BatchBCN+WS",
+    "bcn": "BCN",
+    "bcn_ws": "BCN+WS",
+}
+
+# Model, norm, schedule and images per GPU; the configs of the digits have the former two only.
 _NAME = re.compile(
-    r"(?P<model>.+?)_(?P<norm>(?:gn|frozenbn|syncbn|batchbcn|bcn|bn|cn)(?:_ws)?)"
-    r"(?:_(?P<schedule>[^_]+)_(?P<images>\d)img)?"
+    rf"(?P<model>.+?)_(?P<norm>{'|'.join(_NORMS)})(?:_(?P<schedule>[^_]+)_(?P<images>\d)img)?"
 )
 
 # Of the models of Detectron2's projects, which have config keys of their own.
@@ -50,13 +65,6 @@ The files are written by `tools/make_configs.py` from the few that people write:
 each folder, and `configs/_base_`. For another norm, take any file of the model and give the `NORM`
 options as arguments of the command.
 """
-
-
-def describe(norm: str) -> str:
-    """The norm option that a word in a file name stands for."""
-    options = {"frozenbn": "FrozenBN", "syncbn": "SyncBN", "batchbcn": "BatchBCN"}
-    base, _, ws = norm.partition("_")
-    return options.get(base, base.upper()) + ("+WS" if ws else "")
 
 
 def command(group: str, example: str) -> str:
@@ -130,6 +138,11 @@ def lazy_configs() -> str:
     )
 
 
+def _order(file: Tuple[Path, Dict[str, str]]) -> Tuple[int, str, int, str]:
+    schedule, images = file[1]["schedule"], file[1]["images"]
+    return len(schedule), schedule, list(_NORMS).index(file[1]["norm"]), images
+
+
 def page() -> str:
     """The text of MODEL_ZOO.md.
 
@@ -144,7 +157,8 @@ def page() -> str:
         if group.split("/")[0] != folder:
             folder = group.split("/")[0]
             parts.append(f"## {folder}\n")
-        example = files[0][0].relative_to(ROOT)
+        files = sorted(files, key=_order)
+        example = files[-1][0].relative_to(ROOT)
         parts.append(f"### {group.split('/')[1]}\n\n```\n{command(group, str(example))}\n```\n")
         rows: Dict[Tuple[str, str], Dict[str, Path]] = {}
         for path, name in files:
@@ -170,7 +184,7 @@ def page() -> str:
                 )
                 start = weights(next(iter(paths.values())))
                 cell = published(results.get(key, []), sources)
-                lines.append(f"| {describe(norm)} | {schedule} | {links} | {start} | {cell} |")
+                lines.append(f"| {_NORMS[norm]} | {schedule} | {links} | {start} | {cell} |")
         parts.append("\n".join(line.replace("|  |", "| |") for line in lines) + "\n")
     parts.append(lazy_configs())
     unknown = sorted({*results, *baselines} - known)

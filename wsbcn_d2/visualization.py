@@ -10,6 +10,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
@@ -27,6 +28,7 @@ _LABEL_HEIGHT = 15
 _POINTS_PER_PIXEL = 72 / 100  # of matplotlib's text, at its default resolution
 _MASK_OPACITY = 0.5
 _WHITE = 255
+_MATCHING_IOU = 0.5  # above it no two objects of one class can claim the same prediction
 
 
 class _Object(NamedTuple):
@@ -36,6 +38,7 @@ class _Object(NamedTuple):
     class_index: int  # contiguous, from 0
     segmentation: Any  # polygons or run lengths as in COCO, None if there is only a box
     score: Optional[float]  # None for ground truth
+    is_crowd: bool = False
 
 
 def load_predictions(path: str) -> List[Dict[str, Any]]:
@@ -81,31 +84,14 @@ def draw_predictions(
             are malformed or of another dataset.
         FileNotFoundError: files of the dataset are missing.
     """
-    if not isinstance(num_images, int) or num_images < 1:
-        raise ValueError(f"num_images is {num_images!r}; it must be an integer of at least 1")
-    if not isinstance(score_threshold, Real) or not 0 <= score_threshold <= 1:
-        raise ValueError(f"score_threshold is {score_threshold!r}; it must be from 0 to 1")
-    if not output_path.endswith(".png"):
-        raise ValueError(f"output_path is {output_path!r}; it must end in .png")
-    check_datasets([dataset_name])
-
-    records = sorted(DatasetCatalog.get(dataset_name), key=lambda record: record["image_id"])
-    metadata = MetadataCatalog.get(dataset_name)
-    class_indices = _class_indices(metadata)
-    image_ids = {record["image_id"] for record in records}
-    _check_predictions(predictions, dataset_name, image_ids, class_indices)
-    by_image = defaultdict(list)
-    for prediction in predictions:
-        if prediction["score"] >= score_threshold:
-            predicted = _from_prediction(prediction, class_indices)
-            by_image[prediction["image_id"]].append(predicted)
-
+    _check_arguments(output_path, num_images, score_threshold)
+    records, metadata = _load_dataset(dataset_name)
+    by_image = _objects_by_image(predictions, dataset_name, records, metadata, score_threshold)
     pairs = []
     for record in records[:num_images]:
         image = read_image(record["file_name"], format="RGB")
         name = os.path.basename(record["file_name"])
-        annotated = [_from_annotation(annotation) for annotation in record.get("annotations", [])]
-        left = _draw_objects(image, annotated, metadata)
+        left = _draw_objects(image, _annotated(record), metadata)
         right = _draw_objects(image, by_image[record["image_id"]], metadata)
         pairs.append(
             (
@@ -113,8 +99,178 @@ def draw_predictions(
                 _add_title(right, f"predictions, score >= {score_threshold:.2f}"),
             )
         )
-    _save_png(_arrange(pairs), output_path)
+    _save_png(_arrange(pairs, per_row=2), output_path)
     return output_path
+
+
+def draw_comparison(
+    dataset_name: str,
+    predictions: Sequence[Sequence[Dict[str, Any]]],
+    labels: Sequence[str],
+    output_path: str,
+    num_images: int = 6,
+    score_threshold: float = 0.5,
+) -> str:
+    """Draws the predictions of two models beside the ground truth, where they differ most.
+
+    Images are sorted by the absolute difference of the two models' :func:`image_quality`; of equal
+    ones, that with the smaller id is first.
+
+    Args:
+        dataset_name: a registered dataset.
+        predictions: of the first and of the second model, each as for :func:`draw_predictions`.
+        labels: what the two are called in the picture.
+        output_path: PNG to write, as for :func:`draw_predictions`.
+        num_images: how many images to draw at most, at least 1.
+        score_threshold: the lowest score that is drawn, and that counts, 0 to 1.
+
+    Returns:
+        ``output_path``.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`draw_predictions`; or there are not two models.
+    """
+    if len(predictions) != 2 or len(labels) != 2:
+        raise ValueError(
+            f"there are {len(predictions)} lists of predictions and {len(labels)} labels; two of "
+            "each are compared"
+        )
+    _check_arguments(output_path, num_images, score_threshold)
+    records, metadata = _load_dataset(dataset_name)
+    models = []
+    for label, of_model in zip(labels, predictions):
+        try:
+            models.append(
+                _objects_by_image(of_model, dataset_name, records, metadata, score_threshold)
+            )
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
+    compared = []
+    for record in records:
+        truth = _annotated(record)
+        shape = (record["height"], record["width"])
+        found = [by_image[record["image_id"]] for by_image in models]
+        qualities = [image_quality(truth, objects, shape) for objects in found]
+        compared.append((record, truth, found, qualities))
+    compared.sort(key=lambda entry: -abs(entry[3][0] - entry[3][1]))  # stable
+    rows = []
+    for record, truth, found, qualities in compared[:num_images]:
+        image = read_image(record["file_name"], format="RGB")
+        name = os.path.basename(record["file_name"])
+        panels = [_add_title(_draw_objects(image, truth, metadata), f"{name}: ground truth")]
+        for label, objects, quality in zip(labels, found, qualities):
+            title = f"{label}: quality {quality:.2f}, score >= {score_threshold:.2f}"
+            panels.append(_add_title(_draw_objects(image, objects, metadata), title))
+        rows.append(panels)
+    _save_png(_arrange(rows, per_row=1), output_path)
+    return output_path
+
+
+def image_quality(
+    truth: Sequence[_Object], predicted: Sequence[_Object], image_shape: Tuple[int, int]
+) -> float:
+    """How well predictions describe an image: the panoptic quality of its objects.
+
+        sum of the IoU of matched objects / (matched + unmatched truth / 2 + unmatched predicted / 2)
+
+    (Kirillov et al., arXiv 1801.00868, Eq. 1, over all classes together.) Predictions are matched
+    in the order of their scores, each to the object of its class with the largest IoU above 0.5
+    that is still free. The IoU is that of masks if all have them, or else of boxes. Crowds count
+    neither as objects nor, where more than half of a prediction is on one, as errors.
+
+    Args:
+        truth, predicted: objects of one image.
+        image_shape: its height and width in pixels.
+
+    Returns:
+        0 to 1; 1 if there is nothing and nothing was predicted.
+    """
+    truth = sorted(truth, key=lambda item: item.is_crowd)
+    predicted = sorted(predicted, key=lambda item: -item.score)
+    crowds = sum(item.is_crowd for item in truth)
+    objects, counted, matched, total = len(truth) - crowds, 0, 0, 0.0
+    free = [True] * objects
+    overlaps = _overlaps(predicted, truth, image_shape)
+    for row, item in enumerate(predicted):
+        same = [truth[column].class_index == item.class_index for column in range(len(truth))]
+        candidates = [
+            column
+            for column in range(objects)
+            if same[column] and free[column] and overlaps[row, column] > _MATCHING_IOU
+        ]
+        if candidates:
+            best = max(candidates, key=lambda column: overlaps[row, column])
+            free[best] = False
+            matched += 1
+            total += float(overlaps[row, best])
+        elif any(same[c] and overlaps[row, c] > _MATCHING_IOU for c in range(objects, len(truth))):
+            continue
+        counted += 1
+    if not objects and not counted:
+        return 1.0
+    return total / (matched + (objects - matched) / 2 + (counted - matched) / 2)
+
+
+def _overlaps(
+    predicted: Sequence[_Object], truth: Sequence[_Object], image_shape: Tuple[int, int]
+) -> np.ndarray:
+    """(predicted, truth); on a crowd, the share of the prediction that is on it."""
+    if not predicted or not truth:
+        return np.zeros((len(predicted), len(truth)))
+    everything = [*predicted, *truth]
+    if all(item.segmentation for item in everything):
+        shapes = [_run_lengths(item.segmentation, *image_shape) for item in everything]
+    else:
+        shapes = [BoxMode.convert(i.box, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS) for i in everything]
+        shapes = [np.array(shape, dtype=float) for shape in shapes]
+    first, second = shapes[: len(predicted)], shapes[len(predicted) :]
+    if isinstance(first[0], np.ndarray):
+        first, second = np.stack(first), np.stack(second)
+    return np.asarray(mask_util.iou(first, second, [int(item.is_crowd) for item in truth]))
+
+
+def _run_lengths(segmentation: Any, height: int, width: int) -> Dict[str, Any]:
+    mask = GenericMask(segmentation, height, width).mask
+    return mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+
+
+def _check_arguments(output_path: str, num_images: int, score_threshold: float) -> None:
+    if not isinstance(num_images, int) or num_images < 1:
+        raise ValueError(f"num_images is {num_images!r}; it must be an integer of at least 1")
+    if not isinstance(score_threshold, Real) or not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold is {score_threshold!r}; it must be from 0 to 1")
+    if not output_path.endswith(".png"):
+        raise ValueError(f"output_path is {output_path!r}; it must end in .png")
+
+
+def _load_dataset(dataset_name: str) -> Tuple[List[Dict[str, Any]], Metadata]:
+    """The records of a dataset, by their ids, and its metadata."""
+    check_datasets([dataset_name])
+    records = sorted(DatasetCatalog.get(dataset_name), key=lambda record: record["image_id"])
+    return records, MetadataCatalog.get(dataset_name)
+
+
+def _objects_by_image(
+    predictions: Sequence[Dict[str, Any]],
+    dataset_name: str,
+    records: Sequence[Dict[str, Any]],
+    metadata: Metadata,
+    score_threshold: float,
+) -> Dict[Any, List[_Object]]:
+    """Checks predictions and returns those of at least the threshold, by image id."""
+    class_indices = _class_indices(metadata)
+    image_ids = {record["image_id"] for record in records}
+    _check_predictions(predictions, dataset_name, image_ids, class_indices)
+    by_image: Dict[Any, List[_Object]] = defaultdict(list)
+    for prediction in predictions:
+        if prediction["score"] >= score_threshold:
+            predicted = _from_prediction(prediction, class_indices)
+            by_image[prediction["image_id"]].append(predicted)
+    return by_image
+
+
+def _annotated(record: Dict[str, Any]) -> List[_Object]:
+    return [_from_annotation(annotation) for annotation in record.get("annotations", [])]
 
 
 def _class_indices(metadata: Metadata) -> Dict[int, int]:
@@ -176,6 +332,7 @@ def _from_annotation(annotation: Dict[str, Any]) -> _Object:
         class_index=annotation["category_id"],
         segmentation=annotation.get("segmentation"),
         score=None,
+        is_crowd=bool(annotation.get("iscrowd", 0)),
     )
 
 
@@ -245,16 +402,17 @@ def _add_title(panel: np.ndarray, title: str) -> np.ndarray:
     return np.vstack([strip, panel])
 
 
-def _arrange(pairs: Sequence[Tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Returns all pairs of panels, each (H, W, 3), in one picture, two pairs beside each other."""
-    pairs_per_row = min(2, len(pairs))
-    cell_height = max(panel.shape[0] for pair in pairs for panel in pair) + _GAP
-    cell_width = max(panel.shape[1] for pair in pairs for panel in pair) + _GAP
-    num_rows = math.ceil(len(pairs) / pairs_per_row)
-    shape = (num_rows * cell_height + _GAP, 2 * pairs_per_row * cell_width + _GAP, 3)
+def _arrange(groups: Sequence[Sequence[np.ndarray]], per_row: int) -> np.ndarray:
+    """Returns all panels, each (H, W, 3), in one picture, ``per_row`` groups beside each other."""
+    columns = len(groups[0]) * min(per_row, len(groups))
+    panels = [panel for group in groups for panel in group]
+    cell_height = max(panel.shape[0] for panel in panels) + _GAP
+    cell_width = max(panel.shape[1] for panel in panels) + _GAP
+    num_rows = math.ceil(len(panels) / columns)
+    shape = (num_rows * cell_height + _GAP, columns * cell_width + _GAP, 3)
     picture = np.full(shape, _WHITE, np.uint8)
-    for index, panel in enumerate(panel for pair in pairs for panel in pair):
-        row, column = divmod(index, 2 * pairs_per_row)
+    for index, panel in enumerate(panels):
+        row, column = divmod(index, columns)
         top, left = row * cell_height + _GAP, column * cell_width + _GAP
         picture[top : top + panel.shape[0], left : left + panel.shape[1]] = panel
     return picture

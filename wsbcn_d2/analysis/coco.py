@@ -135,9 +135,7 @@ class CocoEvaluation:
         return metrics
 
 
-def _detections(
-    ground_truth: COCO, predictions: Sequence[Dict[str, Any]], iou_type: str
-) -> COCO:
+def _detections(ground_truth: COCO, predictions: Sequence[Dict[str, Any]], iou_type: str) -> COCO:
     if not predictions:  # which loadRes does not take
         empty = COCO()
         empty.dataset = {**ground_truth.dataset, "annotations": []}

@@ -96,7 +96,9 @@ def compare_runs(
         )
         weights = resample_images(description["images"], num_draws, seed)
         with_predictions = [i for i, run in enumerate(runs) if run.predictions_file is not None]
-        steps = len(with_predictions) * len(IOU_TYPES) * math.ceil(max(num_draws, 1) / _DRAWS_PER_STEP)
+        steps = (
+            len(with_predictions) * len(IOU_TYPES) * math.ceil(max(num_draws, 1) / _DRAWS_PER_STEP)
+        )
         with tqdm(total=steps, desc="AP and bootstrap", disable=not progress) as bar:
             for i in with_predictions:
                 bar.set_postfix_str(runs[i].name)
@@ -109,8 +111,10 @@ def compare_runs(
     members: Dict[str, List[int]] = defaultdict(list)
     for i, label in enumerate(labels):
         members[label].append(i)
-    groups = {label: _Group([evaluated[i] for i in m], [draws[i] for i in m])
-              for label, m in members.items()}
+    groups = {
+        label: _Group([evaluated[i] for i in m], [draws[i] for i in m])
+        for label, m in members.items()
+    }
     return {
         "kind": KIND,
         "version": __version__,
@@ -209,8 +213,9 @@ class _Group:
             if not having:
                 continue
             metrics = list(values[having[0]][kind])
-            self.values[kind] = {m: [values[i][kind].get(m, math.nan) for i in having]
-                                 for m in metrics}
+            self.values[kind] = {
+                m: [values[i][kind].get(m, math.nan) for i in having] for m in metrics
+            }
             if all(kind in draws[i] for i in having):
                 self.draws[kind] = {
                     m: np.mean([draws[i][kind][m] for i in having], axis=0) for m in metrics

@@ -149,7 +149,9 @@ def write_analyses(analyses: Sequence[Analysis], path: str) -> None:
         rest = json.dumps({k: v for k, v in analysis.items() if k != "layers"})
         models.append(f'{rest[:-1]}, "layers": [\n   {lines}\n  ]}}')
     with atomic_write(path, "w") as file:
-        file.write(f'{{"kind": {json.dumps(KIND)}, "models": [\n  ' + ",\n  ".join(models) + "\n]}\n")
+        file.write(
+            f'{{"kind": {json.dumps(KIND)}, "models": [\n  ' + ",\n  ".join(models) + "\n]}\n"
+        )
 
 
 def load_analyses(path: str) -> List[Analysis]:

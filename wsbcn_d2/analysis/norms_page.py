@@ -96,7 +96,7 @@ def _channels_figure(analyses: Sequence[Analysis]) -> Figure:
         axes.grid(True, color="0.93")
     for axes in panels[len(analyses) :]:
         axes.set_visible(False)
-    for axes in figure.axes[:: columns][:rows]:
+    for axes in figure.axes[::columns][:rows]:
         axes.set_ylabel("standard deviation")
     for axes in panels[max(0, len(analyses) - columns) : len(analyses)]:
         axes.set_xlabel("mean")
@@ -142,9 +142,9 @@ def _draw_distance(axes: Axes, layers: Sequence[Optional[Dict[str, Any]]], color
 
 
 def _draw_dead(axes: Axes, layers: Sequence[Optional[Dict[str, Any]]], color: str) -> None:
-    axes.plot(_over_layers(layers, "active", _dead), "-", color=color)
+    axes.plot(_over_layers(layers, "active", _dead), ".-", color=color, ms=4)
     nearly = _over_layers(layers, "active", lambda layer: _dead(layer, NEARLY_DEAD))
-    axes.plot(nearly, "--", color=color, linewidth=1)
+    axes.plot(nearly, ".--", color=color, ms=3, linewidth=1)
 
 
 def _draw_drift(axes: Axes, layers: Sequence[Optional[Dict[str, Any]]], color: str) -> None:

@@ -164,7 +164,9 @@ def _markdown_table(table: Table) -> str:
 
 def _html_table(table: Table) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
-        tags = [f'<{tag} class="left">' if i < table.left else f"<{tag}>" for i in range(len(cells))]
+        tags = [
+            f'<{tag} class="left">' if i < table.left else f"<{tag}>" for i in range(len(cells))
+        ]
         return "<tr>" + "".join(f"{t}{_inline(c)}</{tag}>" for t, c in zip(tags, cells)) + "</tr>"
 
     head = row(table.header, "th")

@@ -95,8 +95,9 @@ def probe_loss(
     sizes = np.array([step * learning_rate for step in steps])
     losses, norms, loss_changes, gradient_changes = [], [], [], []
     with EventStorage(), _restored_random_state():
-        with tqdm(total=len(batches) * (len(sizes) + 1), desc="probing the loss",
-                  disable=not progress) as bar:
+        with tqdm(
+            total=len(batches) * (len(sizes) + 1), desc="probing the loss", disable=not progress
+        ) as bar:
             for i, batch in enumerate(batches):
                 _keep_sampled_proposals(model)
                 loss, gradient = _loss_and_gradient(model, parameters, batch, i)

@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from . import digits
 
 _MIN_CROP_SIZE = 32
-# Of a digit's height to the crop's: 24 to 44 pixels of 64. A higher one might not fit when it is
-# turned and stretched as far as digits are.
-_RELATIVE_HEIGHT = (24 / 48, 33 / 48)
+# Of a digit's height to the crop's. A higher one might not fit when it is turned and stretched as
+# far as digits are.
+_RELATIVE_HEIGHT = (0.5, 0.69)
 # A crop shows this fraction of an image's width, so that the photograph's texture is as coarse.
 _CROPS_PER_IMAGE_WIDTH = 3
 
@@ -26,16 +26,31 @@ _CROPS_PER_IMAGE_WIDTH = 3
 class DigitCrops(Dataset):
     """A sequence of random crops, made when they are asked for.
 
-    Crop i depends on the seed, the split and i only.
+    With the defaults they are as hard as the images of the digits dataset. A classifier that starts
+    from random weights has a hard time to find out that there are digits at all, lighter or darker
+    than what is behind them, so a sequence for training may begin with easy ones: a crop of
+    difficulty d, from 0 to 1, is a blend of a white digit on black (d = 0) and the digit in its
+    colour on the photograph (d = 1). The difficulty of crop i is random, uniform from 0 to 1, but
+    at least i over ``easy_fraction * num_crops``.
+
+    Crop i depends on the arguments and i only.
     """
 
-    def __init__(self, split: str, num_crops: int, crop_size: int = 64, seed: int = 0) -> None:
+    def __init__(
+        self,
+        split: str,
+        num_crops: int,
+        crop_size: int = 64,
+        seed: int = 0,
+        easy_fraction: float = 0.0,
+    ) -> None:
         """
         Args:
             split: "train" or "val".
             num_crops: length of the sequence, at least 1.
             crop_size: width and height in pixels, at least 32. The digits grow with it.
             seed: of everything random, at least 0.
+            easy_fraction: part of the sequence, from 0 to 1, that is easier than the rest.
 
         Raises:
             ValueError: an argument is not one of these, or too small.
@@ -49,10 +64,13 @@ class DigitCrops(Dataset):
             ("seed", seed, 0),
         ):
             digits._check_integer(name, value, minimum)
+        if not 0.0 <= easy_fraction <= 1.0:
+            raise ValueError(f"easy_fraction is {easy_fraction}; it must be from 0 to 1")
         self._split_index = digits.SPLITS.index(split)
         self._num_crops = num_crops
         self._crop_size = crop_size
         self._seed = seed
+        self._num_easy = easy_fraction * num_crops
         self._material = digits._load_materials()[split]
 
     def __len__(self) -> int:
@@ -65,13 +83,15 @@ class DigitCrops(Dataset):
         """
         sample, rng = self._choose_sample(index)
         size = self._crop_size
+        difficulty = max(rng.random(), min(1.0, index / self._num_easy)) if self._num_easy else 1.0
         photo = digits._crop_photo(self._material.photos, _CROPS_PER_IMAGE_WIDTH * size, rng)
-        pixels = photo[_place(size, len(photo), rng), _place(size, len(photo), rng)] / np.float32(255)
+        photo = photo[_place(size, len(photo), rng), _place(size, len(photo), rng)]
+        pixels = photo * np.float32(difficulty / 255)
         low, high = np.log(_RELATIVE_HEIGHT)
         height = size * np.exp(rng.uniform(low, high))
         opacity = digits._render(self._material.inks[sample], height, rng)
         window = tuple(_place(length, size, rng) for length in opacity.shape)
-        color = digits._choose_color(pixels[window], rng)
+        color = 1 + difficulty * (digits._choose_color(pixels[window], rng) - 1)
         pixels[window] += opacity[..., None] * (color - pixels[window])
         image = torch.from_numpy(np.round(pixels * 255).astype(np.uint8))
         return image.permute(2, 0, 1), int(self._material.labels[sample])

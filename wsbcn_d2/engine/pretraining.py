@@ -37,7 +37,10 @@ _LARGE_BATCH_FORMS = {
     "naiveSyncBN": "BN",
     "naiveSyncBN_N": "BN",
 }
+# Parts of the training: of the steps in which the learning rate rises, and of the crops that are
+# easier than those of the evaluation.
 _WARMUP_FRACTION = 0.1
+_EASY_FRACTION = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,7 @@ class PretrainingResult:
 
 
 class BackboneClassifier(nn.Module):
-    """The ResNet of a detector, global average pooling, and a linear layer.
+    """The ResNet of a detector, global average pooling, standardization, and a linear layer.
 
     Attributes:
         bottom_up: the ResNet, built as the config says: that of an FPN, or the whole backbone.
@@ -78,8 +81,10 @@ class BackboneClassifier(nn.Module):
         self.prefix = "backbone.bottom_up." if has_neck else "backbone."
         shapes = self.bottom_up.output_shape()
         self._coarsest = max(shapes, key=lambda name: shapes[name].stride)
-        self.predict = nn.Linear(shapes[self._coarsest].channels, num_classes)
-        nn.init.normal_(self.predict.weight)
+        channels = shapes[self._coarsest].channels
+        self.center = nn.BatchNorm1d(channels, affine=False)
+        self.predict = nn.Linear(channels, num_classes)
+        nn.init.normal_(self.predict.weight, std=0.5)
         self._reverse_channels = cfg.INPUT.FORMAT == "BGR"
         for name, values in (("pixel_std", cfg.MODEL.PIXEL_STD), ("pixel_mean", cfg.MODEL.PIXEL_MEAN)):
             # named and shaped as in Detectron2's models
@@ -97,9 +102,11 @@ class BackboneClassifier(nn.Module):
             images = images.flip(1)
         features = self.bottom_up((images - self.pixel_mean) / self.pixel_std)
         pooled = features[self._coarsest].mean((2, 3))
-        # Without this scale the linear layer diverges at learning rates that suit the ResNet: its
-        # curvature grows with the squared length of its input.
-        return self.predict(pooled / math.sqrt(pooled.shape[1]))
+        # What the features of all images have in common is most of them if no layer of the ResNet
+        # sees more than one image, and keeps the linear layer from learning anything else. The
+        # scale makes it stable at learning rates that suit the ResNet: its curvature grows with
+        # the squared length of its input.
+        return self.predict(self.center(pooled) / math.sqrt(pooled.shape[1]))
 
 
 def large_batch_form(norm: str) -> str:
@@ -127,9 +134,9 @@ def pretrain_backbone(
     cfg: CfgNode,
     output: str,
     *,
-    steps: int = 200,
+    steps: int = 600,
     batch_size: int = 64,
-    crop_size: int = 64,
+    crop_size: int = 32,
     learning_rate: float = 0.1,
     eval_crops: int = 1000,
     seed: int = 0,
@@ -168,7 +175,7 @@ def pretrain_backbone(
     folder = os.path.dirname(os.path.abspath(output))
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder {folder!r} to write {output!r} to")
-    train_crops = DigitCrops("train", steps * batch_size, crop_size, seed)
+    train_crops = DigitCrops("train", steps * batch_size, crop_size, seed, _EASY_FRACTION)
     val_crops = DigitCrops("val", eval_crops, crop_size, seed)
 
     detector_keys = set(_state_of_backbone(_build(cfg, seed)))
