@@ -1,6 +1,6 @@
 """Conversion: the normalization layers of a model that exists become others, in place.
 
-The counterpart, for models that no config builds, of writing a norm option into the config.
+For models that are not built from norm options: those of other libraries, or saved as a whole.
 """
 
 import logging
@@ -20,19 +20,16 @@ from .norm_options import NormOption, weight_standardization_request
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
-_BATCH_NORMS: Tuple[Type[nn.Module], ...] = (
-    nn.BatchNorm2d,
-    nn.SyncBatchNorm,
-    NaiveSyncBatchNorm,
-)
-_FROZEN: Tuple[Type[nn.Module], ...] = (FrozenBatchNorm2d, TorchvisionFrozenBatchNorm2d)
-_ESTIMATING = (*_BATCH_NORMS, *_FROZEN, BatchChannelNorm)
+_FROZEN = (FrozenBatchNorm2d, TorchvisionFrozenBatchNorm2d)
+_TRAINABLE_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, NaiveSyncBatchNorm)
+_BATCH_NORMS = (*_TRAINABLE_BATCH_NORMS, *_FROZEN, CycleBatchNormList)
+# Those that Detectron2 builds for each level of a feature pyramid, in a CycleBatchNormList.
+_CYCLED = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
-# The layers that are converted: those for activations of shape (N, C, H, W). Only exact types: a
-# subclass may do more than normalize, which would be lost.
+# What is converted. Only exact types: a subclass may do more than normalize, which would be lost.
 _CONVERTED: Tuple[Type[nn.Module], ...] = (
-    *_ESTIMATING,
-    CycleBatchNormList,
+    *_BATCH_NORMS,
+    BatchChannelNorm,
     ChannelNorm,
     nn.GroupNorm,
     nn.InstanceNorm2d,
@@ -40,94 +37,107 @@ _CONVERTED: Tuple[Type[nn.Module], ...] = (
 if hasattr(batch_norm, "LayerNorm"):  # newer than Detectron2 0.6
     _CONVERTED += (batch_norm.LayerNorm,)
 
-# Modules with the places where they are registered: path, parent (None: the model itself) and name.
-_Place = Tuple[str, Optional[nn.Module], str]
-_Places = Dict[nn.Module, List[_Place]]
-
 
 @torch.no_grad()
-def convert(
-    model: nn.Module, norm: str = "BCN+WS", *, keep_function: bool = False
-) -> nn.Module:
-    """Replaces all normalization of feature maps in a model, in place.
+def convert(model: nn.Module, norm: str = "BCN+WS", *, keep_function: bool = False) -> nn.Module:
+    """Gives a model another normalization, in place.
 
-    Every BatchNorm2d, SyncBatchNorm, GroupNorm and InstanceNorm2d of PyTorch, FrozenBatchNorm2d of
-    Detectron2 and torchvision, NaiveSyncBatchNorm, CycleBatchNormList and (channel-first) LayerNorm
-    of Detectron2, and BatchChannelNorm and ChannelNorm becomes the layer of the norm option.
-    ``torch.nn.LayerNorm``, as in transformers, and everything else stays. With "+WS", the
-    convolution that feeds such a layer is weight-standardized: the one that owns it, or else the
-    module registered before it; without, convolutions stay what they are. Objects stay the same and
-    change their class, so that lists and attributes of the model keep referring to them.
+    Every layer that normalizes feature maps of shape (N, C, H, W) becomes that of the norm option:
+    PyTorch's BatchNorm2d, SyncBatchNorm, GroupNorm and InstanceNorm2d, Detectron2's and
+    torchvision's FrozenBatchNorm2d, Detectron2's NaiveSyncBatchNorm, CycleBatchNormList and
+    (channel-first) LayerNorm, BatchChannelNorm and ChannelNorm. PyTorch's LayerNorm, which is that
+    of transformers, stays. With "+WS" the convolution that feeds such a layer is standardized: the
+    one that owns it, or else the module registered before it in the same parent. All others stay
+    as they are; without "+WS", those that are standardized do so too. Objects remain the same and
+    change their class, so that whatever refers to them, such as the plain lists of Detectron2's FPN
+    and ResNet, sees the change.
 
-    What a layer knows goes where loading its state dict into the new layer would put it:
+    What a layer has learned goes where loading its state dict into the new layer would put it:
 
-    - The affine per channel becomes that of the new layer: for BCN, the one of its batch
-      normalization. CN has an affine per group, which becomes the mean of its channels'. Between
-      layers with an affine per group, and from them to one per channel, that one is carried.
-    - Running statistics become the estimates of BCN and the statistics of any BatchNorm. Those of
-      the levels of a feature pyramid (CycleBatchNormList) remain separate; a layer that the head of
-      RetinaNet or FCOS shares between levels gets separate ones if it is to have any.
-    - ``eps``, ``requires_grad``, training mode, hooks, device and dtype stay. Parameters stay the
-      same objects where they can. Those without counterpart are trainable unless the old layer was
-      frozen, and initialized to the identity; a BCN whose batch normalization would start with
-      weight 0 has that 0 in the channel normalization.
-    - A frozen layer stays frozen. FrozenBatchNorm2d becomes a BCN whose parameters do not require
-      gradients, and which therefore leaves its estimates alone; BatchNorm does not become of a
-      frozen layer, but FrozenBatchNorm2d, as with Detectron2's ``FREEZE_AT``.
+    - An affine per channel becomes the one that the new layer has; that of BCN's batch
+      normalization. An affine per group (CN, the second of BCN) becomes the one per group, or per
+      channel, of the new layer. Where channels of a group differ and the new layer has one value
+      for them, that is their mean.
+    - Running statistics become those of the new layer: the estimates of BCN, or BatchNorm's.
+    - Layers that the heads of RetinaNet and FCOS share between feature levels have statistics for
+      each of them afterwards, and keep those that they had.
 
-    Convert before optimizers and DistributedDataParallel are made, for they do not know the
-    parameters that are new.
+    ``eps``, training mode, hooks, device and dtype are those of the old layer, and parameters stay
+    the same objects where their shape does, with their ``requires_grad``. New ones are trainable
+    unless the old layer is frozen, which it then stays: FrozenBatchNorm2d becomes a BCN without
+    trainable parameters, whose estimates are therefore constant, and instead of BatchNorm a frozen
+    layer becomes FrozenBatchNorm2d, as with Detectron2's ``FREEZE_AT``. Where BatchNorm has a
+    weight of 0 for all channels, so that a residual block starts as the identity, BCN has it in the
+    channel normalization, which would divide by the standard deviation of zeros otherwise.
+
+    To be called before an optimizer and DistributedDataParallel are made, which would not know the
+    new parameters.
 
     Args:
-        model: a built model, or a part of one (``model.backbone``), on any device.
-        norm: a norm option, one for all layers.
-        keep_function: whether the layers start with what the model has computed so far, as well as
-            they can. Without, standardization changes the function of filters that were trained
-            without it, and with it what their activations have to do with the running statistics.
-            With it, the convolutions get constant ``ws_scale`` and ``ws_shift`` (adaptive weight
-            standardization; see :class:`wsbcn_d2.layers.WeightStandardized`) with which the filters
-            are exactly what they were; and BCN gets group affines that give its output, for an
-            image with the statistics of all, the scale and mean of the old layer's.
+        model: a model, or a part of one, such as ``model.backbone``.
+        norm: a norm option. It holds for all layers; convert parts of the model one by one if
+            their channels need different groups.
+        keep_function: start with what the model computes now, as far as the new layers can. For
+            pretrained weights. A standardized convolution gets the buffers ``ws_scale`` and
+            ``ws_shift`` with which its filters are exactly what they were (see
+            :class:`wsbcn_d2.layers.WeightStandardized`); they are constant. The channel
+            normalization of BCN gets the affine per group with which BCN does what the affine per
+            channel did before, for an image whose statistics are those of all images. Otherwise
+            filters that were trained without standardization are another function from now on,
+            with which running statistics have nothing to do; the log warns of it.
 
     Returns:
         ``model``
 
     Raises:
-        ValueError: if the option is unknown, the groups do not divide the channels of a layer, a
-            layer does not follow a convolution that can be standardized, or the model has nothing
-            to convert. It names the layer. The model is unchanged then.
-        TypeError: if a layer is of a class derived from those above, or the model is in
-            DistributedDataParallel or DataParallel. The same holds.
+        ValueError: if the norm option is unknown or its groups do not divide the channels, if a
+            layer does not follow a convolution that can be standardized, or if there is nothing to
+            convert. It names the layer, and the model is unchanged.
+        TypeError: if a layer is of a class derived from those above, or the model is within
+            DistributedDataParallel or DataParallel. The model is unchanged.
     """
     option = NormOption.parse(norm)
     changes = list(_plan(model, option, keep_function))
     if not changes:
-        names = ", ".join(sorted({kind.__name__ for kind in _CONVERTED}))
-        raise ValueError(f"{type(model).__name__} has no layers to convert, which are {names}")
+        kinds = ", ".join(dict.fromkeys(kind.__name__ for kind in _CONVERTED))
+        raise ValueError(f"{type(model).__name__} has nothing to convert: none of {kinds}")
     trained = any(_is_trained(change.norm) for change in changes)
+
     standardized = 0
     for change in changes:
         for conv in change.convs:
-            standardized += _standardize(conv, keep_function)
+            if not isinstance(conv, WeightStandardized):
+                standardize_(conv)
+                standardized += 1
+                if keep_function:
+                    _keep_filters(conv)
         if change.new is not None:
             _become(change.norm, change.new)
     for head in model.modules():
-        if isinstance(head, RetinaNetHead) and any(_has_levels(m) for m in head.modules()):
+        if isinstance(head, RetinaNetHead) and any(
+            isinstance(m, BatchChannelNorm) and m.num_levels > 1 for m in head.modules()
+        ):
             restart_levels_before_forward(head)
+
     frozen = sum(change.frozen for change in changes)
-    logger.info(f"converted {len(changes)} layers to {option}; {frozen} of them are frozen")
+    logger.info(
+        f"Converted {len(changes)} normalization layers to {option}"
+        + (f"; {frozen} of them are frozen, as before" if frozen else "")
+    )
     if standardized and trained and not keep_function:
         logger.warning(
-            f"The filters of {standardized} convolutions are standardized from now on, but the "
-            "model seems to have been trained without that: it no longer computes what it did. "
-            "convert(..., keep_function=True) keeps the filters what they are; or load weights "
-            "that were trained with weight standardization."
+            f"The filters of {standardized} convolutions are standardized from now on. The model "
+            "seems to have been trained without that, and no longer computes what it did: rather "
+            "use convert(..., keep_function=True), or load weights that were trained with it."
         )
     complete(model, type(model).__name__)
     return model
 
 
-# --------------------------------------------------------------------- what is to be done, and where
+# ------------------------------------------------------------------------------ what is to be done
+
+# Path, parent and name of a module. The model itself has no parent.
+_Place = Tuple[str, Optional[nn.Module], str]
 
 
 @dataclass
@@ -138,7 +148,7 @@ class _Change:
         norm: the layer.
         new: what it becomes; None if it is that already.
         convs: the convolutions to standardize.
-        frozen: whether it is not to be trained.
+        frozen: whether the layer is frozen.
     """
 
     norm: nn.Module
@@ -148,36 +158,257 @@ class _Change:
 
 
 def _plan(model: nn.Module, option: NormOption, keep_function: bool) -> Iterator[_Change]:
-    """Everything that can go wrong does so here, where nothing has been changed."""
-    levels = _levels_of_heads(model)
+    """Whatever can go wrong does so here, where nothing is changed yet."""
+    levels = _levels_in_heads(model)
     for norm, places in _find(model).items():
-        path = places[0][0] or "the model"
+        path, parent, _ = places[0]
+        path = path or "the model"
         if type(norm) not in _CONVERTED:
             raise TypeError(
                 f"cannot convert {path}, a {type(norm).__module__}.{type(norm).__name__}: it is "
-                "derived from a normalization layer and may do more than that. Convert the other "
-                "parts of the model one by one."
+                "derived from a normalization layer and may do more than that. Other parts of the "
+                "model can be converted one by one."
             )
-        parent = places[0][1]
+        frozen = _is_frozen(norm, parent)
+        convs: List[nn.Module] = []
         try:
-            channels = _num_channels(norm)
-            new = option.build(channels)
-            request = weight_standardization_request(new)
-            convs = []
-            if request is not None:
-                convs = [_convolution(place, channels) for place in places]
-                request.done = True
-            if isinstance(norm, CycleBatchNormList) and type(new) in (*_BATCH_NORMS, *_FROZEN):
-                # It is the container for these as well.
-                yield _Change(norm, None, convs, _is_frozen(norm, parent))
-                for level in norm:
-                    frozen = _is_frozen(level, norm)
-                    yield _Change(level, _successor(level, new, 1, frozen, keep_function), [], frozen)
-                continue
-            frozen = _is_frozen(norm, parent)
-            num_levels = max(_num_levels(norm), levels.get(norm, 1))
-            new = _successor(norm, new, num_levels, frozen, keep_function)
-            device, dtype = 
+            new = _successor(norm, option, levels.get(norm, 1), frozen)
+            if option.weight_standardization:
+                convs = [_feeding_convolution(place, norm) for place in places]
         except ValueError as error:
             raise ValueError(f"cannot convert {path}: {error}") from error
+        if new is not None:
+            like = _reference(norm, parent or norm, model)
+            new.to(device=like.device, dtype=like.dtype)
+            new.train(norm.training).requires_grad_(not frozen)
+            _carry(norm, new, keep_function)
         yield _Change(norm, new, convs, frozen)
+
+
+def _find(model: nn.Module) -> Dict[nn.Module, List[_Place]]:
+    """The normalization layers of a model, and all places where each is registered."""
+    places: Dict[nn.Module, List[_Place]] = {}
+    if isinstance(model, _CONVERTED):
+        places[model] = [("", None, "")]
+    for prefix, parent in model.named_modules():
+        if isinstance(parent, (DistributedDataParallel, DataParallel)):
+            raise TypeError(
+                f"cannot convert what is within {type(parent).__name__}, which would not know the "
+                "new parameters; convert the model first"
+            )
+        if isinstance(parent, CycleBatchNormList):  # which is converted as a whole
+            continue
+        for name, child in parent._modules.items():
+            if isinstance(child, _CONVERTED):
+                path = f"{prefix}.{name}" if prefix else name
+                places.setdefault(child, []).append((path, parent, name))
+    return places
+
+
+def _levels_in_heads(model: nn.Module) -> Dict[nn.Module, int]:
+    """How many feature levels share a layer, for those in the heads of RetinaNet and FCOS."""
+    return {
+        norm: head._num_features
+        for head in model.modules()
+        if isinstance(head, RetinaNetHead)
+        for subnet in (head.cls_subnet, head.bbox_subnet)
+        for norm in subnet.children()
+    }
+
+
+def _feeding_convolution(place: _Place, norm: nn.Module) -> nn.Module:
+    _, parent, name = place
+    if parent is None:
+        raise ValueError(
+            "'+WS' needs the convolution before the layer, but there is the layer only"
+        )
+    return feeding_convolution(parent, name, _num_channels(norm))
+
+
+def _is_frozen(norm: nn.Module, parent: Optional[nn.Module]) -> bool:
+    if isinstance(norm, _FROZEN):
+        return True
+    # A layer without parameters is frozen with the block that it is in.
+    parameters = list(norm.parameters()) or list((parent or norm).parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def _is_trained(norm: nn.Module) -> bool:
+    """Whether the values of a layer are others than those that it starts with."""
+    weight, bias, mean = (getattr(norm, key, None) for key in ("weight", "bias", "running_mean"))
+    return bool(
+        (weight is not None and (weight != 1).any() and weight.any())
+        or (bias is not None and bias.any())
+        or (mean is not None and mean.any())
+    )
+
+
+def _num_channels(norm: nn.Module) -> int:
+    if isinstance(norm, CycleBatchNormList):
+        return norm[0].num_features
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_channels
+    return norm.num_features if hasattr(norm, "num_features") else norm.weight.shape[0]
+
+
+def _num_levels(norm: nn.Module) -> int:
+    if isinstance(norm, CycleBatchNormList):
+        return len(norm)
+    return norm.num_levels if isinstance(norm, BatchChannelNorm) else 1
+
+
+def _reference(*modules: nn.Module) -> Tensor:
+    """The first floating-point tensor of the modules, for device and dtype."""
+    tensors = (tensor for m in modules for tensor in (*m.parameters(), *m.buffers()))
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+
+
+# ---------------------------------------------------------------------------------- the new layers
+
+
+def _successor(
+    norm: nn.Module, option: NormOption, levels_in_head: int, frozen: bool
+) -> Optional[nn.Module]:
+    """The new layer, as it is built; None if the old one is of that kind.
+
+    Raises:
+        ValueError: if it cannot be built.
+    """
+    channels, own_levels = _num_channels(norm), _num_levels(norm)
+    levels = max(levels_in_head, own_levels)
+    new = option.build(channels)
+    request = weight_standardization_request(new)
+    if request is not None:
+        request.done = True  # with the conversion
+    kind = type(new)
+    if isinstance(new, BatchChannelNorm):
+        if levels > 1:
+            new.set_num_levels(levels)
+    elif kind in _CYCLED and levels > 1:
+        new = CycleBatchNormList(levels, kind, num_features=channels)
+    elif kind in _BATCH_NORMS and own_levels > 1:
+        raise ValueError(
+            f"it has statistics for {own_levels} feature levels, and {kind.__name__} for one only"
+        )
+    elif kind in _TRAINABLE_BATCH_NORMS and frozen and kind is not type(norm):
+        new = FrozenBatchNorm2d(channels)
+    return None if _is_same_kind(norm, new) else new
+
+
+def _is_same_kind(norm: nn.Module, new: nn.Module) -> bool:
+    if isinstance(norm, CycleBatchNormList) and isinstance(new, CycleBatchNormList):
+        norm, new = norm[0], new[0]
+    arguments = ("num_groups", "mode", "update_rate", "num_levels", "_stats_mode")
+    return type(norm) is type(new) and all(
+        getattr(norm, key, None) == getattr(new, key, None) for key in arguments
+    )
+
+
+def _carry(norm: nn.Module, new: nn.Module, keep_function: bool) -> None:
+    """Gives a new layer what the old one has learned. The old one is not changed."""
+    if isinstance(norm, _TRAINABLE_BATCH_NORMS) and type(new) in _CYCLED:
+        vars(new).update(vars(norm))  # with or without affine and statistics
+        return
+    _carry_arguments(norm, new)
+    for key in ("running_mean", "running_var"):
+        _carry_statistics(norm, new, key)
+
+    # Of the two affines of BCN, BatchNorm has the first, others the second.
+    first = second = (getattr(norm, "weight", None), getattr(norm, "bias", None))
+    if isinstance(norm, BatchChannelNorm):
+        second = (norm.group_weight, norm.group_bias)
+    elif isinstance(norm, ChannelNorm) and isinstance(new, BatchChannelNorm):
+        first = (None, None)
+
+    if not isinstance(new, BatchChannelNorm):
+        _assign(new, ("weight", "bias"), first if isinstance(new, _BATCH_NORMS) else second)
+    elif isinstance(norm, (BatchChannelNorm, ChannelNorm)):
+        _assign(new, ("weight", "bias"), first)
+        _assign(new, ("group_weight", "group_bias"), second)
+    elif first[0] is not None and not first[0].any() and not first[1].any():
+        new.group_weight.zero_()  # see convert
+    else:
+        _assign(new, ("weight", "bias"), first)
+        if keep_function:
+            _match_channel_norm(new)
+
+
+def _carry_arguments(norm: nn.Module, new: nn.Module) -> None:
+    old = norm[0] if isinstance(norm, CycleBatchNormList) else norm
+    for layer in new if isinstance(new, CycleBatchNormList) else [new]:
+        for key in ("eps", "momentum"):
+            if hasattr(old, key) and hasattr(layer, key):
+                setattr(layer, key, getattr(old, key))
+
+
+def _carry_statistics(norm: nn.Module, new: nn.Module, key: str) -> None:
+    levels = list(norm) if isinstance(norm, CycleBatchNormList) else [norm]
+    # Those of InstanceNorm lack how images differ.
+    if getattr(levels[0], key, None) is None or isinstance(norm, nn.InstanceNorm2d):
+        return
+    values = torch.cat([getattr(level, key).view(-1, _num_channels(norm)) for level in levels])
+    if isinstance(new, CycleBatchNormList):
+        for i, layer in enumerate(new):
+            getattr(layer, key).copy_(values[i % len(values)])
+    elif hasattr(new, key):
+        target = getattr(new, key)
+        target.copy_(values.expand_as(target) if target.dim() == 2 else values[0])
+
+
+def _assign(
+    new: nn.Module, names: Tuple[str, str], values: Tuple[Optional[Tensor], Optional[Tensor]]
+) -> None:
+    """Parameters remain the same objects if their shape does."""
+    for name, value in zip(names, values):
+        if value is None:
+            continue
+        target = getattr(new, name)
+        if isinstance(value, nn.Parameter) and isinstance(target, nn.Parameter):
+            if value.shape == target.shape:
+                setattr(new, name, value)
+                continue
+        # From one per group or channel to one per group or channel.
+        per_channel = value.repeat_interleave(_num_channels(new) // len(value))
+        target.copy_(per_channel.unflatten(0, (len(target), -1)).mean(1))
+
+
+def _match_channel_norm(bcn: BatchChannelNorm) -> None:
+    """Gives the channel normalization of BCN the affine with which it changes nothing, if channels
+    come from the batch normalization with mean 0 and variance 1.
+
+    The affine of the latter makes ``z = weight * x + bias`` of them. Over a group, the mean of z is
+    that of ``bias``, and the variance that of ``bias`` plus the mean of ``weight ** 2``.
+    """
+    weight, bias = (p.unflatten(0, (bcn.num_groups, -1)) for p in (bcn.weight, bcn.bias))
+    variance = bias.var(1, unbiased=False) + weight.square().mean(1)
+    bcn.group_weight.copy_(torch.sqrt(variance + bcn.eps))
+    bcn.group_bias.copy_(bias.mean(1))
+
+
+# -------------------------------------------------------------------------------------- the change
+
+
+def _become(module: nn.Module, new: nn.Module) -> None:
+    """Gives an object the class and the contents of another; its hooks stay."""
+    hooks = {
+        name: value
+        for name, value in vars(module).items()
+        if "_hooks" in name or name == "_is_full_backward_hook"
+    }
+    module.__class__ = type(new)
+    contents = {**vars(new), **hooks}
+    vars(module).clear()
+    vars(module).update(contents)
+
+
+def _keep_filters(conv: WeightStandardized) -> None:
+    """Makes the filters that a standardized convolution uses those that it has."""
+    filters = conv.weight
+    if isinstance(conv, nn.ConvTranspose2d):
+        # (C_in, C_out / groups, kh, kw): each group of inputs has outputs of its own
+        filters = filters.unflatten(0, (conv.groups, -1)).transpose(1, 2).flatten(0, 1)
+    filters = filters.flatten(1)
+    dtype = torch.promote_types(filters.dtype, torch.float32)
+    variance, mean = torch.var_mean(filters.double(), 1, unbiased=False)
+    conv.ws_scale = torch.sqrt(variance + conv.eps).to(dtype)
+    conv.ws_shift = mean.to(dtype)

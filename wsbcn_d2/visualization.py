@@ -28,7 +28,7 @@ _LABEL_HEIGHT = 15
 _POINTS_PER_PIXEL = 72 / 100  # of matplotlib's text, at its default resolution
 _MASK_OPACITY = 0.5
 _WHITE = 255
-_MATCHING_IOU = 0.5  # above it no two objects of one class can claim the same prediction
+_MATCHING_IOU = 0.5  # of the panoptic quality
 
 
 class _Object(NamedTuple):
@@ -171,7 +171,7 @@ def image_quality(
 ) -> float:
     """How well predictions describe an image: the panoptic quality of its objects.
 
-        sum of the IoU of matched objects / (matched + unmatched truth / 2 + unmatched predicted / 2)
+        sum of the IoU of matches / (matches + (unmatched truth + unmatched predictions) / 2)
 
     (Kirillov et al., arXiv 1801.00868, Eq. 1, over all classes together.) Predictions are matched
     in the order of their scores, each to the object of its class with the largest IoU above 0.5

@@ -99,6 +99,26 @@ class TestCrops:
         for i in range(300):
             assert crops[i][0].shape == (3, crop_size, crop_size)
 
+    def test_easy_ones_first(self):
+        """Crop i is a blend of a white digit on black and the crop without ease."""
+        easy, hard = DigitCrops("train", 100, 32, easy_fraction=0.8), DigitCrops("train", 100, 32)
+        contrasts = []
+        for i in range(100):
+            (image, label), (reference, expected) = easy[i], hard[i]
+            assert label == expected
+            if i >= 80:
+                assert torch.equal(image, reference)
+            else:
+                # of the photograph, at the corners that the digit does not reach
+                corners, references = (x[:, ::31, ::31].flatten(1) for x in (image, reference))
+                ratio = corners.float() / references.clamp(min=1)
+                contrasts.append(ratio[:, references.amin(0) > 100].median())
+        contrasts = torch.tensor(contrasts)
+        known = ~contrasts.isnan()
+        least = torch.arange(80) / 80
+        assert known.sum() > 20 and contrasts[:20][known[:20]].min() < 0.5
+        assert (contrasts > least - 0.02)[known].all()
+
     def test_reproducible(self):
         first, second, other = (DigitCrops("train", 9, 32, seed) for seed in (3, 3, 4))
         assert torch.equal(first[5][0], second[5][0])
@@ -113,6 +133,7 @@ class TestCrops:
             (("val", 0), "num_crops is 0"),
             (("val", 1, 31), "crop_size is 31"),
             (("val", 1, 32, -1), "seed is -1"),
+            (("val", 1, 32, 0, 1.5), "easy_fraction is 1.5; it must be from 0 to 1"),
         ],
     )
     def test_errors(self, arguments, message):
@@ -149,8 +170,9 @@ class TestCheckpoint:
         for name, feature in classifier.bottom_up(x).items():
             torch.testing.assert_close(features[name], feature)
         # ... and the classifier sees images as the detector does
-        pooled = features["res5"].mean((2, 3)) / features["res5"].shape[1] ** 0.5
-        torch.testing.assert_close(logits, classifier.predict(pooled))
+        pooled = features["res5"].mean((2, 3))
+        scaled = classifier.center(pooled) / pooled.shape[1] ** 0.5
+        torch.testing.assert_close(logits, classifier.predict(scaled))
 
     def test_estimates_are_trained(self, pretrained):
         cfg, path, classifier, result = pretrained("bcn_ws")
@@ -192,8 +214,19 @@ class TestCheckpoint:
         assert not any(torch.equal(saved[key], start[key]) for key in saved if "weight" in key)
 
 
-def test_it_learns(tmp_path):
-    """Two batches, over and over: the crops of a dataset of two steps."""
+@pytest.mark.parametrize("norm", ["bcn_ws", "gn"])
+def test_it_learns(norm):
+    """The same few crops again and again."""
+    cfg = pretraining._pretraining_config(config(norm), 15, 0.1)
+    model = pretraining._build(cfg, seed=0)
+    crops = DigitCrops("train", 8, 32)
+    images, labels = map(torch.stack, zip(*((x, torch.tensor(y)) for x, y in crops)))
+    with torch.no_grad():
+        before = torch.nn.functional.cross_entropy(model.train()(images), labels)
+    pretraining._train(model, cfg, [(images, labels)] * 15, progress=False)
+    with torch.no_grad():
+        after = torch.nn.functional.cross_entropy(model.train()(images), labels)
+    assert before > 1.5 and after < 0.5
 
 
 @pytest.mark.parametrize(
@@ -241,3 +274,49 @@ def test_divergence_is_an_error(tmp_path):
             config("gn"), str(tmp_path / "out.pth"), **{**TINY, "steps": 9}, learning_rate=1e30
         )
     assert not any(tmp_path.iterdir())
+
+
+class TestTool:
+    def run(self, cwd, *arguments):
+        return subprocess.run(
+            [sys.executable, str(ROOT / "tools" / "pretrain_digits.py"), *arguments],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                # it needs no dataset
+                "DETECTRON2_DATASETS": str(cwd / "nowhere"),
+            },
+            cwd=cwd,
+            text=True,
+            capture_output=True,
+        )
+
+    def test_command(self, pretrained, tmp_path):
+        _, path, _, result = pretrained("bcn_ws")
+        arguments = ["--steps", "3", "--batch-size", "4", "--crop-size", "32", "--eval-crops", "8"]
+        done = self.run(
+            tmp_path,
+            *("--config-file", str(CONFIGS / "mask_rcnn_R_18_FPN_bcn_ws.yaml")),
+            *("--output", "out.pth", *arguments, "MODEL.DEVICE", "cpu", *NARROW),
+        )
+        assert done.returncode == 0, done.stderr
+        last = done.stdout.splitlines()[-1]
+        accuracy = f"accuracy {100 * result.accuracy:.1f} % on 8 crops"
+        assert last.startswith(f"out.pth: BatchBCN+WS, {accuracy}")
+        assert "3/3" in done.stderr  # of the progress bar
+        assert [p.name for p in tmp_path.iterdir()] == ["out.pth"]
+        made, expected = (
+            torch.load(p, weights_only=True)["model"] for p in (tmp_path / "out.pth", path)
+        )
+        torch.testing.assert_close(made, expected)
+
+    def test_error_is_one_line(self, tmp_path):
+        config_file = str(CONFIGS / "mask_rcnn_R_18_FPN_gn.yaml")
+        done = self.run(
+            tmp_path, "--config-file", config_file, "--output", "out.pth", "--steps", "0"
+        )
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        error = done.stderr.strip().splitlines()[-1]
+        assert error == "pretrain_digits.py: steps must be at least 1, got 0"
+        assert not any(tmp_path.iterdir())

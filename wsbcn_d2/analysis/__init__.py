@@ -5,15 +5,24 @@
 
 - :mod:`.runs` reads the folder of a run, :mod:`.coco` evaluates its detections,
 - :mod:`.comparison` puts runs side by side, and :mod:`.comparison_page` shows it,
-- :mod:`.norms` and :mod:`.probe` look into a checkpoint, and :mod:`.norms_page` shows it.
+- :mod:`.norms` and :mod:`.probe` look into a model, :mod:`.norm_analysis` into a checkpoint, and
+  :mod:`.norms_page` shows it,
+- :mod:`.page` is what both pages are made of.
 """
 
 from .coco import CocoEvaluation, resample_images
+from .comparison import compare_runs
+from .norm_analysis import analyze_checkpoint, analyze_model
+from .norms import analyze_layers, estimate_drift, filter_statistics
+from .probe import probe_loss
+from .runs import Run, read_run
 
 __all__ = [
     "CocoEvaluation",
     "Run",
+    "analyze_checkpoint",
     "analyze_layers",
+    "analyze_model",
     "compare_runs",
     "estimate_drift",
     "filter_statistics",

@@ -83,7 +83,9 @@ class DigitCrops(Dataset):
         """
         sample, rng = self._choose_sample(index)
         size = self._crop_size
-        difficulty = max(rng.random(), min(1.0, index / self._num_easy)) if self._num_easy else 1.0
+        # Drawn in any case, so that the crops after the easy ones are those of a sequence without.
+        difficulty = rng.random()
+        difficulty = max(difficulty, index / self._num_easy) if index < self._num_easy else 1.0
         photo = digits._crop_photo(self._material.photos, _CROPS_PER_IMAGE_WIDTH * size, rng)
         photo = photo[_place(size, len(photo), rng), _place(size, len(photo), rng)]
         pixels = photo * np.float32(difficulty / 255)

@@ -1,0 +1,194 @@
+"""Intervals, differences and groups against their definitions, and the page that is made of them."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from analysis.random_coco import random_coco
+from pycocotools.coco import COCO
+
+from wsbcn_d2.analysis import CocoEvaluation, compare_runs, read_run, resample_images
+from wsbcn_d2.analysis import comparison as comparison_module
+from wsbcn_d2.analysis.comparison import difference, load_results, verdict, write_results
+from wsbcn_d2.analysis.comparison_page import comparison_page
+
+DRAWS = 40
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three runs with predictions, the first two of one setting, and one without."""
+    content, predictions = random_coco()
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    rng = np.random.default_rng(5)
+    folders = []
+    for name, keep in (("a_s1", 1.0), ("a_s2", 0.9), ("b", 0.6), ("c", None)):
+        folder = tmp_path / name
+        (folder / "inference").mkdir(parents=True)
+        line = {"iteration": 9, "total_loss": 2.0, "time": 0.25}
+        (folder / "metrics.json").write_text(json.dumps(line) + "\n")
+        if keep is not None:
+            own = [p for p in predictions if rng.random() < keep]
+            (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(own))
+        folders.append(folder)
+    return [read_run(str(folder)) for folder in folders]
+
+
+@pytest.fixture
+def results(runs, tmp_path):
+    labels = ["A", "A", "B", "C"]
+    annotations = str(tmp_path / "truth.json")
+    return compare_runs(runs, labels, annotations=annotations, num_draws=DRAWS, seed=2)
+
+
+def draws_of(run, tmp_path, metric="AP", kind="bbox"):
+    evaluation = CocoEvaluation(COCO(str(tmp_path / "truth.json")), run.load_predictions(), kind)
+    value = evaluation.evaluate()[metric][0]
+    return value, evaluation.evaluate(resample_images(12, DRAWS, seed=2))[metric]
+
+
+def assert_interval(entry, value, draws):
+    low, high = np.percentile(draws - draws.mean(), [2.5, 97.5]) + value
+    found = [entry["value"], entry["low"], entry["high"]]
+    np.testing.assert_allclose(found, [value, low, high], atol=1e-4)
+
+
+def test_intervals_of_runs_groups_and_differences(runs, results, tmp_path):
+    first, second, other = (draws_of(run, tmp_path) for run in runs[:3])
+    assert_interval(results["runs"][1]["ap"]["bbox"]["AP"], *second)
+    mean = ((first[0] + second[0]) / 2, (first[1] + second[1]) / 2)
+    group = results["groups"][0]
+    assert (group["label"], group["runs"]) == ("A", 2)
+    assert_interval(group["ap"]["bbox"]["AP"], *mean)
+    assert group["ap"]["bbox"]["AP"]["sd"] == pytest.approx(
+        abs(first[0] - second[0]) / math.sqrt(2), abs=1e-4
+    )
+    # paired: the draws of one are subtracted from the same draws of the other
+    entry = difference(results, "A", "B")["bbox"]["AP"]
+    assert_interval(entry, mean[0] - other[0], mean[1] - other[1])
+    turned = difference(results, "B", "A")["bbox"]["AP"]
+    assert [turned["value"], turned["low"], turned["high"]] == [
+        -entry["value"],
+        -entry["high"],
+        -entry["low"],
+    ]
+
+
+def test_a_run_against_itself_does_not_differ(runs, tmp_path):
+    results = compare_runs(
+        [runs[0], runs[0]], ["x", "y"], annotations=str(tmp_path / "truth.json"), num_draws=20
+    )
+    for metrics in difference(results, "x", "y").values():
+        for name, entry in metrics.items():
+            assert (entry["value"], entry["low"], entry["high"]) == (0, 0, 0), name
+
+
+def test_seed_noise_is_welchs_interval():
+    """Variances 1 and 4 of 3 runs each: 2.94 degrees of freedom, which are rounded down."""
+    a, b = [10.0, 11.0, 12.0], [20.0, 22.0, 24.0]
+    freedom = (1 / 3 + 4 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (4 / 3) ** 2 / 2)
+    assert 2 < freedom < 3
+    noise = comparison_module._seed_noise(a, b)
+    assert noise == pytest.approx(4.303 * math.sqrt(5 / 3))  # t for 2 degrees of freedom
+    assert math.isnan(comparison_module._seed_noise([1.0], b))
+
+
+def test_student_t():
+    stats = pytest.importorskip("scipy.stats", reason="another source of the quantiles")
+    for freedom in range(1, 21):
+        expected = stats.t.ppf(0.975, freedom)
+        assert comparison_module._student_t(freedom + 0.5) == pytest.approx(expected, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    "value, low, high, seeds, expected",
+    [
+        (3.0, 1.0, 5.0, 2.0, "better"),
+        (-3.0, -5.0, -1.0, 2.0, "worse"),
+        (3.0, -1.0, 5.0, 2.0, "within the noise of images"),
+        (3.0, 1.0, 5.0, 4.0, "within the noise of seeds"),
+        (3.0, 1.0, 5.0, None, "better on these images; seeds unknown"),
+        (3.0, None, None, None, "no intervals"),
+        (None, None, None, None, ""),
+    ],
+)
+def test_verdict(value, low, high, seeds, expected):
+    assert verdict({"value": value, "low": low, "high": high, "seeds": seeds}) == expected
+
+
+def test_page_says_all_and_needs_nothing_else(results, tmp_path):
+    paths = comparison_page(results, baseline="B").write(str(tmp_path / "out"), "page")
+    markdown = (tmp_path / "out" / "page.md").read_text()
+    html = (tmp_path / "out" / "page.html").read_text()
+    pictures = [path for path in paths if path.endswith(".png")]
+    assert len(pictures) == 3
+    for path in pictures:
+        assert path.rsplit("/", 1)[1] in markdown
+    # nothing outside is referred to, neither a file nor an address
+    assert html.count('src="data:image/png;base64,') == len(pictures) == html.count("<img")
+    assert not re.search(r"https?://|<link|<script|@import|url\(", html)
+    entry = results["groups"][0]["ap"]["bbox"]["AP"]
+    cell = f"{entry['value']:.1f} [{entry['low']:.1f}, {entry['high']:.1f}]"
+    for text in (markdown, html):
+        assert cell in text and "Differences from B" in text
+        assert "no inference/coco_instances_results.json" in text
+        assert "| 250 |" in text or "<td>250</td>" in text, "milliseconds"
+    assert "| C | 1, 0 evaluated | – |" in markdown
+
+
+def test_page_is_rebuilt_from_the_file(results, tmp_path):
+    write_results(results, str(tmp_path / "results.json"))
+    loaded = load_results(str(tmp_path / "results.json"))
+    assert loaded == json.loads(json.dumps(results))
+    assert comparison_page(loaded).markdown("p") == comparison_page(results).markdown("p")
+    first, second = (comparison_page(r).write(str(tmp_path / n), "p") for r, n in
+                     ((loaded, "x"), (results, "y")))
+    for a, b in zip(first, second):
+        assert open(a, "rb").read() == open(b, "rb").read(), a
+
+
+def test_files_that_are_something_else(tmp_path):
+    path = tmp_path / "x.json"
+    for text, message in (("{", "is not a JSON file"), ("[]", '"kind" is not'), ("{}", "kind")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_results(str(path))
+
+
+def test_unknown_baseline(results):
+    with pytest.raises(ValueError, match="no baseline 'Z'; the groups are A, B, C"):
+        comparison_page(results, "Z")
+
+
+def test_metrics_alone_have_no_intervals(runs, tmp_path):
+    run = runs[3]
+    run.metrics.append({"iteration": 9, "bbox/AP": 12.5, "bbox/AP50": 30.0, "segm/AP": 11.0})
+    results = compare_runs([run], ["C"])
+    entry = results["groups"][0]["ap"]["bbox"]["AP"]
+    assert (entry["value"], entry["low"]) == (12.5, None)
+    assert "| C | 1 | 12.5 | 30.0 |" in comparison_page(results).markdown("p")
+
+
+def test_predictions_of_another_evaluation_are_noticed(runs, tmp_path):
+    runs[0].metrics.append({"iteration": 9, "bbox/AP": 1.25})
+    results = compare_runs(
+        runs[:1], ["A"], annotations=str(tmp_path / "truth.json"), num_draws=0
+    )
+    [note] = [n for n in results["runs"][0]["notes"] if "metrics.json is" in n]
+    assert "the last box AP in metrics.json is 1.25, but the predictions have" in note
+    assert results["runs"][0]["ap"]["bbox"]["AP"]["low"] is None
+
+
+def test_runs_that_cannot_be_compared(runs, tmp_path):
+    with pytest.raises(ValueError, match="no config.yaml says which dataset"):
+        compare_runs(runs, ["A"] * 4)
+    runs[0].test_datasets, runs[1].test_datasets = ("digits_val",), ("coco_2017_val",)
+    with pytest.raises(ValueError, match=r"'digits_val' \(a_s1\), 'coco_2017_val' \(a_s2\)"):
+        compare_runs(runs, ["A"] * 4)
+    with pytest.raises(FileNotFoundError, match="no annotation file 'nowhere.json'"):
+        compare_runs(runs, ["A"] * 4, annotations="nowhere.json")
+    runs[0].predictions_file.write_text('[{"image_id": 77}]')
+    with pytest.raises(ValueError, match="coco_instances_results.json: .*image_id 77"):
+        compare_runs(runs, ["A"] * 4, annotations=str(tmp_path / "truth.json"))

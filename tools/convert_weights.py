@@ -1,0 +1,70 @@
+#!/usr/bin/env python
+"""Converts weights of other projects for a config: ImageNet models and detectors, with or without
+weight standardization. The model computes with them what it did there."""
+
+import argparse
+import sys
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+import wsbcn_d2
+from wsbcn_d2.engine.checkpoint import atomic_write
+from wsbcn_d2.weights import (
+    LAYOUTS,
+    CheckpointError,
+    ConversionError,
+    convert_state_dict,
+    read_checkpoint,
+)
+from wsbcn_d2.weights.formulas import FORMULAS
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", required=True, help="the file of the other project")
+    parser.add_argument("--config-file", required=True, help="config of the model to convert for")
+    parser.add_argument("--output", help="file to write, for MODEL.WEIGHTS")
+    parser.add_argument(
+        "--layout", choices=list(LAYOUTS), help="where the file is from (default: found out)"
+    )
+    parser.add_argument(
+        "--formula",
+        default="auto",
+        choices=["auto", "none", *FORMULAS],
+        help="weight standardization of the source (default: that of its layout)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="report, and write nothing")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    args = parser.parse_args()
+    if not args.dry_run and not args.output:
+        parser.error("--output or --dry-run is needed")
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    cfg = get_cfg()
+    wsbcn_d2.add_wsbcn_config(cfg)
+    try:
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list([*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+        checkpoint = read_checkpoint(args.input)
+        state, report = convert_state_dict(checkpoint, build_model(cfg), args.layout, args.formula)
+    except (CheckpointError, ConversionError, OSError, KeyError, AssertionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(report)
+    if report.missing:
+        print(f"error: {len(report.missing)} weights are missing", file=sys.stderr)
+        return 1
+    if not args.dry_run:
+        with atomic_write(args.output) as file:
+            torch.save({"model": state, "__author__": f"wsbcn_d2, from {report.layout}"}, file)
+        print(f"written: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Weights of other projects for a given Detectron2 model."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+from torch import Tensor, nn
+
+from ..layers import BatchChannelNorm, WeightStandardized
+from .files import Checkpoint
+from .formulas import FORMULAS, adaptation, rescaled_weight, source_filters
+from .layouts import LAYOUTS, Layout, detect_layout
+
+_BACKBONE = "backbone.bottom_up."
+# What a model has without a checkpoint.
+_NOT_TRAINED = r"pixel_(?:mean|std)|.*anchor_generator\..*|.*\.num_batches_tracked"
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be converted for a model."""
+
+
+@dataclass
+class ConversionReport:
+    """What became of every weight.
+
+    Attributes:
+        layout: name of the layout of the checkpoint.
+        formula: of its weight standardization; None if it has none.
+        taken: names in the checkpoint and in Detectron2.
+        filters: what was done to the filters of convolutions, and to how many of them.
+        initialized: weights of the model that the checkpoint cannot have and that start anew.
+        left_over: names in the checkpoint that the model has no place for.
+        missing: names of the model that should have been in the checkpoint.
+    """
+
+    layout: str
+    formula: Optional[str]
+    taken: Dict[str, str] = field(default_factory=dict)
+    filters: "Counter[str]" = field(default_factory=Counter)
+    initialized: List[str] = field(default_factory=list)
+    left_over: List[str] = field(default_factory=list)
+    missing: List[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        standardization = f"formula {self.formula!r}" if self.formula else "none"
+        lines = [
+            f"source: {self.layout}, weight standardization: {standardization}",
+            f"taken: {len(self.taken)}",
+            *(f"  {source} -> {target}" for source, target in self.taken.items()),
+            *(f"filters {what}: {count} convolutions" for what, count in self.filters.items()),
+        ]
+        for what in ("initialized", "left_over", "missing"):
+            names = getattr(self, what)
+            lines.append(f"{what.replace('_', ' ')}: {len(names)}")
+            lines.extend(f"  {name}" for name in names)
+        return "\n".join(lines)
+
+
+def convert_state_dict(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    layout: Optional[str] = None,
+    formula: str = "auto",
+) -> Tuple[Dict[str, Tensor], ConversionReport]:
+    """Makes a state dict for a model of what another project has trained.
+
+    The model computes what the source does, by these rules for convolutions:
+
+    - the source standardizes and the model does: the filters are scaled so that our formula gives
+      what the source's gives (:func:`wsbcn_d2.weights.formulas.rescaled_weight`);
+    - only the source does: the filters are the standardized ones;
+    - only the model does: scale and mean of the filters are kept beside them, as ``ws_scale`` and
+      ``ws_shift``;
+
+    and for norms: BatchNorm weights and statistics become those of the batch normalization in BCN,
+    whose channel normalization starts as it is built and is new to the function.
+
+    Args:
+        checkpoint: from :func:`wsbcn_d2.weights.read_checkpoint`.
+        model: the Detectron2 model to convert for; it is not changed.
+        layout: a name in ``LAYOUTS``. Default: found out from the names.
+        formula: the weight standardization of the source: one of ``FORMULAS``, "none", or "auto":
+            that of the layout.
+
+    Returns:
+        The state dict, under the names of the model, and the report. The report may list missing
+        weights, in which case the state dict is not complete.
+
+    Raises:
+        ConversionError: if the layout is not known or a shape differs.
+    """
+    tensors = checkpoint.tensors
+    if checkpoint.caffe2:
+        tensors, _ = convert_c2_detectron_names(dict(tensors))
+    source = _layout(tensors, layout)
+    formula = _formula(source, checkpoint.text, formula)
+    report = ConversionReport(source.name, formula)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    convs = {
+        f"{name}.weight".lstrip("."): module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
+    }
+    state: Dict[str, Tensor] = {}
+    problems = []
+    for name, value in tensors.items():
+        if source.ignores(name):
+            continue
+        target = source.rename(name)
+        if target is not None and target.endswith(".ws_eps") and target not in shapes:
+            raise ConversionError(
+                f"{name}: the convolution was trained with weight standardization, which that of "
+                "the model does not have: use a config with '+WS', or wsbcn_d2.fold"
+            )
+        if target is None or (target not in shapes and not _is_adaptation(target, shapes)):
+            report.left_over.append(name)
+            continue
+        value = source.transform(target, value)
+        if target in shapes and tuple(value.shape) != shapes[target]:
+            problems.append(f"{name} {tuple(value.shape)} does not fit {target} {shapes[target]}")
+            continue
+        state[target] = value
+        report.taken[name] = target
+    if problems:
+        raise ConversionError(
+            "the checkpoint is of another model than the config: " + "; ".join(problems)
+        )
+    for name in list(state):
+        if name in convs and state[name].dim() == 4:
+            _convert_filters(name, convs[name], state, formula, report)
+    _account_for_the_rest(model, shapes, state, report)
+    return state, report
+
+
+def _layout(tensors: Dict[str, Tensor], name: Optional[str]) -> Layout:
+    if name is not None:
+        if name not in LAYOUTS:
+            raise ConversionError(f"unknown layout {name!r}; allowed are {', '.join(LAYOUTS)}")
+        return LAYOUTS[name]
+    layout = detect_layout(tensors)
+    if layout is None:
+        names = ", ".join(list(tensors)[:5])
+        raise ConversionError(
+            f"the names ({names}, ...) are of no layout that is known: {', '.join(LAYOUTS)}"
+        )
+    return layout
+
+
+def _formula(layout: Layout, text: str, formula: str) -> Optional[str]:
+    if formula not in (*FORMULAS, "none", "auto"):
+        raise ConversionError(
+            f"unknown formula {formula!r}; allowed are auto, none, {', '.join(FORMULAS)}"
+        )
+    if formula == "auto":
+        # mmdetection's files contain their config.
+        plain = layout.name == "mmdetection" and text and "ConvWS" not in text
+        return None if plain else layout.formula
+    return None if formula == "none" else formula
+
+
+def _is_adaptation(name: str, shapes: Dict[str, Tuple[int, ...]]) -> bool:
+    """Whether it is one of the entries that a standardized convolution may have or lack."""
+    owner, _, entry = name.rpartition(".")
+    return entry in ("ws_scale", "ws_shift") and f"{owner}.ws_eps" in shapes
+
+
+def _convert_filters(
+    name: str,
+    conv: nn.Module,
+    state: Dict[str, Tensor],
+    formula: Optional[str],
+    report: ConversionReport,
+) -> None:
+    owner = name[: -len(".weight")]
+    if not _is_normalized(conv, state, owner):
+        return
+    standardized = isinstance(conv, WeightStandardized)
+    if f"{owner}.ws_eps" in state:  # of a model of this package
+        report.filters["taken as they are"] += 1
+        return
+    weight = state[name]
+    if standardized:
+        state[f"{owner}.ws_eps"] = torch.tensor(conv.eps, dtype=torch.float64)
+        if formula is None:
+            scale, shift = adaptation(weight, conv.eps)
+            state[f"{owner}.ws_scale"], state[f"{owner}.ws_shift"] = scale, shift
+            report.filters["kept by scale and shift (ws_scale, ws_shift)"] += 1
+        else:
+            state[name] = rescaled_weight(weight, formula, conv.eps)
+            report.filters["rescaled for our formula"] += 1
+    elif formula is not None:
+        state[name] = source_filters(weight, formula).to(weight.dtype)
+        report.filters["standardized for a model without weight standardization"] += 1
+
+
+def _is_normalized(conv: nn.Module, state: Dict[str, Tensor], owner: str) -> bool:
+    """Whether a norm follows: the sources standardize these convolutions only."""
+    if isinstance(conv, WeightStandardized):
+        return True
+    return isinstance(conv, nn.Conv2d) and f"{owner}.norm.weight" in state
+
+
+def _account_for_the_rest(
+    model: nn.Module,
+    shapes: Dict[str, Tuple[int, ...]],
+    state: Dict[str, Tensor],
+    report: ConversionReport,
+) -> None:
+    backbone_only = all(name.startswith(_BACKBONE) for name in state)
+    groups = {
+        f"{name}.{entry}"
+        for name, module in model.named_modules()
+        if isinstance(module, BatchChannelNorm)
+        for entry in ("group_weight", "group_bias")
+    }
+    for name in shapes:
+        if name in state or re.fullmatch(_NOT_TRAINED, name):
+            continue
+        if name in groups or (backbone_only and not name.startswith(_BACKBONE)):
+            report.initialized.append(name)
+        else:
+            report.missing.append(name)

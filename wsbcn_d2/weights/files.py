@@ -1,0 +1,126 @@
+"""Reading checkpoint files, which may come from strangers."""
+
+import io
+import os
+import pickle
+from dataclasses import dataclass
+from typing import Any, Dict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_BYTES = 8 * 2**30
+
+# What a pickled dictionary of numpy arrays, which is what Detectron2's model zoo has, refers to.
+_ARRAY_GLOBALS = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+}
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, or not one that can be trusted."""
+
+
+@dataclass
+class Checkpoint:
+    """The content of a file.
+
+    Attributes:
+        tensors: the weights by their names.
+        text: what the file says of its config, if it does, otherwise empty.
+        caffe2: whether the names are those of Caffe2, as in Detectron2's MSRA models.
+    """
+
+    tensors: Dict[str, Tensor]
+    text: str
+    caffe2: bool
+
+
+def read_checkpoint(path: str) -> Checkpoint:
+    """Reads the weights in a file, without running any code that it may contain.
+
+    Args:
+        path: a file that ``torch.save`` has written (``.pth``, ``.pt``, ``.pth.tar``), or one of
+            Detectron2's model zoo (``.pkl``).
+
+    Returns:
+        The tensors, without the wrappers (``state_dict``, ``model``, ``module.``) around them.
+
+    Raises:
+        CheckpointError: if the file is missing, too large, holds anything but tensors, numbers and
+            text, or no weights, or weights that are not finite.
+    """
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: no such file")
+    size = os.path.getsize(path)
+    if not 0 < size <= MAX_BYTES:
+        raise CheckpointError(
+            f"{path}: {size} bytes, expected between 1 and {MAX_BYTES} ({MAX_BYTES >> 30} GiB)"
+        )
+    content = _read_arrays(path) if path.endswith(".pkl") else _read_tensors(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary")
+    text = str(content.get("meta") or "")
+    caffe2 = "matching_heuristics" in content and "blobs" not in content
+    weights = _unwrapped(content)
+    tensors = {}
+    for name, value in weights.items():
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(np.ascontiguousarray(value))
+        if isinstance(value, Tensor) and isinstance(name, str):
+            tensors[name] = value
+    if not tensors:
+        raise CheckpointError(f"{path}: no weights in it; its keys are {_some(list(content))}")
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name[len("module.") :]: value for name, value in tensors.items()}
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(f"{path}: {name} has infinite or NaN values")
+    return Checkpoint(tensors, text, any(name.endswith("_w") for name in tensors) or caffe2)
+
+
+def _read_tensors(path: str) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many types, and other ones in other versions of PyTorch
+        raise CheckpointError(
+            f"{path}: not a file of tensors that is safe to read (torch.load with "
+            f"weights_only=True says: {error})"
+        ) from error
+
+
+def _read_arrays(path: str) -> Any:
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        return _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a pickled dictionary of arrays ({error})") from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ARRAY_GLOBALS:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not an array")
+        return super().find_class(module, name)
+
+
+def _unwrapped(content: Dict[Any, Any]) -> Dict[Any, Any]:
+    for key in ("state_dict", "model", "blobs"):
+        inner = content.get(key)
+        if isinstance(inner, dict):
+            return _unwrapped(inner)
+    return content
+
+
+def _some(names: Any) -> str:
+    names = [str(name) for name in names]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
