@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 DEMO := output/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test benchmark lint format clean
 
 help:  ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12] [VENV=.venv]"
@@ -32,6 +32,9 @@ demo: setup  ## train Mask R-CNN with BCN+WS at 1 image per step, evaluate, draw
 # One thread each: the processes of the tests take all cores.
 test: setup  ## run the tests
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest
+
+benchmark: setup  ## measure what the layers cost, on a GPU if there is one; rewrites docs/benchmarks.md
+	@$(RUN) -m wsbcn_d2.benchmark
 
 lint: setup  ## check format, imports and style
 	@$(RUN) -m black --check --quiet --diff $(SOURCES)

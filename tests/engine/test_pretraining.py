@@ -62,10 +62,8 @@ def bottom_up_keys(model):
 
 class TestCrops:
     def test_splits_share_no_digit(self):
-        ids = {
-            split: {DigitCrops(split, 1500).sample_id(i) for i in range(1500)}
-            for split in digits.SPLITS
-        }
+        crops = {split: DigitCrops(split, 1500) for split in digits.SPLITS}
+        ids = {split: {crops[split].sample_id(i) for i in range(1500)} for split in crops}
         assert len(ids["train"]) > 700 and len(ids["val"]) > 350
         assert ids["train"].isdisjoint(ids["val"])
 
@@ -75,7 +73,8 @@ class TestCrops:
         )
         with open(digits.annotation_file(root, "val")) as file:
             in_dataset = {a["sample_id"] for a in json.load(file)["annotations"]}
-        in_crops = {DigitCrops("train", 3000).sample_id(i) for i in range(3000)}
+        crops = DigitCrops("train", 3000)
+        in_crops = {crops.sample_id(i) for i in range(3000)}
         assert in_dataset and in_dataset.isdisjoint(in_crops)
 
     def test_labels_are_those_of_the_samples(self):

@@ -182,9 +182,12 @@ def pretrain_backbone(
     cfg = _pretraining_config(cfg, steps, learning_rate)
     model = _build(cfg, seed)
     start = time.perf_counter()
-    _train(model, cfg, DataLoader(train_crops, batch_size), progress)
+    # Loaders draw a seed for their workers, of which there are none, from the global generator
+    # unless they are given one.
+    unused = torch.Generator()
+    _train(model, cfg, DataLoader(train_crops, batch_size, generator=unused), progress)
     seconds = time.perf_counter() - start
-    accuracy, loss = _evaluate(model, DataLoader(val_crops, batch_size))
+    accuracy, loss = _evaluate(model, DataLoader(val_crops, batch_size, generator=unused))
     result = PretrainingResult(cfg.MODEL.RESNETS.NORM, accuracy, loss, seconds)
 
     # BN counts its batches, FrozenBN does not
