@@ -69,7 +69,7 @@ def same(a, b):
 def features(model):
     """Outputs of the backbone, and of the head that follows it in RetinaNet."""
     torch.manual_seed(3)
-    maps = list(model.backbone(torch.randn(1, 3, 64, 64)).values())
+    maps = list(model.backbone(torch.randn(2, 3, 64, 64)).values())
     return maps + [t for out in model.head(maps) for t in out] if hasattr(model, "head") else maps
 
 
@@ -337,8 +337,10 @@ def test_filters_keep_what_they_are(dtype):
         model = nn.Sequential(conv, nn.BatchNorm2d(C)).to(dtype)
         expected = conv.weight.detach().clone()
         convert(model, "BN+WS", keep_function=True)
-        tolerance = {} if dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-7}
-        torch.testing.assert_close(conv.standardized_weight().detach(), expected, **tolerance)
+        atol = 0.004 if dtype == torch.bfloat16 else 1e-7  # a digit of the largest weight, 0.5
+        torch.testing.assert_close(
+            conv.standardized_weight().detach(), expected, rtol=1e-6, atol=atol
+        )
         with torch.no_grad():
             conv.weight.mul_(3).add_(1)  # which still is of no consequence, but for eps
         torch.testing.assert_close(
@@ -409,7 +411,9 @@ def test_parameters_stay_the_same_objects():
 def test_dtype(dtype):
     model = convert(net(layer("BN")).to(dtype), "BCN(groups=2)")
     assert {p.dtype for p in model.parameters()} == {dtype}
-    assert model[2].running_var.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert model[2].running_var.dtype == (
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(C), nn.InstanceNorm2d(C)])
@@ -487,7 +491,12 @@ def first(last):
             r"cannot convert 1\.1: .*8 output channels",
         ),
         (first([Swish(C)]), "GN(groups=2)", TypeError, r"cannot convert 1\.0, .*Swish"),
-        (first([nn.DataParallel(net(nn.BatchNorm2d(C)))]), "GN(groups=2)", TypeError, "within Data"),
+        (
+            first([nn.DataParallel(net(nn.BatchNorm2d(C)))]),
+            "GN(groups=2)",
+            TypeError,
+            "within Data",
+        ),
         (nn.Sequential(nn.Conv2d(3, 3, 1)), "BN", ValueError, "nothing to convert: none of Batch"),
         (nn.BatchNorm2d(C), "BN+WS", ValueError, "cannot convert the model: .*the layer only"),
     ],
@@ -495,7 +504,12 @@ def first(last):
 def test_errors_leave_the_model_unchanged(model, norm, error, message):
     def everything():
         return [
-            (m, type(m), m.training, [id(v) for v in [*m._parameters.values(), *m._buffers.values()]])
+            (
+                m,
+                type(m),
+                m.training,
+                [id(v) for v in [*m._parameters.values(), *m._buffers.values()]],
+            )
             for m in model.modules()
         ]
 

@@ -16,7 +16,14 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.visualizer import Visualizer
 
 from wsbcn_d2 import visualization
-from wsbcn_d2.visualization import draw_predictions, load_predictions
+from wsbcn_d2.visualization import (
+    _from_annotation,
+    _Object,
+    draw_comparison,
+    draw_predictions,
+    image_quality,
+    load_predictions,
+)
 
 REPO = Path(__file__).resolve().parents[1]
 TOOL = REPO / "tools" / "visualize.py"
@@ -269,6 +276,138 @@ def test_command(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == output
     assert [panel is not None for row in panels(output) for panel in row] == [True] * 4
+
+
+def box(x, y, side, category=0, score=None, crowd=False):
+    return _Object((x, y, x + side, y + side), category, None, score, crowd)
+
+
+SHIFTED = 8 * 10 / (2 * 100 - 8 * 10)  # IoU of two squares of side 10, one of them 2 to the right
+
+
+@pytest.mark.parametrize(
+    "truth, predicted, expected",
+    [
+        ([], [], 1.0),
+        ([box(0, 0, 10)], [], 0.0),
+        ([], [box(0, 0, 10, score=0.9)], 0.0),
+        ([box(0, 0, 10)], [box(0, 0, 10, score=0.9)], 1.0),
+        ([box(0, 0, 10)], [box(2, 0, 10, score=0.9)], SHIFTED),
+        ([box(0, 0, 10)], [box(5, 0, 10, score=0.9)], 0.0),  # IoU 1/3
+        ([box(0, 0, 10)], [box(0, 0, 10, category=1, score=0.9)], 0.0),
+        # found, missed and invented
+        ([box(0, 0, 10), box(50, 0, 10)], [box(2, 0, 10, score=0.9)], SHIFTED / 1.5),
+        ([box(0, 0, 10)], [box(2, 0, 10, score=0.9), box(50, 0, 10, score=0.8)], SHIFTED / 1.5),
+        # the higher score takes the object, the better box is then a duplicate
+        ([box(0, 0, 10)], [box(0, 0, 10, score=0.5), box(2, 0, 10, score=0.6)], SHIFTED / 1.5),
+        # of two objects the nearer, though it comes second
+        (
+            [box(3, 0, 10), box(0, 0, 10)],
+            [box(0, 0, 10, score=0.9), box(3, 0, 10, score=0.8)],
+            1.0,
+        ),
+        # a crowd is no object, and what is on it no error
+        ([box(0, 0, 40, crowd=True)], [box(5, 5, 10, score=0.9)], 1.0),
+        (
+            [box(0, 0, 40, crowd=True), box(60, 0, 10)],
+            [box(5, 5, 10, score=0.9), box(60, 0, 10, score=0.9), box(90, 0, 5, score=0.6)],
+            1 / 1.5,
+        ),
+    ],
+)
+def test_image_quality(truth, predicted, expected):
+    assert image_quality(truth, predicted, (100, 100)) == pytest.approx(expected)
+
+
+def test_image_quality_of_masks(content):
+    """The same box, but half of the mask."""
+    truth = [_from_annotation(a) for a in DatasetCatalog.get(NAME)[0]["annotations"]]
+    half = np.zeros((40, 60), np.uint8)
+    half[10:30, 20:33] = 1
+    found = _Object(truth[0].box, truth[0].class_index, run_lengths_of(half), 0.9)
+    assert image_quality(truth, [found], (40, 60)) == pytest.approx(13 / 20)
+
+
+def run_lengths_of(mask):
+    run_lengths = mask_util.encode(np.asfortranarray(mask))
+    return {**run_lengths, "counts": run_lengths["counts"].decode()}
+
+
+def titles(monkeypatch):
+    """Records what is written above the panels."""
+    written = []
+    add_title = visualization._add_title
+
+    def record(panel, title):
+        written.append(title)
+        return add_title(panel, title)
+
+    monkeypatch.setattr(visualization, "_add_title", record)
+    return written
+
+
+def test_two_models_are_sorted_by_their_difference(content, tmp_path, monkeypatch):
+    """On image 4 one finds the object and the other nothing; on 2 the other finds a part of it."""
+    written = titles(monkeypatch)
+    all_found = truth_as_predictions(content)
+    first = [dict(p) for p in all_found]
+    second = [dict(p) for p in all_found if p["image_id"] != 4]
+    part = np.zeros((40, 60), np.uint8)
+    part[10:30, 20:35] = 1
+    second[1] = {**second[1], "segmentation": run_lengths_of(part)}
+    path = draw_comparison(
+        NAME, [first, second], ["one", "other"], str(tmp_path / "a.png"), num_images=3
+    )
+    assert written == [
+        *("4.png: ground truth", "one: quality 1.00, score >= 0.50"),
+        "other: quality 0.00, score >= 0.50",
+        *("2.png: ground truth", "one: quality 1.00, score >= 0.50"),
+        "other: quality 0.75, score >= 0.50",
+        *("1.png: ground truth", "one: quality 1.00, score >= 0.50"),  # no difference: first id
+        "other: quality 1.00, score >= 0.50",
+    ]
+    rows = panels(path)
+    assert [len(row) for row in rows] == [3, 3, 3]
+    assert (rows[0][0] != GRAY).any() and (rows[0][1] != GRAY).any()
+    assert (rows[0][2] == GRAY).all(), "nothing was found"
+
+
+def test_comparison_counts_what_is_drawn(content, tmp_path, monkeypatch):
+    """Predictions below the threshold make no difference."""
+    written = titles(monkeypatch)
+    some, none = truth_as_predictions(content, 0.3), truth_as_predictions(content, 0.3)[:1]
+    draw_comparison(NAME, [some, none], ["a", "b"], str(tmp_path / "a.png"), num_images=1)
+    assert written[0] == "1.png: ground truth" and "quality 0.00" in written[1]
+
+
+@pytest.mark.parametrize(
+    "predictions, labels, part",
+    [
+        ([[]], ["a"], "there are 1 lists of predictions and 1 labels"),
+        ([[], [], []], ["a", "b"], "3 lists of predictions and 2 labels"),
+        ([[], ["x"]], ["a", "b"], "b: prediction 0 is not in COCO's result format"),
+    ],
+)
+def test_bad_comparison(content, tmp_path, predictions, labels, part):
+    with pytest.raises(ValueError, match=part):
+        draw_comparison(NAME, predictions, labels, str(tmp_path / "a.png"))
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_command_with_two_models(content, tmp_path, monkeypatch, capsys):
+    written = titles(monkeypatch)
+    for name in ("first", "second"):
+        (tmp_path / name / "inference").mkdir(parents=True)
+        file = tmp_path / name / "inference" / "coco_instances_results.json"
+        file.write_text(json.dumps(truth_as_predictions(content)))
+    files = [str(tmp_path / n / "inference" / file.name) for n in ("first", "second")]
+    output = str(tmp_path / "a.png")
+    arguments = ["--dataset", NAME, "--output", output, "--num-images", "1", "--predictions"]
+    monkeypatch.setattr(sys, "argv", ["visualize.py", *arguments, files[0], f"mine={files[1]}"])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert exit_info.value.code == 0 and capsys.readouterr().out.strip() == output
+    assert written[1].startswith("first: ") and written[2].startswith("mine: ")
 
 
 @pytest.mark.parametrize(

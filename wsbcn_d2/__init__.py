@@ -14,6 +14,7 @@ except ImportError as error:
     ) from error
 
 from .config import add_wsbcn_config
+from .conversion import convert
 from .detectron2_hooks import is_registered, register, unregister
 from .export import fold
 from .layers import BatchChannelNorm, ChannelNorm, WSConv2d, WSConvTranspose2d
@@ -29,6 +30,7 @@ __all__ = [
     "WSConvTranspose2d",
     "__version__",
     "add_wsbcn_config",
+    "convert",
     "fold",
     "get_norm",
     "is_registered",

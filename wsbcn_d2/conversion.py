@@ -236,11 +236,12 @@ def _is_frozen(norm: nn.Module, parent: Optional[nn.Module]) -> bool:
 def _is_trained(norm: nn.Module) -> bool:
     """Whether the values of a layer are others than those that it starts with."""
     weight, bias, mean = (getattr(norm, key, None) for key in ("weight", "bias", "running_mean"))
-    return bool(
-        (weight is not None and (weight != 1).any() and weight.any())
-        or (bias is not None and bias.any())
-        or (mean is not None and mean.any())
-    )
+    return _any(bias) or _any(mean) or (_any(weight) and _any(weight - 1))
+
+
+def _any(value: Optional[Tensor]) -> bool:
+    """Whether something is not 0 in a tensor, if there is one and it has values."""
+    return value is not None and not value.is_meta and bool(value.any())
 
 
 def _num_channels(norm: nn.Module) -> int:
@@ -319,13 +320,15 @@ def _carry(norm: nn.Module, new: nn.Module, keep_function: bool) -> None:
         second = (norm.group_weight, norm.group_bias)
     elif isinstance(norm, ChannelNorm) and isinstance(new, BatchChannelNorm):
         first = (None, None)
+    has_values = first[0] is not None and not first[0].is_meta
+    is_zero = has_values and not _any(first[0]) and not _any(first[1])
 
     if not isinstance(new, BatchChannelNorm):
         _assign(new, ("weight", "bias"), first if isinstance(new, _BATCH_NORMS) else second)
     elif isinstance(norm, (BatchChannelNorm, ChannelNorm)):
         _assign(new, ("weight", "bias"), first)
         _assign(new, ("group_weight", "group_bias"), second)
-    elif first[0] is not None and not first[0].any() and not first[1].any():
+    elif is_zero:
         new.group_weight.zero_()  # see convert
     else:
         _assign(new, ("weight", "bias"), first)

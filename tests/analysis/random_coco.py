@@ -45,7 +45,9 @@ def random_coco(num_images=12, seed=0):
                 moved = [min(x + int(shift[0]), SIDE - side), min(y + int(shift[1]), SIDE - side)]
                 predictions.append(prediction(rng, image_id, category, [*moved, side, side]))
         for _ in range(rng.integers(0, 4)):  # where nothing is, or of another class
-            predictions.append(prediction(rng, image_id, int(rng.choice([1, 5, 9])), [5, 5, 30, 40]))
+            predictions.append(
+                prediction(rng, image_id, int(rng.choice([1, 5, 9])), [5, 5, 30, 40])
+            )
     content = {
         "info": {},
         "images": images,

@@ -6,9 +6,9 @@ import copy
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from analysis.random_coco import duplicated, random_coco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from analysis.random_coco import duplicated, random_coco
 
 from wsbcn_d2.analysis import CocoEvaluation, coco, resample_images
 
@@ -36,9 +36,7 @@ def judged(content, predictions, iou_type):
     for k, category in enumerate(content["categories"]):
         precision = judge.eval["precision"][:, :, k, 0, -1]
         precision = precision[precision > -1]
-        result[f"AP-{category['name']}"] = (
-            np.mean(precision) * 100 if precision.size else np.nan
-        )
+        result[f"AP-{category['name']}"] = np.mean(precision) * 100 if precision.size else np.nan
     return result
 
 
@@ -92,8 +90,15 @@ def test_size_of_a_detection_is_that_of_its_mask():
     rle = mask_util.encode(np.asfortranarray(narrow))
     rle["counts"] = rle["counts"].decode()
     content["annotations"] = [
-        dict(id=1, image_id=10, category_id=1, bbox=[10, 10, 40, 40], area=400, iscrowd=0,
-             segmentation=rle)
+        dict(
+            id=1,
+            image_id=10,
+            category_id=1,
+            bbox=[10, 10, 40, 40],
+            area=400,
+            iscrowd=0,
+            segmentation=rle,
+        )
     ]
     found = [dict(image_id=10, category_id=1, bbox=[10, 10, 40, 40], score=1.0, segmentation=rle)]
     measured = CocoEvaluation(load(content), found, "segm").evaluate()

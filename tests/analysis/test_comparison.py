@@ -1,4 +1,4 @@
-"""Intervals, differences and groups against their definitions, and the page that is made of them."""
+"""Intervals, differences and groups against their definitions, and the page made of them."""
 
 import json
 import math
@@ -9,8 +9,9 @@ import pytest
 from analysis.random_coco import random_coco
 from pycocotools.coco import COCO
 
-from wsbcn_d2.analysis import CocoEvaluation, compare_runs, read_run, resample_images
+from wsbcn_d2.analysis import CocoEvaluation, compare_runs
 from wsbcn_d2.analysis import comparison as comparison_module
+from wsbcn_d2.analysis import read_run, resample_images
 from wsbcn_d2.analysis.comparison import difference, load_results, verdict, write_results
 from wsbcn_d2.analysis.comparison_page import comparison_page
 
@@ -143,8 +144,9 @@ def test_page_is_rebuilt_from_the_file(results, tmp_path):
     loaded = load_results(str(tmp_path / "results.json"))
     assert loaded == json.loads(json.dumps(results))
     assert comparison_page(loaded).markdown("p") == comparison_page(results).markdown("p")
-    first, second = (comparison_page(r).write(str(tmp_path / n), "p") for r, n in
-                     ((loaded, "x"), (results, "y")))
+    first, second = (
+        comparison_page(r).write(str(tmp_path / n), "p") for r, n in ((loaded, "x"), (results, "y"))
+    )
     for a, b in zip(first, second):
         assert open(a, "rb").read() == open(b, "rb").read(), a
 
@@ -173,9 +175,7 @@ def test_metrics_alone_have_no_intervals(runs, tmp_path):
 
 def test_predictions_of_another_evaluation_are_noticed(runs, tmp_path):
     runs[0].metrics.append({"iteration": 9, "bbox/AP": 1.25})
-    results = compare_runs(
-        runs[:1], ["A"], annotations=str(tmp_path / "truth.json"), num_draws=0
-    )
+    results = compare_runs(runs[:1], ["A"], annotations=str(tmp_path / "truth.json"), num_draws=0)
     [note] = [n for n in results["runs"][0]["notes"] if "metrics.json is" in n]
     assert "the last box AP in metrics.json is 1.25, but the predictions have" in note
     assert results["runs"][0]["ap"]["bbox"]["AP"]["low"] is None

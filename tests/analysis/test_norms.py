@@ -163,7 +163,7 @@ def test_relu_of_an_activation_is_not_counted_again():
 
 @pytest.mark.parametrize("name", ["build_resnet_fpn_backbone", "build_wsbcn_resnet_fpn_backbone"])
 def test_detectron2_model(name):
-    """Stock and fused blocks give the same: ReLU after every norm but those of shortcuts and FPN."""
+    """Stock and fused blocks alike: ReLU after every norm but those of shortcuts and the FPN."""
     cfg = small_config(RCNN, "BCN+WS")
     add_wsbcn_config(cfg)
     cfg.MODEL.BACKBONE.NAME = name

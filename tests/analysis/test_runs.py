@@ -89,11 +89,21 @@ def test_labels_are_norms_and_what_else_differs(tmp_path):
         make_run(tmp_path / "gn_s1"),
         make_run(tmp_path / "gn_s2", seed=2),
         # neither the keys of this package nor its own name for a backbone make a difference
-        make_run(tmp_path / "gn_s3", "MODEL.BACKBONE.NAME", "build_wsbcn_resnet_fpn_backbone",
-                 ours=True, seed=3),
+        make_run(
+            tmp_path / "gn_s3",
+            "MODEL.BACKBONE.NAME",
+            "build_wsbcn_resnet_fpn_backbone",
+            ours=True,
+            seed=3,
+        ),
         make_run(tmp_path / "fast", "SOLVER.BASE_LR", "0.5"),
-        make_run(tmp_path / "slow-seed4", "MODEL.WSBCN.UPDATE_RATE_SCHEDULE", "lr", norm="BCN+WS",
-                 ours=True),
+        make_run(
+            tmp_path / "slow-seed4",
+            "MODEL.WSBCN.UPDATE_RATE_SCHEDULE",
+            "lr",
+            norm="BCN+WS",
+            ours=True,
+        ),
         make_run(tmp_path / "mixed", "MODEL.FPN.NORM", "BN"),
         make_run(tmp_path / "nameless"),
     ]

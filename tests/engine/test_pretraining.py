@@ -29,9 +29,7 @@ TINY = dict(steps=3, batch_size=4, crop_size=32, eval_crops=8)
 
 
 def config(norm, *opts):
-    return load_config(
-        str(CONFIGS / f"mask_rcnn_R_18_FPN_{norm}.yaml"), [*NO_DATA, *NARROW, *opts]
-    )
+    return load_config(str(CONFIGS / f"mask_rcnn_R_18_FPN_{norm}.yaml"), [*NO_DATA, *NARROW, *opts])
 
 
 @pytest.fixture(scope="module")
@@ -160,18 +158,21 @@ class TestCheckpoint:
         assert not any("bottom_up" in message for message in messages)
         assert not any("in the checkpoint but not" in message for message in messages)
         for key, value in detector.state_dict().items():
-            torch.testing.assert_close(value, saved.get(key, before[key]), rtol=0, atol=0)
+            if key in saved:
+                assert torch.equal(value, saved[key]), key
+            else:  # Detectron2 moves FrozenBN's initial 1 - eps to 1
+                torch.testing.assert_close(value, before[key])
 
         images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
         x = (images - detector.pixel_mean) / detector.pixel_std
         features = detector.backbone.bottom_up(x)
         logits = classifier(images)
         for name, feature in classifier.bottom_up(x).items():
-            torch.testing.assert_close(features[name], feature)
+            torch.testing.assert_close(features[name], feature, rtol=1e-4, atol=1e-4)
         # ... and the classifier sees images as the detector does
         pooled = features["res5"].mean((2, 3))
         scaled = classifier.center(pooled) / pooled.shape[1] ** 0.5
-        torch.testing.assert_close(logits, classifier.predict(scaled))
+        torch.testing.assert_close(logits, classifier.predict(scaled), rtol=1e-4, atol=1e-4)
 
     def test_estimates_are_trained(self, pretrained):
         cfg, path, classifier, result = pretrained("bcn_ws")
@@ -181,7 +182,8 @@ class TestCheckpoint:
         assert {layer.mode for _, layer in named_batch_channel_norms(classifier)} == {"batch"}
         DetectionCheckpointer(detector).load(path)
         layers = list(named_batch_channel_norms(detector.backbone.bottom_up))
-        assert len(layers) == 20
+        convolutions = [m for m in classifier.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert len(layers) == len(convolutions)
         for name, layer in layers:
             assert (layer.running_mean != 0).all() and (layer.running_var != 1).all(), name
 

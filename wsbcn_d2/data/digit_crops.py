@@ -19,19 +19,19 @@ _MIN_CROP_SIZE = 32
 # Of a digit's height to the crop's. A higher one might not fit when it is turned and stretched as
 # far as digits are.
 _RELATIVE_HEIGHT = (0.5, 0.69)
-# A crop shows this fraction of an image's width, so that the photograph's texture is as coarse.
+# A crop is this much narrower than an image of the dataset that shows as much of the photograph, so
+# that texture and digits have sizes as there.
 _CROPS_PER_IMAGE_WIDTH = 3
 
 
 class DigitCrops(Dataset):
     """A sequence of random crops, made when they are asked for.
 
-    With the defaults they are as hard as the images of the digits dataset. A classifier that starts
-    from random weights has a hard time to find out that there are digits at all, lighter or darker
-    than what is behind them, so a sequence for training may begin with easy ones: a crop of
-    difficulty d, from 0 to 1, is a blend of a white digit on black (d = 0) and the digit in its
-    colour on the photograph (d = 1). The difficulty of crop i is random, uniform from 0 to 1, but
-    at least i over ``easy_fraction * num_crops``.
+    A classifier that starts from random weights needs long to find digits that are lighter or
+    darker than a photograph behind them, so a sequence for training may begin with easy ones. A
+    crop of difficulty d, from 0 to 1, is a blend of a white digit on black (d = 0) and the digit in
+    its colour on the photograph (d = 1). The difficulty of crop i is uniformly random, but at least
+    ``i / (easy_fraction * num_crops)``; those after the easy ones, or all by default, have 1.
 
     Crop i depends on the arguments and i only.
     """
@@ -40,7 +40,7 @@ class DigitCrops(Dataset):
         self,
         split: str,
         num_crops: int,
-        crop_size: int = 64,
+        crop_size: int = 32,
         seed: int = 0,
         easy_fraction: float = 0.0,
     ) -> None:

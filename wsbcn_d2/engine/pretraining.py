@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import time
-from typing import Any, Dict, Iterable, Tuple
+from typing import Dict, Iterable, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +86,12 @@ class BackboneClassifier(nn.Module):
         self.predict = nn.Linear(channels, num_classes)
         nn.init.normal_(self.predict.weight, std=0.5)
         self._reverse_channels = cfg.INPUT.FORMAT == "BGR"
-        for name, values in (("pixel_std", cfg.MODEL.PIXEL_STD), ("pixel_mean", cfg.MODEL.PIXEL_MEAN)):
-            # named and shaped as in Detectron2's models
+        for name, values in (
+            ("pixel_std", cfg.MODEL.PIXEL_STD),
+            ("pixel_mean", cfg.MODEL.PIXEL_MEAN),
+        ):
+            # Named and shaped as in Detectron2's models; the latter, which completes the model, lets
+            # weight-standardized convolutions share their work.
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
