@@ -1,7 +1,9 @@
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
@@ -12,6 +14,22 @@ def read_version() -> str:
     return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
 
 
+class BuildWithConfigs(build_py):
+    """Puts ``configs`` into the built package, where wsbcn_d2.model_zoo looks for them.
+
+    package_data takes only what is in the folder of the package, and leaves files of an older build
+    where they are.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # wsbcn_d2.model_zoo finds those of the checkout
+            return
+        target = Path(self.build_lib) / "wsbcn_d2" / "configs"
+        shutil.rmtree(target, ignore_errors=True)  # an older build's
+        shutil.copytree(ROOT / "configs", target, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 setup(
     name="wsbcn_d2",
     version=read_version(),
@@ -20,6 +38,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["wsbcn_d2", "wsbcn_d2.*"]),
     package_data={"wsbcn_d2": ["py.typed"]},
+    cmdclass={"build_py": BuildWithConfigs},
     python_requires=">=3.9",
     # Detectron2 itself cannot be named here: PyPI does not have it under its own name, so pip would
     # fail even where it is installed from source under another. Importing wsbcn_d2 without it says

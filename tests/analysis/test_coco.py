@@ -83,27 +83,27 @@ def test_draws_do_not_depend_on_how_many_are_evaluated_at_a_time(monkeypatch):
 
 
 def test_size_of_a_detection_is_that_of_its_mask():
-    """As in Detectron2: the box is 1,600 pixels and medium, the mask small."""
+    """As in Detectron2: the box of what is found where nothing is has 1,600 pixels and is medium,
+    its mask is small."""
     content, _ = random_coco(num_images=1)
-    narrow = np.zeros((160, 160), np.uint8)
-    narrow[10:50, 10:50:4] = 1
-    rle = mask_util.encode(np.asfortranarray(narrow))
-    rle["counts"] = rle["counts"].decode()
-    content["annotations"] = [
-        dict(
-            id=1,
-            image_id=10,
-            category_id=1,
-            bbox=[10, 10, 40, 40],
-            area=400,
-            iscrowd=0,
-            segmentation=rle,
-        )
+    there, elsewhere = (stripes(10), stripes(100))
+    annotation = dict(id=1, image_id=10, category_id=1, bbox=[10, 10, 40, 40], area=400, iscrowd=0)
+    content["annotations"] = [{**annotation, "segmentation": there}]
+    detection = dict(image_id=10, category_id=1)
+    found = [
+        {**detection, "bbox": [10, 10, 40, 40], "score": 0.5, "segmentation": there},
+        {**detection, "bbox": [100, 10, 40, 40], "score": 0.9, "segmentation": elsewhere},
     ]
-    found = [dict(image_id=10, category_id=1, bbox=[10, 10, 40, 40], score=1.0, segmentation=rle)]
     measured = CocoEvaluation(load(content), found, "segm").evaluate()
-    assert measured["APs"] == pytest.approx(100) and np.isnan(measured["APm"])
+    assert measured["APs"] == pytest.approx(50) and np.isnan(measured["APm"])
     assert_identical({k: v[0] for k, v in measured.items()}, judged(content, found, "segm"))
+
+
+def stripes(left):
+    mask = np.zeros((160, 160), np.uint8)
+    mask[10:50, left : left + 40 : 4] = 1
+    rle = mask_util.encode(np.asfortranarray(mask))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
 def test_no_predictions_are_an_ap_of_zero():

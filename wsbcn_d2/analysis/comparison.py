@@ -248,7 +248,7 @@ def _difference(a: _Group, b: _Group) -> Dict[str, Dict[str, Dict[str, Any]]]:
                 continue
             draws = None
             if kind in a.draws and kind in b.draws:
-                draws = a.draws[kind][metric] - b.draws[kind][metric][::-1]
+                draws = a.draws[kind][metric] - b.draws[kind][metric]
             result[kind][metric] = {
                 **_interval(float(np.mean(of) - np.mean(minus)), draws),
                 "seeds": _number(_seed_noise(of, minus)),

@@ -1,6 +1,5 @@
 """The page of a comparison, from its results alone."""
 
-import math
 import re
 from statistics import median
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -130,6 +129,7 @@ def _cost_table(results: Results) -> Table:
     for group in results["groups"]:
         runs = [run for run in results["runs"] if run["label"] == group["label"]]
         seconds = [r["seconds_per_iteration"] for r in runs if r["seconds_per_iteration"]]
+        millions = [r["checkpoint_numbers"] / 1e6 for r in runs if r["checkpoint_numbers"]]
         memory = [r["peak_memory_mib"] for r in runs if r["peak_memory_mib"]]
         rows.append(
             [
@@ -138,7 +138,7 @@ def _cost_table(results: Results) -> Table:
                 _all_of(r["iterations"] for r in runs),
                 _decimal(median(seconds) * 1e3 if seconds else None, "{:.0f}"),
                 _decimal(max(memory) if memory else None, "{:.0f}"),
-                _decimal(_largest(r["checkpoint_numbers"] for r in runs), "{:.2f}", 1e-6),
+                _decimal(max(millions) if millions else None, "{:.2f}"),
             ]
         )
     header = ["setting", "images a step", "iterations", "ms an iteration", "peak GPU MiB"]
@@ -354,21 +354,16 @@ def _with_interval(entry: Optional[Dict[str, Any]], form: str = "{:.1f}") -> str
     return f"{text} [{_decimal(entry['low'], form)}, {_decimal(entry['high'], form)}]"
 
 
-def _decimal(value: Optional[float], form: str, scale: float = 1.0) -> str:
+def _decimal(value: Optional[float], form: str) -> str:
     if value is None:
         return _MISSING
-    text = form.format(value * scale)
+    text = form.format(value)
     return text.replace("-", "−") if float(re.sub("[^0-9.]", "", text)) else text.replace("-", "+")
 
 
 def _all_of(values: Any) -> str:
     different = list(dict.fromkeys(str(v) for v in values if v is not None))
     return ", ".join(different) or _MISSING
-
-
-def _largest(values: Any) -> Optional[float]:
-    present = [v for v in values if v is not None and math.isfinite(v)]
-    return max(present, default=None)
 
 
 def _plural(word: str, count: int) -> str:

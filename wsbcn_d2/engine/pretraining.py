@@ -90,8 +90,8 @@ class BackboneClassifier(nn.Module):
             ("pixel_std", cfg.MODEL.PIXEL_STD),
             ("pixel_mean", cfg.MODEL.PIXEL_MEAN),
         ):
-            # Named and shaped as in Detectron2's models; the latter, which completes the model, lets
-            # weight-standardized convolutions share their work.
+            # Named and shaped as in Detectron2's models. The latter completes the model: its
+            # weight-standardized convolutions then share their work.
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:

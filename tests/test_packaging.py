@@ -1,0 +1,162 @@
+"""What pip installs from an sdist and a wheel, and wsbcn_d2.model_zoo there and in a checkout."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from detectron2.config import CfgNode
+
+from wsbcn_d2 import model_zoo
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+YAML = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_bcn_ws_2x_1img.yaml"
+LAZY = "LazyConfig/mask_rcnn_R_50_FPN_1x.py"
+
+# What a build reads.
+SOURCES = ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+SOURCES += ("constraints.txt", "wsbcn_d2", "configs")
+
+
+def files(folder):
+    """Of the checkout, relative to it."""
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.*")}
+    return {path for path in found if path.endswith((".py", ".yaml", ".typed"))}
+
+
+def run(*command, **kwargs):
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+        **kwargs,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy, since setuptools writes into the folder that it builds from."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, folder)
+    # What a build of an older version has left.
+    old = folder / "build" / "lib" / "wsbcn_d2" / "configs" / "old.yaml"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unpacked_sdist(checkout, tmp_path_factory):
+    pytest.importorskip("setuptools")
+    run("-c", "from setuptools import build_meta; build_meta.build_sdist('dist')", cwd=checkout)
+    (archive,) = (checkout / "dist").iterdir()
+    folder = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder)
+    (folder,) = folder.iterdir()
+    return folder
+
+
+def build_wheel(source, folder):
+    pytest.importorskip("pip")
+    if "bdist_wheel" not in run("setup.py", "--help-commands", cwd=source):
+        pytest.skip("this version of setuptools needs the package wheel, which is not installed")
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder)
+    run("-m", "pip", "wheel", *options, source)
+    (archive,) = folder.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked_sdist, tmp_path_factory):
+    return build_wheel(unpacked_sdist, tmp_path_factory.mktemp("wheel"))
+
+
+def contents(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    return {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+
+
+# What a wheel must have, by its place in the checkout.
+def expected_contents():
+    return files("wsbcn_d2") | {f"wsbcn_d2/{path}" for path in files("configs")}
+
+
+def test_sdist_has_what_the_wheel_is_built_from(unpacked_sdist):
+    assert "[flake8]" in (unpacked_sdist / "setup.cfg").read_text()  # setuptools adds a section
+    for name in {*SOURCES[:-2], *files("wsbcn_d2"), *files("configs")} - {"setup.cfg"}:
+        assert (unpacked_sdist / name).read_bytes() == (ROOT / name).read_bytes(), name
+
+
+def test_wheel_from_the_sdist(wheel):
+    assert "wsbcn_d2/py.typed" in contents(wheel) and f"wsbcn_d2/configs/{YAML}" in contents(wheel)
+    assert contents(wheel) == expected_contents()
+
+
+def test_wheel_from_the_checkout(checkout, tmp_path):
+    assert contents(build_wheel(checkout, tmp_path)) == expected_contents()
+
+
+READ = f"""
+import json
+import wsbcn_d2
+from wsbcn_d2 import model_zoo
+
+cfg = model_zoo.get_config({YAML!r})
+print(json.dumps({{
+    "package": wsbcn_d2.__file__,
+    "file": model_zoo.get_config_file({YAML!r}),
+    "norm": cfg.MODEL.RESNETS.NORM,
+    "cfg": cfg.dump(),
+    "lazy": model_zoo.get_config({LAZY!r}).train.norm,
+}}))
+"""
+
+
+def test_installed_package_has_the_configs(wheel, tmp_path):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run("-m", "pip", "install", "--no-deps", "--no-index", "--no-compile", "--target", site, wheel)
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    output = run("-W", "ignore", "-c", READ, cwd=elsewhere, env=environment)
+    found = json.loads(output.splitlines()[-1])
+    assert Path(found["package"]) == site / "wsbcn_d2" / "__init__.py"
+    assert Path(found["file"]) == site / "wsbcn_d2" / "configs" / YAML
+    assert found["norm"] == found["lazy"] == "BCN+WS"
+    assert found["cfg"] == model_zoo.get_config(YAML).dump()
+
+
+def test_configs_of_a_checkout():
+    assert model_zoo.get_config_file(YAML) == str(CONFIGS / YAML)
+    cfg = model_zoo.get_config(YAML)
+    assert isinstance(cfg, CfgNode) and not cfg.is_frozen()
+    assert cfg.MODEL.FPN.NORM == "BCN+WS" and "SYNC_PERIOD" in cfg.MODEL.WSBCN
+    assert model_zoo.get_config(LAZY).model.backbone.norm == "BCN+WS"
+
+
+@pytest.mark.parametrize("name", ["", "COCO-InstanceSegmentation", YAML.replace("bcn_ws", "bcnws")])
+def test_unknown_config(name):
+    with pytest.raises(FileNotFoundError) as error:
+        model_zoo.get_config_file(name)
+    assert f"no config {name!r} in {CONFIGS}" in str(error.value)
+    assert (YAML in str(error.value)) == name.endswith(".yaml")
+
+
+def test_installation_without_configs(monkeypatch, tmp_path):
+    monkeypatch.setattr(model_zoo, "_FOLDERS", (tmp_path / "a", tmp_path / "b"))
+    with pytest.raises(FileNotFoundError, match="neither .*a nor .*b"):
+        model_zoo.get_config_file(YAML)
