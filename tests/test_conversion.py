@@ -270,11 +270,16 @@ def test_arguments_of_the_option_are_taken_and_those_of_the_layer_kept():
 
 def test_what_is_converted_already_stays():
     model = as_if_trained(convert(net(nn.BatchNorm2d(C)), "BCN(groups=2)+WS", keep_function=True))
-    model[2].update_rate = 0.1
-    old, parameters, new = values(model), list(model.parameters()), model[2].group_weight
+    model[2].skipped_updates.fill_(3)
+    old, tensors = values(model), [*model.parameters(), *model.buffers()]
     convert(model, "BCN(groups=2)+WS")
-    assert same(old, values(model)) and model[2].group_weight is new
-    assert all(p is q for p, q in zip(parameters, model.parameters()))
+    assert same(old, values(model))
+    assert all(x is y for x, y in zip(tensors, [*model.parameters(), *model.buffers()]))
+
+
+def test_converted_layer_can_be_put_elsewhere():
+    model = convert(net(nn.BatchNorm2d(C)), "BCN(groups=2)+WS")
+    nn.Sequential(nn.ReLU(), model[2])  # where a new layer with "+WS" is an error
 
 
 def test_only_convolutions_that_feed_a_norm_are_standardized():

@@ -51,37 +51,38 @@ def batch_channel_norm_forward(
             )
     else:
         count = m.new_empty(0)
+        mu, s2 = running_mean, running_var
         if update_rate is not None and values:
-            around_old = (v + (m - running_mean).square()).mean(dim=0)
-            update_estimates(
-                running_mean,
-                running_var,
-                m.mean(dim=0),
-                around_old,
-                float(update_rate),
-                values,
-                *counters
+            offset = m - running_mean
+            around_old = torch.addcmul(v, offset, offset)
+            batch = (m.mean(dim=0), around_old.mean(dim=0)) if images > 1 else (m[0], around_old[0])
+            mu, s2 = update_estimates(
+                running_mean, running_var, *batch, float(update_rate), values, *counters
             )
-        mu, s2 = running_mean.to(m.dtype, copy=True), running_var.to(m.dtype)
+        else:
+            mu = mu.clone()
+        mu, s2 = _cast(mu, m.dtype), _cast(s2, m.dtype)
 
-    rstd = torch.rsqrt(s2 + eps)
+    # (N, C) tables, and their views (N, G, C / G)
     groups = group_weight.numel()
-    a = weight.to(m.dtype) * rstd
-    z_mean = a * (m - mu) + bias.to(m.dtype)
-    d = _grouped(z_mean, groups)
+    by_group = (images, groups, channels // groups)
+    rstd = (s2 + eps).rsqrt_()
+    a = _cast(weight, m.dtype) * rstd
+    d = torch.addcmul(_cast(bias, m.dtype), a, m - mu).view(by_group)
     d = d - d.mean(dim=2, keepdim=True)
-    group_var = (_grouped(a.square() * v, groups) + d.square()).mean(dim=2, keepdim=True)
-    r = torch.rsqrt(group_var + eps)
-    k = group_weight.to(m.dtype).view(1, groups, 1) * r
-    scale = (k * a.view(1, groups, -1)).flatten(1)
-    shift = (k * d + group_bias.to(m.dtype).view(1, groups, 1)).flatten(1)
+    group_var = torch.addcmul((a * a * v).view(by_group), d, d).mean(dim=2, keepdim=True)
+    r = group_var.add_(eps).rsqrt_()
+    k = _cast(group_weight, m.dtype).view(1, groups, 1) * r
+    scale = (k * a.view(1, *by_group[1:])).view(m.shape)
+    shift = torch.addcmul(_cast(group_bias, m.dtype).view(1, groups, 1), k, d).view(m.shape)
 
     y = _scale_shift_(centered, scale, shift)
     if residual is not None:
         y = y.add_(residual)
     if relu:
         y = y.relu_()
-    return _cast(y, x.dtype), m, v, d.flatten(1), r.flatten(1), mu, rstd, scale, shift, count
+    d, r = d.view(m.shape), r.view(images, groups)
+    return _cast(y, x.dtype), m, v, d, r, mu, rstd, scale, shift, count
 
 
 def batch_channel_norm_backward(
@@ -107,37 +108,39 @@ def batch_channel_norm_backward(
     if relu:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     grad_residual = grad if has_residual and relu else grad.new_empty(0)
+    images, channels = m.shape
     groups = group_weight.numel()
+    by_group = (images, groups, channels // groups)
     pixels = x.shape[2] * x.shape[3]
-    a = (weight.to(m.dtype) * rstd).view(1, groups, -1)
-    v, d, r = _grouped(v, groups), _grouped(d, groups), r.unsqueeze(2)
+    size = max(by_group[2] * pixels, 1)
+    a = _cast(weight, m.dtype) * rstd
+    k = _cast(group_weight, m.dtype) * r
 
     centered = x.to(m.dtype) - m[:, :, None, None]
-    compute_grad = grad.to(m.dtype)
+    compute_grad = _cast(grad, m.dtype)
     s1, s2 = compute_grad.sum(dim=(2, 3)), _dot(compute_grad, centered)
-    s1, s2 = _grouped(s1, groups), _grouped(s2, groups)
-    size = max(a.shape[2] * pixels, 1)
-    u1 = s1.sum(dim=2, keepdim=True) / size
-    u2 = (r * (a * s2 + d * s1)).sum(dim=2, keepdim=True) / size
-    grad_group_weight = size * u2.sum(dim=(0, 2))
-    grad_group_bias = size * u1.sum(dim=(0, 2))
+    u1 = s1.view(by_group).sum(dim=2)  # times size, as is u2
+    u2 = torch.addcmul(a * s2, d, s1).view(by_group).sum(dim=2).mul_(r)
+    grad_group_weight, grad_group_bias = u2.sum(dim=0), u1.sum(dim=0)
 
-    k = group_weight.to(m.dtype).view(1, groups, 1) * r
-    dz_sum = k * (s1 - pixels * (u1 + u2 * r * d))
-    dz_t_sum = k * (s2 - pixels * u2 * r * a * v)
-    grad_bias = dz_sum.sum(dim=0).flatten()
+    # per group, then for every channel: the coefficients of dz = k (dy - e - f (a t + d))
+    e, f = u1.div_(size), (u2 * r).div_(size)
+    k, e, f = (table.unsqueeze(2).expand(by_group).reshape(m.shape) for table in (k, e, f))
+    e = torch.addcmul(e, f, d)
+    fa = f * a
+    dz_sum = k * torch.sub(s1, e, alpha=pixels)
+    dz_t_sum = k * torch.addcmul(s2, fa, v, value=-pixels)
     # sum of dz (x - mu): the gradient of `a`, which is weight times rstd
-    grad_a = (dz_t_sum + _grouped(m - mu, groups) * dz_sum).sum(dim=0).flatten()
-    grad_weight = grad_a * rstd
+    grad_weight = torch.addcmul(dz_t_sum, m - mu, dz_sum).sum(dim=0) * rstd
+    grad_bias = dz_sum.sum(dim=0)
 
     p = k * a
-    q = -p * u2 * r * a
-    c = -p * (u1 + u2 * r * d)
-    p, q, c = p.flatten(1), q.flatten(1), c.flatten(1)
+    q = -p * fa
+    c = -p * e
     if count.numel():  # gradient through the batch statistics, over all ranks' values
         sums = (grad_bias, grad_weight)
         bias_sum, weight_sum = sum_over_ranks(*sums) if synchronize else sums
-        a, count = a.view(-1), count.clamp(min=1)
+        count = count.clamp(min=1)
         q = q - a * rstd * weight_sum / count
         c = c - a * (bias_sum + (m - mu) * rstd * weight_sum) / count
 
@@ -203,11 +206,6 @@ def _moments(x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
 def _scale_shift_(centered: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``scale * centered + shift`` in place; the tables have shape (N, C)."""
     return centered.mul_(scale[:, :, None, None]).add_(shift[:, :, None, None])
-
-
-def _grouped(table: Tensor, groups: int) -> Tensor:
-    """(N, C) -> (N, G, C / G)."""
-    return table.view(table.shape[0], groups, table.shape[1] // groups)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ def update_estimates(
     count: Union[float, Tensor],
     skipped_updates: Optional[Tensor],
     seen_elements: Optional[Tensor],
-) -> None:
+) -> Tuple[Tensor, Tensor]:
     """Moves the estimates towards the statistics of a batch, in place.
 
     Nothing moves if any result would not be finite. The decision stays on the device: asking the
@@ -28,6 +28,9 @@ def update_estimates(
         count: number of values behind the statistics of each channel.
         skipped_updates: integer scalar, incremented if nothing moves.
         seen_elements: scalar, incremented by ``count`` otherwise.
+
+    Returns:
+        Copies of both estimates as they are then.
     """
     old = torch.stack([running_mean, running_var])
     new = torch.lerp(old, torch.stack([mean, var]).to(old.dtype), rate)
@@ -39,6 +42,7 @@ def update_estimates(
         skipped_updates.add_(~finite)
     if seen_elements is not None:
         seen_elements.add_(finite * count)
+    return mean, var
 
 
 def update_with_batch(
