@@ -136,7 +136,7 @@ class TestContent:
         assert np.median(correlations) > 0.7
 
     def test_no_sample_is_in_both_splits(self):
-        materials = digits._load_materials()
+        materials = digits.load_materials()
         train, val = (set(materials[split].sample_ids) for split in SPLITS)
         assert not train & val
         assert train | val == set(range(1797))

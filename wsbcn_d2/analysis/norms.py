@@ -28,11 +28,11 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from ..engine.statistics import (
-    _restored_random_state,
-    _restored_state,
-    _seed,
     named_batch_channel_norms,
     recalibrate_estimates,
+    restored_random_state,
+    restored_state,
+    seed_everything,
     unwrapped,
 )
 from ..layers import BatchChannelNorm, WeightStandardized
@@ -141,7 +141,7 @@ def analyze_layers(
         for watch in watches:
             stack.enter_context(watch)
         for i, batch in enumerate(tqdm(batches, "statistics of channels", disable=not progress)):
-            _seed(i)
+            seed_everything(i)
             with _WatchReLU():
                 model(batch)
     reached = [watch for watch in watches if watch.normalized.count]
@@ -186,7 +186,7 @@ def estimate_drift(
                 )
                 stack.callback(handle.remove)
             for i, batch in enumerate(tqdm(batches, "inputs of BatchNorm", disable=not progress)):
-                _seed(i)
+                seed_everything(i)
                 model(batch)
         for name, layer in stock.items():
             if inputs[name].count:
@@ -231,7 +231,7 @@ def _as_in_evaluation(model: nn.Module, norms: Sequence[nn.Module]) -> Iterator[
     for norm in norms:
         norm.eval()
     try:
-        with EventStorage(), _restored_state(model), _restored_random_state():
+        with EventStorage(), restored_state(model), restored_random_state():
             yield
     finally:
         for module, mode in modes:

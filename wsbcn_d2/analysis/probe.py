@@ -24,7 +24,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..engine.statistics import _restored_random_state, _restored_state, _seed, unwrapped
+from ..engine.statistics import restored_random_state, restored_state, seed_everything, unwrapped
 
 # Multiples of a learning rate, around the range of the cited paper.
 STEPS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -94,7 +94,7 @@ def probe_loss(
     start = [p.detach().clone() for p in parameters]
     sizes = np.array([step * learning_rate for step in steps])
     losses, norms, loss_changes, gradient_changes = [], [], [], []
-    with EventStorage(), _restored_random_state():
+    with EventStorage(), restored_random_state():
         with tqdm(
             total=len(batches) * (len(sizes) + 1), desc="probing the loss", disable=not progress
         ) as bar:
@@ -142,8 +142,8 @@ def _keep_sampled_proposals(model: nn.Module) -> None:
 def _loss_and_gradient(
     model: nn.Module, parameters: Sequence[nn.Parameter], batch: Any, seed: int
 ) -> Tuple[float, List[Tensor]]:
-    _seed(seed)
-    with _restored_state(model):
+    seed_everything(seed)
+    with restored_state(model):
         losses = model(batch)
         loss = losses if isinstance(losses, Tensor) else sum(losses.values())
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

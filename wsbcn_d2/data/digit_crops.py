@@ -63,7 +63,7 @@ class DigitCrops(Dataset):
             ("crop_size", crop_size, _MIN_CROP_SIZE),
             ("seed", seed, 0),
         ):
-            digits._check_integer(name, value, minimum)
+            digits.check_integer(name, value, minimum)
         if not 0.0 <= easy_fraction <= 1.0:
             raise ValueError(f"easy_fraction is {easy_fraction}; it must be from 0 to 1")
         self._split_index = digits.SPLITS.index(split)
@@ -71,7 +71,7 @@ class DigitCrops(Dataset):
         self._crop_size = crop_size
         self._seed = seed
         self._num_easy = easy_fraction * num_crops
-        self._material = digits._load_materials()[split]
+        self._material = digits.load_materials()[split]
 
     def __len__(self) -> int:
         return self._num_crops
@@ -86,14 +86,14 @@ class DigitCrops(Dataset):
         # Drawn in any case, so that the crops after the easy ones are those of a sequence without.
         difficulty = rng.random()
         difficulty = max(difficulty, index / self._num_easy) if index < self._num_easy else 1.0
-        photo = digits._crop_photo(self._material.photos, _CROPS_PER_IMAGE_WIDTH * size, rng)
+        photo = digits.crop_photo(self._material.photos, _CROPS_PER_IMAGE_WIDTH * size, rng)
         photo = photo[_place(size, len(photo), rng), _place(size, len(photo), rng)]
         pixels = photo * np.float32(difficulty / 255)
         low, high = np.log(_RELATIVE_HEIGHT)
         height = size * np.exp(rng.uniform(low, high))
-        opacity = digits._render(self._material.inks[sample], height, rng)
+        opacity = digits.render(self._material.inks[sample], height, rng)
         window = tuple(_place(length, size, rng) for length in opacity.shape)
-        color = 1 + difficulty * (digits._choose_color(pixels[window], rng) - 1)
+        color = 1 + difficulty * (digits.choose_color(pixels[window], rng) - 1)
         pixels[window] += opacity[..., None] * (color - pixels[window])
         image = torch.from_numpy(np.round(pixels * 255).astype(np.uint8))
         return image.permute(2, 0, 1), int(self._material.labels[sample])

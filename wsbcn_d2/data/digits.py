@@ -109,10 +109,10 @@ def make_digits_dataset(
         ImportError: scikit-learn is not installed.
     """
     parameters = {
-        "num_train": _check_integer("num_train", num_train, minimum=1),
-        "num_val": _check_integer("num_val", num_val, minimum=1),
-        "image_size": _check_integer("image_size", image_size, minimum=_MIN_IMAGE_SIZE),
-        "seed": _check_integer("seed", seed, minimum=0),
+        "num_train": check_integer("num_train", num_train, minimum=1),
+        "num_val": check_integer("num_val", num_val, minimum=1),
+        "image_size": check_integer("image_size", image_size, minimum=_MIN_IMAGE_SIZE),
+        "seed": check_integer("seed", seed, minimum=0),
         "version": _VERSION,
     }
     root = os.path.normpath(os.path.expanduser(root))
@@ -120,7 +120,7 @@ def make_digits_dataset(
         logger.info("%s is already there", root)
         return root
 
-    materials = _load_materials()
+    materials = load_materials()
     parent, name = os.path.split(os.path.abspath(root))
     os.makedirs(parent, exist_ok=True)
     # A folder next to root, so that it is on the same file system and the renaming is atomic.
@@ -138,7 +138,7 @@ def make_digits_dataset(
     return root
 
 
-def _check_integer(name: str, value: Any, minimum: int) -> int:
+def check_integer(name: str, value: Any, minimum: int) -> int:
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_integer or value < minimum:
         raise ValueError(f"{name} is {value!r}; it must be an integer of at least {minimum}")
@@ -182,7 +182,7 @@ def _read_parameters(root: str) -> Optional[Dict[str, int]]:
     return parameters
 
 
-def _load_materials() -> Dict[str, _Material]:
+def load_materials() -> Dict[str, _Material]:
     """Returns what each split is made of.
 
     The last quarter of every class is for validation. The samples are stored in the order in which
@@ -264,7 +264,7 @@ def _compose_image(
     material: _Material, size: int, rng: np.random.Generator
 ) -> Tuple[np.ndarray, List[Dict[str, Any]]]:
     """Returns an image (size, size, 3), uint8 RGB, and what is specific to its annotations."""
-    photo = _crop_photo(material.photos, size, rng)
+    photo = crop_photo(material.photos, size, rng)
     pixels = photo.astype(np.float32) / 255
     occupied = np.zeros((size, size), np.uint8)
     instances: List[Dict[str, Any]] = []
@@ -274,7 +274,7 @@ def _compose_image(
         if found is None:
             continue
         opacity, window = found
-        color = _choose_color(pixels[window], rng)
+        color = choose_color(pixels[window], rng)
         pixels[window] += opacity[..., None] * (color - pixels[window])
         occupied[window] |= opacity > 0
         mask = np.zeros_like(occupied)
@@ -289,7 +289,7 @@ def _compose_image(
     return np.round(pixels * 255).astype(np.uint8), instances
 
 
-def _crop_photo(photos: Sequence[Image.Image], size: int, rng: np.random.Generator) -> np.ndarray:
+def crop_photo(photos: Sequence[Image.Image], size: int, rng: np.random.Generator) -> np.ndarray:
     """Returns a random square of a random photograph, (size, size, 3), uint8 RGB."""
     photo = photos[rng.integers(len(photos))]
     side = rng.integers(_MIN_CROP_SIDE, min(photo.size) + 1)
@@ -316,7 +316,7 @@ def _render_and_place(
     size = occupied.shape[0]
     low, high = np.log(_RELATIVE_HEIGHT)
     for _ in range(_PLACEMENT_ATTEMPTS):
-        opacity = _render(ink, size * np.exp(rng.uniform(low, high)), rng)
+        opacity = render(ink, size * np.exp(rng.uniform(low, high)), rng)
         h, w = opacity.shape
         # How much of every window of h x w is occupied, by summed areas.
         areas = cv2.integral(occupied)
@@ -328,7 +328,7 @@ def _render_and_place(
     return None
 
 
-def _render(ink: np.ndarray, height: float, rng: np.random.Generator) -> np.ndarray:
+def render(ink: np.ndarray, height: float, rng: np.random.Generator) -> np.ndarray:
     """Returns the opacity (h, w), float32, 0 to 1, of a digit about ``height`` pixels high."""
     scale = height / ink.shape[0]
     angle = np.radians(rng.uniform(-_ROTATION_DEGREES, _ROTATION_DEGREES))
@@ -351,7 +351,7 @@ def _tight_window(mask: np.ndarray) -> Tuple[slice, slice]:
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def _choose_color(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def choose_color(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns a random colour, (3,), float32 RGB, 0 to 1, that stands out from the background.
 
     Args:

@@ -127,13 +127,13 @@ def recalibrate_estimates(
         description = f"recalibrating estimates, round {number + 1} of {rounds}"
         with contextlib.ExitStack() as stack:
             stack.enter_context(EventStorage())  # discards what the model logs
-            stack.enter_context(_restored_state(model))
-            stack.enter_context(_restored_random_state())
+            stack.enter_context(restored_state(model))
+            stack.enter_context(restored_random_state())
             stack.enter_context(fixed_estimates(model))
             for collector in collectors:
                 stack.enter_context(collector)
             for i, batch in enumerate(tqdm(batches, description, disable=not progress)):
-                _seed(i)
+                seed_everything(i)
                 model(batch)
         for collector in collectors:
             collector.replace_estimates()
@@ -151,19 +151,19 @@ def seeded_batches(
         num_batches: number of batches.
         seed: of the generators. Ranks with different seeds see different augmentations.
     """
-    with _restored_random_state():
-        _seed(seed)
+    with restored_random_state():
+        seed_everything(seed)
         return list(itertools.islice(build_loader(), num_batches))
 
 
-def _seed(seed: int) -> None:
+def seed_everything(seed: int) -> None:
     np.random.seed(seed)
     random.seed(seed)
     torch.manual_seed(seed)
 
 
 @contextlib.contextmanager
-def _restored_random_state() -> Iterator[None]:
+def restored_random_state() -> Iterator[None]:
     # Only the GPU in use: asking all of a machine for their states would open a context on each.
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     numpy_state, python_state = np.random.get_state(), random.getstate()
@@ -176,7 +176,7 @@ def _restored_random_state() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _restored_state(model: nn.Module) -> Iterator[None]:
+def restored_state(model: nn.Module) -> Iterator[None]:
     """Puts back what a forward pass in training mode leaves behind in a model: buffers (of
     BatchNorm), and numbers kept as attributes (RetinaNet's average of foreground anchors)."""
     buffers = [(b, b.clone()) for b in model.buffers()]
