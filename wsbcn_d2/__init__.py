@@ -13,6 +13,7 @@ except ImportError as error:
         "checkout of wsbcn_d2."
     ) from error
 
+from . import model_zoo
 from .config import add_wsbcn_config
 from .conversion import convert
 from .detectron2_hooks import is_registered, register, unregister
@@ -35,6 +36,7 @@ __all__ = [
     "get_norm",
     "is_registered",
     "list_norm_options",
+    "model_zoo",
     "register",
     "standardize_weight",
     "summarize",

@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 from .detectron2_hooks import complete, feeding_convolution, restart_levels_before_forward
-from .layers import BatchChannelNorm, ChannelNorm, WeightStandardized, standardize_
+from .layers import BatchChannelNorm, ChannelNorm, WeightStandardized, become, standardize_
 from .norm_options import NormOption, weight_standardization_request
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
@@ -112,7 +112,7 @@ def convert(model: nn.Module, norm: str = "BCN+WS", *, keep_function: bool = Fal
                 if keep_function:
                     _keep_filters(conv)
         if change.new is not None:
-            _become(change.norm, change.new)
+            become(change.norm, change.new)
     for head in model.modules():
         if isinstance(head, RetinaNetHead) and any(
             isinstance(m, BatchChannelNorm) and m.num_levels > 1 for m in head.modules()
@@ -389,19 +389,6 @@ def _match_channel_norm(bcn: BatchChannelNorm) -> None:
 
 
 # -------------------------------------------------------------------------------------- the change
-
-
-def _become(module: nn.Module, new: nn.Module) -> None:
-    """Gives an object the class and the contents of another; its hooks stay."""
-    hooks = {
-        name: value
-        for name, value in vars(module).items()
-        if "_hooks" in name or name == "_is_full_backward_hook"
-    }
-    module.__class__ = type(new)
-    contents = {**vars(new), **hooks}
-    vars(module).clear()
-    vars(module).update(contents)
 
 
 def _keep_filters(conv: WeightStandardized) -> None:

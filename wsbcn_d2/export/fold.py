@@ -21,7 +21,7 @@ from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, Mod
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..layers import BatchChannelNorm, ChannelNorm, WeightStandardized
+from ..layers import BatchChannelNorm, ChannelNorm, WeightStandardized, become
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -91,7 +91,7 @@ def fold(model: nn.Module) -> nn.Module:
         if isinstance(module, BatchChannelNorm):
             _fold_batch_channel_norm(module, owners)
         else:
-            _become(module, _group_norm(module, module.weight, module.bias))
+            become(module, _group_norm(module, module.weight, module.bias).eval())
     for name, module in model.named_modules():
         _check_stock(name or "the model", module)
     return model
@@ -170,15 +170,15 @@ def _scale_outputs(conv: nn.Module, scale: Tensor, shift: Tensor) -> None:
 def _fold_batch_channel_norm(norm: BatchChannelNorm, owners: _Owners) -> None:
     group_norm = _group_norm(norm, norm.group_weight, norm.group_bias)
     if norm.running_mean.dim() == 2:
-        _become(norm, nn.Sequential(_cycle_batch_norms(norm), group_norm))
+        become(norm, nn.Sequential(_cycle_batch_norms(norm), group_norm).eval())
         return
     conv = _feeding_convolution(norm, owners)
     if conv is None:
-        _become(norm, nn.Sequential(_frozen_batch_norm(norm), group_norm))
+        become(norm, nn.Sequential(_frozen_batch_norm(norm), group_norm).eval())
         return
     scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
     _scale_outputs(conv, scale, norm.bias.double() - scale * norm.running_mean.double())
-    _become(norm, group_norm)
+    become(norm, group_norm.eval())
 
 
 def _group_norm(norm: nn.GroupNorm, group_weight: Tensor, group_bias: Tensor) -> nn.GroupNorm:
@@ -212,18 +212,6 @@ def _cycle_batch_norms(norm: BatchChannelNorm) -> CycleBatchNormList:
 
 def _parameter(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=False)
-
-
-def _become(module: nn.Module, stock: nn.Module) -> None:
-    """Gives an object the class and contents of another.
-
-    Not replaced, so that everything that refers to it sees the change, as do the plain lists of
-    :class:`detectron2.modeling.FPN`.
-    """
-    hooks = {name: value for name, value in vars(module).items() if name.endswith("_hooks")}
-    module.__class__ = type(stock)
-    module.__dict__.clear()
-    module.__dict__.update(vars(stock.eval()), **hooks)
 
 
 def _is_ours(kind: Any) -> bool:

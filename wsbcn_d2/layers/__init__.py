@@ -1,6 +1,7 @@
 """Layers: modules with state and modes. They know nothing of configs."""
 
 from .batch_channel_norm import BatchChannelNorm, ChannelNorm
+from .exchange import become
 from .fusion import is_hooked, normalize
 from .shared_standardization import StandardizeOnce, standardize_together
 from .weight_standardization import (
@@ -18,6 +19,7 @@ __all__ = [
     "WSConv2d",
     "WSConvTranspose2d",
     "WeightStandardized",
+    "become",
     "is_convolution",
     "is_hooked",
     "normalize",
