@@ -222,7 +222,8 @@ def test_whole_model(base, float32):
         torch.testing.assert_close(y.pred_boxes.tensor, x.pred_boxes.tensor, rtol=0, atol=0.01)
         torch.testing.assert_close(y.scores, x.scores, rtol=1e-4, atol=0)
         assert torch.equal(x.pred_classes, y.pred_classes)
-        assert not x.has("pred_masks") or torch.equal(x.pred_masks, y.pred_masks)
+        if x.has("pred_masks"):  # which are cut at a threshold that rounding may cross
+            assert (x.pred_masks != y.pred_masks).float().mean() < 1e-3
 
 
 def test_nothing_is_detected(float32):
