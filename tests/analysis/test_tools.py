@@ -27,16 +27,20 @@ SMALL = [
 ]
 
 
+def register_digits_at(root):
+    for name in builtin._DIGITS:
+        builtin.DatasetCatalog.remove(name)
+        builtin.MetadataCatalog.remove(name)
+    builtin.register_digits(root)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """With a dataset and two runs, and a third that was stopped before its first iteration."""
     folder = tmp_path_factory.mktemp("runs")
     root = folder / "datasets" / "digits"
     make_digits_dataset(str(root), num_train=4, num_val=3, image_size=64, progress=False)
-    for name in builtin._DIGITS:
-        builtin.DatasetCatalog.remove(name)
-        builtin.MetadataCatalog.remove(name)
-    builtin.register_digits(str(root))
+    register_digits_at(str(root))
     for norm in ("gn", "bcn_ws"):
         seed_all_rng(1)
         opts = [*SMALL, "OUTPUT_DIR", str(folder / norm)]
@@ -47,7 +51,8 @@ def folder(tmp_path_factory):
         (folder / norm / "config.yaml").write_text(cfg.dump())  # as tools/train_net.py does
     (folder / "stopped").mkdir()
     (folder / "stopped" / "config.yaml").write_text(cfg.dump())
-    return folder
+    yield folder
+    register_digits_at(builtin.default_digits_root())
 
 
 def run(tool, arguments, folder):
