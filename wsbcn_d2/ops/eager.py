@@ -51,17 +51,15 @@ def batch_channel_norm_forward(
             )
     else:
         count = m.new_empty(0)
-        mu, s2 = running_mean, running_var
         if update_rate is not None and values:
             offset = m - running_mean
             around_old = torch.addcmul(v, offset, offset)
             batch = (m.mean(dim=0), around_old.mean(dim=0)) if images > 1 else (m[0], around_old[0])
-            mu, s2 = update_estimates(
+            update_estimates(
                 running_mean, running_var, *batch, float(update_rate), values, *counters
             )
-        else:
-            mu = mu.clone()
-        mu, s2 = _cast(mu, m.dtype), _cast(s2, m.dtype)
+        # a copy, for a later batch moves the estimates
+        mu, s2 = running_mean.to(m.dtype, copy=True), _cast(running_var, m.dtype)
 
     # (N, C) tables, and their views (N, G, C / G)
     groups = group_weight.numel()
@@ -70,11 +68,11 @@ def batch_channel_norm_forward(
     a = _cast(weight, m.dtype) * rstd
     d = torch.addcmul(_cast(bias, m.dtype), a, m - mu).view(by_group)
     d = d - d.mean(dim=2, keepdim=True)
-    group_var = torch.addcmul((a * a * v).view(by_group), d, d).mean(dim=2, keepdim=True)
-    r = group_var.add_(eps).rsqrt_()
-    k = _cast(group_weight, m.dtype).view(1, groups, 1) * r
-    scale = (k * a.view(1, *by_group[1:])).view(m.shape)
-    shift = torch.addcmul(_cast(group_bias, m.dtype).view(1, groups, 1), k, d).view(m.shape)
+    z_var = (a * a * v).view(by_group)
+    r = torch.addcmul(z_var, d, d).mean(dim=2, keepdim=True).add_(eps).rsqrt_()
+    k = _cast(group_weight, m.dtype).view(groups, 1) * r
+    scale = (k * a.view(by_group[1:])).view(m.shape)
+    shift = torch.addcmul(_cast(group_bias, m.dtype).view(groups, 1), k, d).view(m.shape)
 
     y = _scale_shift_(centered, scale, shift)
     if residual is not None:
@@ -113,44 +111,45 @@ def batch_channel_norm_backward(
     by_group = (images, groups, channels // groups)
     pixels = x.shape[2] * x.shape[3]
     size = max(by_group[2] * pixels, 1)
-    a = _cast(weight, m.dtype) * rstd
-    k = _cast(group_weight, m.dtype) * r
 
-    centered = x.to(m.dtype) - m[:, :, None, None]
+    centered = x.to(m.dtype) - _planes(m)
     compute_grad = _cast(grad, m.dtype)
     s1, s2 = compute_grad.sum(dim=(2, 3)), _dot(compute_grad, centered)
-    u1 = s1.view(by_group).sum(dim=2)  # times size, as is u2
-    u2 = torch.addcmul(a * s2, d, s1).view(by_group).sum(dim=2).mul_(r)
-    grad_group_weight, grad_group_bias = u2.sum(dim=0), u1.sum(dim=0)
 
-    # per group, then for every channel: the coefficients of dz = k (dy - e - f (a t + d))
-    e, f = u1.div_(size), (u2 * r).div_(size)
-    k, e, f = (table.unsqueeze(2).expand(by_group).reshape(m.shape) for table in (k, e, f))
-    e = torch.addcmul(e, f, d)
+    # From here on (N, G, 1), (N, G, C / G) and, for what all images share, (G, 1), (G, C / G).
+    s1, s2, v, d = (table.view(by_group) for table in (s1, s2, v, d))
+    offset = (m - mu).view(by_group)
+    r = r.view(images, groups, 1)
+    k = _cast(group_weight, m.dtype).view(groups, 1) * r
+    a = (_cast(weight, m.dtype) * rstd).view(by_group[1:])
+    rstd = rstd.view(by_group[1:])
+    u1 = s1.sum(dim=2, keepdim=True)  # times size, as is u2
+    u2 = torch.addcmul(a * s2, d, s1).sum(dim=2, keepdim=True).mul_(r)
+    grad_group_weight, grad_group_bias = _sum_images(u2), _sum_images(u1)
+
+    # dz = k (dy + fa t + h)
+    f = u2.mul(r).div_(-size)
+    h = torch.addcmul(u1.div(-size), f, d)
     fa = f * a
-    dz_sum = k * torch.sub(s1, e, alpha=pixels)
-    dz_t_sum = k * torch.addcmul(s2, fa, v, value=-pixels)
+    dz_sum = torch.add(s1, h, alpha=pixels).mul_(k)
+    dz_t_sum = torch.addcmul(s2, fa, v, value=pixels).mul_(k)
     # sum of dz (x - mu): the gradient of `a`, which is weight times rstd
-    grad_weight = torch.addcmul(dz_t_sum, m - mu, dz_sum).sum(dim=0) * rstd
-    grad_bias = dz_sum.sum(dim=0)
+    grad_weight = _sum_images(dz_t_sum.addcmul_(offset, dz_sum)) * rstd
+    grad_bias = _sum_images(dz_sum)
 
     p = k * a
-    q = -p * fa
-    c = -p * e
+    q, c = fa.mul_(p), h.mul_(p)
     if count.numel():  # gradient through the batch statistics, over all ranks' values
         sums = (grad_bias, grad_weight)
         bias_sum, weight_sum = sum_over_ranks(*sums) if synchronize else sums
         count = count.clamp(min=1)
         q = q - a * rstd * weight_sum / count
-        c = c - a * (bias_sum + (m - mu) * rstd * weight_sum) / count
+        c = c - a * (bias_sum + offset * rstd * weight_sum) / count
 
-    q, c, p = q[:, :, None, None], c[:, :, None, None], p[:, :, None, None]
+    p, q, c = (_planes(table.view(m.shape)) for table in (p, q, c))
     grad_x = _cast(centered.mul_(q).add_(c).addcmul_(compute_grad, p), x.dtype)
-    return (
-        grad_x,
-        grad_residual,
-        torch.cat([grad_weight, grad_bias, grad_group_weight, grad_group_bias]),
-    )
+    parameters = (grad_weight, grad_bias, grad_group_weight, grad_group_bias)
+    return grad_x, grad_residual, torch.cat([table.reshape(-1) for table in parameters])
 
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -197,15 +196,24 @@ def _moments(x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """
     x = x.to(_compute_dtype(x))
     mean = x.mean(dim=(2, 3)) if x.numel() else x.new_zeros(x.shape[:2])
-    centered = x - mean[:, :, None, None]
+    centered = x - _planes(mean)
     # The norm reads its operand once; a sum of squares would be written before it is summed.
-    square_sum = torch.linalg.vector_norm(centered, dim=(2, 3)).square()
-    return mean, square_sum / max(x.shape[2] * x.shape[3], 1), centered
+    square_sum = torch.linalg.vector_norm(centered, dim=(2, 3)).square_()
+    return mean, square_sum.div_(max(x.shape[2] * x.shape[3], 1)), centered
 
 
 def _scale_shift_(centered: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``scale * centered + shift`` in place; the tables have shape (N, C)."""
-    return centered.mul_(scale[:, :, None, None]).add_(shift[:, :, None, None])
+    return centered.mul_(_planes(scale)).add_(_planes(shift))
+
+
+def _planes(table: Tensor) -> Tensor:
+    """A table (N, C) so that it broadcasts over H and W."""
+    return table.view(*table.shape, 1, 1)
+
+
+def _sum_images(table: Tensor) -> Tensor:
+    return table.sum(dim=0) if table.shape[0] != 1 else table[0]
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -226,10 +234,10 @@ def _like(x: Tensor, reference: Tensor) -> Tensor:
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over H and W, (N, C).
 
-    Batched dot products read both operands once, without a temporary, where the memory layout
-    allows. Autocast would run them in half precision, so it is switched off.
+    Dot products read both operands once, without a temporary, where the memory layout allows.
+    Autocast would run them in half precision, so it is switched off.
     """
     if a.device.type in ("cpu", "cuda") and a.is_contiguous() and b.is_contiguous():
         with torch.autocast(a.device.type, enabled=False):
-            return torch.einsum("nchw,nchw->nc", a, b)
+            return torch.linalg.vecdot(a.flatten(2), b.flatten(2))
     return (a * b).sum(dim=(2, 3))

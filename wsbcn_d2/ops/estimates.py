@@ -1,5 +1,6 @@
 """Batch statistics and running estimates: tables of shape (C,), the same for every backend."""
 
+import math
 from typing import Optional, Tuple, Union
 
 import torch
@@ -16,33 +17,28 @@ def update_estimates(
     count: Union[float, Tensor],
     skipped_updates: Optional[Tensor],
     seen_elements: Optional[Tensor],
-) -> Tuple[Tensor, Tensor]:
+) -> None:
     """Moves the estimates towards the statistics of a batch, in place.
 
-    Nothing moves if any result would not be finite. The decision stays on the device: asking the
-    host for it would stall a GPU at every layer.
+    Nothing moves if the batch is not finite. The decision stays on the device: asking the host for
+    it would stall a GPU at every layer.
 
     Args:
-        running_mean, running_var, mean, var: (C,).
+        running_mean, running_var, mean, var: (C,). A mean that is not finite has a variance that
+            is not.
         rate: fraction of the way.
         count: number of values behind the statistics of each channel.
         skipped_updates: integer scalar, incremented if nothing moves.
         seen_elements: scalar, incremented by ``count`` otherwise.
-
-    Returns:
-        Copies of both estimates as they are then.
     """
-    old = torch.stack([running_mean, running_var])
-    new = torch.lerp(old, torch.stack([mean, var]).to(old.dtype), rate)
-    finite = torch.isfinite(new).all()
-    mean, var = torch.where(finite, new, old).unbind()
-    running_mean.copy_(mean)
-    running_var.copy_(var)
+    finite = var.amax() < math.inf  # false for NaN
+    for estimate, batch in ((running_mean, mean), (running_var, var)):
+        batch = batch if batch.dtype == estimate.dtype else batch.to(estimate.dtype)
+        estimate.lerp_(torch.where(finite, batch, estimate), rate)
     if skipped_updates is not None:
-        skipped_updates.add_(~finite)
+        skipped_updates.add_(finite.logical_not())
     if seen_elements is not None:
         seen_elements.add_(finite * count)
-    return mean, var
 
 
 def update_with_batch(
