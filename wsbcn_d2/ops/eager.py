@@ -234,10 +234,10 @@ def _like(x: Tensor, reference: Tensor) -> Tensor:
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over H and W, (N, C).
 
-    Dot products read both operands once, without a temporary, where the memory layout allows.
+    Batched dot products read both operands once, without a temporary, where the memory layout allows.
     Autocast would run them in half precision, so it is switched off.
     """
     if a.device.type in ("cpu", "cuda") and a.is_contiguous() and b.is_contiguous():
         with torch.autocast(a.device.type, enabled=False):
-            return torch.linalg.vecdot(a.flatten(2), b.flatten(2))
+            return torch.einsum("nchw,nchw->nc", a, b)
     return (a * b).sum(dim=(2, 3))
