@@ -234,8 +234,8 @@ def _like(x: Tensor, reference: Tensor) -> Tensor:
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over H and W, (N, C).
 
-    Batched dot products read both operands once, without a temporary, where the memory layout allows.
-    Autocast would run them in half precision, so it is switched off.
+    Batched dot products read both operands once, without a temporary, where the memory layout
+    allows. Autocast would run them in half precision, so it is switched off.
     """
     if a.device.type in ("cpu", "cuda") and a.is_contiguous() and b.is_contiguous():
         with torch.autocast(a.device.type, enabled=False):
