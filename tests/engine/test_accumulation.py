@@ -194,7 +194,6 @@ def amp_trainer(model, data, precision, lr=0.1, **scaler):
         model,
         iter(data),
         torch.optim.SGD(model.parameters(), lr),
-        gather_metric_period=1000,  # Detectron2 stops at the first infinite loss that it gathers
         grad_scaler=torch.amp.GradScaler("cpu", **scaler),
         precision=precision,
     )
@@ -266,6 +265,48 @@ def test_stops_naming_the_first_layer_after_overflows_in_a_row():
         accumulating(trainer, 2).train(0, 10)
     assert model.norm1.skipped_updates == 0
     assert model.norm2.skipped_updates == 6
+
+
+class OverflowingLoss(TwoLayers):
+    """Its losses are infinite, its layers' inputs are not, from the third batch to the ``last``."""
+
+    batches, last = 0, 0
+
+    def forward(self, image):
+        self.batches += 1
+        factor = float("inf") if 3 <= self.batches <= self.last else 1.0
+        return {name: loss * factor for name, loss in super().forward(image).items()}
+
+
+@needs_cpu_scaler
+def test_infinite_losses_are_skipped_and_stop_after_some_in_a_row():
+    """Two batches are a step: AMPTrainer's own step refuses to run on the CPU."""
+    model = OverflowingLoss()
+    model.last = 8
+    trainer = amp_trainer(model, torch.randn(12, 1, 3, 9, 9), torch.bfloat16, init_scale=64.0)
+    trainer.register_hooks([StopOnSkippedUpdates(model, 3)])
+    accumulating(trainer, 2).train(0, 6)
+    assert trainer.grad_scaler.get_scale() == 8  # halved for each
+    assert all(p.isfinite().all() for p in model.parameters())
+
+    model = OverflowingLoss()
+    model.last = 99
+    trainer = amp_trainer(model, torch.randn(20, 1, 3, 9, 9), torch.bfloat16, init_scale=64.0)
+    trainer.register_hooks([StopOnSkippedUpdates(model, 3)])
+    with pytest.raises(FloatingPointError, match="loss has been infinite or NaN for more than 3"):
+        accumulating(trainer, 2).train(0, 10)
+    assert model.batches == 10  # one good step, three that pass, and the one that stops
+
+
+def test_detectron2_stops_where_nothing_skips_the_step():
+    model = OverflowingLoss()
+    model.last = 9
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = SimpleTrainer(model, torch.randn(9, 1, 3, 9, 9), optimizer)
+    trainer.register_hooks([StopOnSkippedUpdates(model, 3)])
+    with pytest.raises(FloatingPointError, match="(?i)loss became infinite or NaN"):
+        trainer.train(0, 9)
+    assert model.batches == 3
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.0, "2", None])

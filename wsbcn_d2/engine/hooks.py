@@ -6,7 +6,7 @@ from typing import Any, Callable, Iterable, List, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -139,6 +139,9 @@ class StopOnSkippedUpdates(HookBase):
     A single overflow is normal under fp16, and costs one update. An iteration counts for a layer
     if any of its batches was skipped. The count is kept on the device and read, which makes the
     host wait, only when it may have reached the limit: every ``limit`` iterations if all is well.
+
+    Detectron2 itself stops at the first loss that is infinite or NaN. Where a GradScaler skips such
+    steps anyway, this hook lets them pass, up to ``limit`` in a row.
     """
 
     def __init__(self, model: nn.Module, limit: int) -> None:
@@ -161,9 +164,15 @@ class StopOnSkippedUpdates(HookBase):
     def before_train(self) -> None:
         """Starts to count."""
         self._until_read = self._limit
-        if self._layers:
-            self._start = self._skipped = self._read()
-            self._in_a_row = torch.zeros_like(self._skipped)
+        if not self._layers:
+            return
+        self._start = self._skipped = self._read()
+        self._in_a_row = torch.zeros_like(self._skipped)
+        inner = getattr(self.trainer, "_trainer", self.trainer)
+        if isinstance(inner, AMPTrainer) and inner.grad_scaler.is_enabled():
+            self._losses_in_a_row = 0
+            self._write_metrics = inner._write_metrics
+            inner._write_metrics = self._write_metrics_unless_skipped
 
     def after_step(self) -> None:
         """
@@ -192,6 +201,7 @@ class StopOnSkippedUpdates(HookBase):
         """Reports what has been skipped, whatever ended the training."""
         if not self._layers:
             return
+        vars(getattr(self.trainer, "_trainer", self.trainer)).pop("_write_metrics", None)
         counts = (self._read() - self._start).tolist()
         skipped = [(name, count) for name, count in zip(self._names, counts) if count]
         if skipped:
@@ -200,6 +210,19 @@ class StopOnSkippedUpdates(HookBase):
                 f"{len(skipped)} of {len(counts)} BCN layers have skipped updates because of "
                 f"infinite or NaN inputs; the first of them is {name}, with {count} batches."
             )
+
+    def _write_metrics_unless_skipped(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            self._write_metrics(*args, **kwargs)
+            self._losses_in_a_row = 0
+        except FloatingPointError as error:
+            self._losses_in_a_row += 1
+            # If it is from the input of a layer, after_step has stopped with that layer's name.
+            if self._losses_in_a_row > self._limit:
+                raise FloatingPointError(
+                    f"The loss has been infinite or NaN for more than {self._limit} iterations. "
+                    "Not because of the input of a BCN layer: look at the losses and the predictors."
+                ) from error
 
     def _read(self) -> Tensor:
         return torch.stack([layer.skipped_updates for layer in self._layers])

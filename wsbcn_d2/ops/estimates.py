@@ -89,7 +89,7 @@ def pool_over_ranks(mean: Tensor, var: Tensor, count: Tensor) -> Tuple[Tensor, T
 
 
 def sum_over_ranks(a: Tensor, b: Tensor) -> Tuple[Tensor, Tensor]:
-    """Sums of two tensors of the same shape (C,) over all ranks, with one collective."""
-    both = torch.cat([a, b])
+    """Sums of two tensors of the same shape over all ranks, with one collective."""
+    both = torch.stack([a, b])
     dist.all_reduce(both)
-    return tuple(both.split(a.numel()))
+    return both[0], both[1]
