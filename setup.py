@@ -50,7 +50,11 @@ setup(
         # parts of Detectron2 do, which like them we do not name: it has several distributions, and
         # installing a second one over the first breaks it.
         "digits": ["scikit-learn"],
+        # ONNX files by tools/export_model.py, and the comparison with onnxruntime.
+        "export": ["onnx", "onnxruntime"],
         "test": ["pytest", "pytest-timeout", "pytest-xdist"],
+        # Further judges of the tests. mmcv-lite brings opencv-python, another distribution of cv2.
+        "test-libraries": ["timm", "mmcv-lite"],
         # Exact: another version formats differently. These are Detectron2's.
         "dev": ["black==23.3.0", "flake8==6.0.0", "isort==5.12.0"],
     },

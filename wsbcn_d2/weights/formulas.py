@@ -20,7 +20,7 @@ def _unbiased(v: Tensor, size: int) -> Tensor:
 
 # T for filters of ``size`` weights with the biased variance v.
 _DENOMINATORS: Dict[str, Callable[[Tensor, int], Tensor]] = {
-    # the paper (arXiv 1903.10520v2, Eq. 11), timm's StdConv2d
+    # the paper (arXiv 1903.10520v2, Eq. 11); timm's StdConv2d, whose eps is 1e-6 by default
     "paper": lambda v, size: torch.sqrt(v + 1e-5),
     # github.com/joe-siyuan-qiao/WeightStandardization and mmcv's ConvWS2d
     "gn": lambda v, size: torch.sqrt(_unbiased(v, size)) + 1e-5,
