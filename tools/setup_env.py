@@ -39,7 +39,7 @@ SOURCES = [
     ROOT / "wsbcn_d2" / "version.py",
     Path(__file__).resolve(),
 ]
-PROJECT = f"{ROOT}[digits,test,dev]"
+PROJECT = f"{ROOT}[digits,export,test,dev]"
 OLDEST, NEWEST = (3, 10), (3, 12)
 HEARTBEAT_SECONDS = 10
 

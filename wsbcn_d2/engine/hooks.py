@@ -221,7 +221,7 @@ class StopOnSkippedUpdates(HookBase):
             if self._losses_in_a_row > self._limit:
                 raise FloatingPointError(
                     f"The loss has been infinite or NaN for more than {self._limit} iterations. "
-                    "Not because of the input of a BCN layer: look at the losses and the predictors."
+                    "Not because of the input of a BCN layer: look at losses and predictors."
                 ) from error
 
     def _read(self) -> Tensor:
