@@ -140,6 +140,35 @@ def test_installed_package_has_the_configs(wheel, tmp_path):
     assert found["cfg"] == model_zoo.get_config(YAML).dump()
 
 
+def test_import_brings_nothing_that_detectron2_has_not():
+    """So its time is that of our own few files; Triton and the like wait until they are used."""
+    code = """if True:
+        import sys
+        import detectron2.checkpoint, detectron2.config, detectron2.data, detectron2.engine
+        import detectron2.modeling
+        before = set(sys.modules)
+        import wsbcn_d2
+        new = {name.split(".")[0] for name in set(sys.modules) - before}
+        assert new == {"wsbcn_d2"}, new
+    """
+    run("-W", "error::DeprecationWarning:wsbcn_d2", "-c", code)
+
+
+@pytest.mark.parametrize("package, version", [("detectron2", "0.5"), ("torch", "1.13.1+cu117")])
+def test_versions_that_are_too_old(package, version):
+    code = f"""if True:
+        import {package}
+        {package}.__version__ = {version!r}
+        try:
+            import wsbcn_d2
+        except ImportError as error:
+            print(error)
+    """
+    lines = run("-c", code).splitlines()
+    assert lines[-1].startswith(f"wsbcn_d2 needs {package} ")
+    assert lines[-1].endswith(f"or newer, but {version} is installed.")
+
+
 def test_configs_of_a_checkout():
     assert model_zoo.get_config_file(YAML) == str(CONFIGS / YAML)
     cfg = model_zoo.get_config(YAML)

@@ -12,6 +12,10 @@ except ImportError as error:
         "Install it from https://github.com/facebookresearch/detectron2, or run `make setup` in a "
         "checkout of wsbcn_d2."
     ) from error
+else:
+    from .version import __version__, check_versions
+
+    check_versions()
 
 from . import model_zoo
 from .config import add_wsbcn_config
@@ -22,7 +26,6 @@ from .layers import BatchChannelNorm, ChannelNorm, WSConv2d, WSConvTranspose2d
 from .norm_options import get_norm, list_norm_options
 from .ops import standardize_weight
 from .summary import summarize
-from .version import __version__
 
 __all__ = [
     "BatchChannelNorm",
