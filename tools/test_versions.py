@@ -33,7 +33,7 @@ BEGIN = "<!-- begin: written by tools/test_versions.py -->"
 END = "<!-- end -->"
 
 # Whose versions are in the table.
-SHOWN = ("detectron2", "torch", "torchvision", "numpy", "pycocotools")
+SHOWN = ("torch", "torchvision", "numpy", "pycocotools")
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
     for name in [] if args.page_only else args.sets or sets:
         python = make_environment(args.folder.absolute() / name, args.source, sets[name])
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        results[name] = run_tests(python)
+        results[name] = {"detectron2": sets[name]["detectron2"], **run_tests(python)}
         with atomic_write(str(RESULTS), "w") as f:
             json.dump(results, f, indent=1, sort_keys=True)
         if results[name]["failed"]:
@@ -136,9 +136,7 @@ def run_tests(python: Path) -> Dict[str, Any]:
         "passed": counts["passed"],
         "failed": counts["failed"] + counts["error"],
         "skipped": counts["skipped"],
-        "failures": [
-            line.split(" - ")[0].split()[1] for line in lines if line.startswith("FAILED")
-        ],
+        "failures": [line.split(" - ")[0][7:] for line in lines if line.startswith("FAILED")],
         "seconds": round(time.monotonic() - start),
         "date": datetime.date.today().isoformat(),
         "commit": commit,
@@ -148,13 +146,25 @@ def run_tests(python: Path) -> Dict[str, Any]:
 
 def table(results: Dict[str, Any]) -> str:
     """Markdown."""
-    columns = ["set", "Python", *SHOWN, "passed", "failed", "skipped", "minutes", "date", "commit"]
+    columns = [
+        "set",
+        "Detectron2",
+        "Python",
+        *SHOWN,
+        "passed",
+        "failed",
+        "skipped",
+        "minutes",
+        "date",
+        "commit",
+    ]
     rows = [columns, ["---"] * len(columns)]
     for name, result in results.items():
         versions = result["versions"]
         rows.append(
             [
                 name,
+                result["detectron2"][:8],  # a tag or a commit
                 versions["python"],
                 *(versions[package] for package in SHOWN),
                 *(str(result[key]) for key in ("passed", "failed", "skipped")),
