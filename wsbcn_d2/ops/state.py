@@ -1,5 +1,7 @@
 """What PyTorch is doing at the moment."""
 
+import sys
+
 import torch
 
 
@@ -7,7 +9,8 @@ def is_compiling() -> bool:
     """Whether torch.compile is tracing."""
     if hasattr(torch, "compiler") and hasattr(torch.compiler, "is_compiling"):
         return torch.compiler.is_compiling()
-    return torch._dynamo.is_compiling()  # PyTorch 2.0 to 2.2
+    # PyTorch 2.0 to 2.2, which imports what compiles only when it is used
+    return "torch._dynamo" in sys.modules and torch._dynamo.is_compiling()
 
 
 def in_backward() -> bool:
