@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from oracles import channel_norm, estimated_bcn, large_batch_bcn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from versions import needs_compile
 
 from wsbcn_d2 import BatchChannelNorm, ChannelNorm
 
@@ -273,6 +274,7 @@ def test_torchscript_of_evaluation(export, levels):
     torch.testing.assert_close(exported(x), model(x))
 
 
+@needs_compile
 @pytest.mark.parametrize("mode", ["estimate", "batch"])
 @pytest.mark.parametrize("train", [False, True])
 def test_compile_without_graph_break(train, mode):

@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from versions import needs_assign, needs_cpu_half, needs_cpu_processes
 
 from wsbcn_d2 import WSConv2d, WSConvTranspose2d
 from wsbcn_d2.engine import accumulate_gradients
@@ -497,7 +498,7 @@ CHANGES = [
     in_place_in_inference_mode,
     initialization,
     load,
-    load_by_assignment,
+    pytest.param(load_by_assignment, marks=needs_assign),
     load_one,
     step,
     step_by_hand,
@@ -622,6 +623,7 @@ def test_requires_grad_may_change():
         assert_same_gradients(model, plain_gradients(model, loss))
 
 
+@needs_cpu_half
 def test_autocast_on_and_off():
     model = net().float()
     x = images().float()
@@ -933,6 +935,7 @@ def test_scale_without_shift_is_noticed(missing):
 # ------------------------------------------------------------------------------------ two processes
 
 
+@needs_cpu_processes
 def test_two_ranks(tmp_path):
     output = run_two_ranks(__file__, tmp_path)
     functions = [name for name in globals() if name.startswith("ranks_")]

@@ -10,6 +10,7 @@ from detectron2.modeling import build_backbone
 from fvcore.nn import FlopCountAnalysis, parameter_count
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from versions import needs_compile
 
 from wsbcn_d2 import WSConv2d, add_wsbcn_config
 from wsbcn_d2.modeling.backbone import CheckpointedStage
@@ -108,6 +109,7 @@ def block():
     return resnet18_fpn("BCN+WS").bottom_up.res3[0]
 
 
+@needs_compile
 @pytest.mark.parametrize("train", [True, False])
 def test_compile_without_graph_break(train):
     torch._dynamo.reset()
@@ -123,6 +125,7 @@ def test_compile_without_graph_break(train):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
 
 
+@needs_compile
 def test_update_rate_schedule_does_not_compile_again():
     torch._dynamo.reset()
     model = block().conv1

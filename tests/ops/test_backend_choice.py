@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from versions import TRITON_INTERPRETS
 
 from wsbcn_d2.ops import BACKENDS, backend_name, set_backend
 
@@ -51,6 +52,7 @@ def normalize_in_a_process(path=(), **environment):
     return chosen
 
 
+@pytest.mark.skipif(not TRITON_INTERPRETS, reason="this Triton has no interpreter")
 def test_environment_variable_and_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
     assert normalize_in_a_process(TRITON_INTERPRET="1") == "triton True 0"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ops.cases import make_inputs, with_grad
 from torch.profiler import ProfilerActivity, profile
+from versions import TRITON_INTERPRETS, needs_compile, needs_opcheck
 
 from wsbcn_d2 import BatchChannelNorm, WSConv2d
 from wsbcn_d2.ops import batch_channel_norm, set_backend, standardize_all, standardize_all_backward
@@ -25,11 +26,14 @@ def backend(request):
         pytest.importorskip("triton", reason="Triton is not installed")
         if torch.cuda.is_available():
             pytest.skip("without its interpreter, Triton is for tensors on a GPU")
+        if not TRITON_INTERPRETS:
+            pytest.skip("this Triton has no interpreter")
     set_backend(request.param)
     yield request.param
     set_backend(None)
 
 
+@needs_opcheck
 @pytest.mark.parametrize(
     "dtype,memory_format",
     [(torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last)],
@@ -71,6 +75,7 @@ def results(norm, x, residual, relu):
     return [y.detach(), *grads, *(b.clone() for b in norm.buffers())]
 
 
+@needs_compile
 @pytest.mark.parametrize("mode", ["estimate", "batch"])
 @pytest.mark.parametrize("has_residual,relu", [(False, True), (True, False), (True, True)])
 def test_compiled_without_graph_break(backend, mode, has_residual, relu):

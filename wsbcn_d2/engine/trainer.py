@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -29,7 +29,8 @@ class Trainer(DefaultTrainer):
     - a checkpoint is complete or not there, whenever the process is killed;
     - :meth:`build_evaluator` chooses by the type of the dataset;
     - the output folder is made if it is not there;
-    - several processes can train without GPUs (Detectron2 newer than 0.6).
+    - several processes can train without GPUs (Detectron2 newer than 0.6);
+    - checkpoints have the state of the optimizer (Detectron2 0.6 forgets it).
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -63,6 +64,17 @@ class Trainer(DefaultTrainer):
         """DefaultTrainer's hooks, after those of this package: what is saved and evaluated has
         estimates that are averaged and, if asked for, recalibrated."""
         return build_hooks(self.cfg, self) + super().build_hooks()
+
+    if "state_dict" not in vars(DefaultTrainer):
+
+        def state_dict(self) -> Dict[str, Any]:
+            """As DefaultTrainer's of newer versions."""
+            return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+        def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+            """As DefaultTrainer's of newer versions."""
+            super().load_state_dict(state_dict)
+            self._trainer.load_state_dict(state_dict["_trainer"])
 
     @classmethod
     def build_evaluator(

@@ -9,7 +9,6 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from ..engine.checkpoint import atomic_write
-from .deployment import export_backbone_onnx, export_onnx, script, trace
 from .fold import fold
 from .stock import CHECKPOINT, CONFIG, LOADER, save_for_detectron2, stock_config
 
@@ -32,6 +31,7 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
     Raises:
         ValueError: if the weights do not belong to the model, or the format cannot express it.
         FileNotFoundError: if there is no folder for the output.
+        ImportError: if this Detectron2 cannot write such a file.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; allowed are {', '.join(FORMATS)}")
@@ -42,6 +42,8 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
         raise FileNotFoundError(f"there is no folder {folder!r} to write {output!r} to")
     if format == "detectron2":
         stock_config(cfg)  # raises, before long work, if there is none
+    else:  # not where Detectron2 has no working detectron2.export
+        from .deployment import export_backbone_onnx, export_onnx, script, trace
     original = build_model(cfg)
     _CompleteCheckpointer(original).load(cfg.MODEL.WEIGHTS)
     model = fold(original)

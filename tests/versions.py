@@ -1,0 +1,72 @@
+"""What some of the versions of PyTorch, Triton and Detectron2 cannot do: marks for tests."""
+
+import importlib.util
+import inspect
+
+import pytest
+import torch
+from detectron2.engine import launch
+from detectron2.layers import get_norm
+from detectron2.modeling.meta_arch import retinanet
+
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
+
+
+def _compiles():
+    try:
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+    except RuntimeError:  # not supported with this Python
+        return False
+    return True
+
+
+def _exports():
+    try:
+        importlib.import_module("detectron2.export")
+    except ImportError:
+        return False
+    return True
+
+
+def _interprets():
+    try:
+        return importlib.util.find_spec("triton.runtime.interpreter") is not None
+    except ImportError:
+        return False
+
+
+def _has_layer_norm():
+    try:
+        return get_norm("LN", 4) is not None
+    except (KeyError, ValueError):
+        return False
+
+
+needs_compile = pytest.mark.skipif(
+    not _compiles(), reason="this PyTorch has no torch.compile for this Python"
+)
+needs_opcheck = pytest.mark.skipif(
+    not hasattr(torch.library, "opcheck"), reason="this PyTorch has no torch.library.opcheck"
+)
+needs_cpu_processes = pytest.mark.skipif(
+    "cuda is not available" in inspect.getsource(inspect.getmodule(launch)),
+    reason="this Detectron2 starts several processes on GPUs only",
+)
+needs_export = pytest.mark.skipif(
+    not _exports(), reason="detectron2.export of this Detectron2 needs caffe2"
+)
+needs_live_bytes = pytest.mark.skipif(
+    TORCH < (2, 1), reason="storages of PyTorch 2.0 have no lasting object in Python"
+)
+needs_assign = pytest.mark.skipif(
+    TORCH < (2, 1), reason="load_state_dict of PyTorch 2.0 does not assign"
+)
+needs_cpu_half = pytest.mark.skipif(
+    TORCH < (2, 1), reason="PyTorch 2.0 does not have all operations in float16 on a CPU"
+)
+needs_layer_norm = pytest.mark.skipif(
+    not _has_layer_norm(), reason="this Detectron2 has no norm LN"
+)
+TRITON_INTERPRETS = _interprets()
+# Detectron2 0.6 makes the norm of RetinaNet's head for one channel, to look at its type.
+RETINANET_TAKES_GN = "get_norm(norm, 1)" not in inspect.getsource(retinanet)
