@@ -61,8 +61,9 @@ needs_live_bytes = pytest.mark.skipif(
 needs_assign = pytest.mark.skipif(
     TORCH < (2, 1), reason="load_state_dict of PyTorch 2.0 does not assign"
 )
+CPU_HAS_HALF = TORCH >= (2, 1)
 needs_cpu_half = pytest.mark.skipif(
-    TORCH < (2, 1), reason="PyTorch 2.0 does not have all operations in float16 on a CPU"
+    not CPU_HAS_HALF, reason="PyTorch 2.0 does not have all operations in float16 on a CPU"
 )
 needs_layer_norm = pytest.mark.skipif(
     not _has_layer_norm(), reason="this Detectron2 has no norm LN"

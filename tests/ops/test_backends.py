@@ -4,7 +4,7 @@ import pytest
 import torch
 from ops.cases import DEVICE, assert_same, expected, make_inputs, run
 from oracles import standardized_weight
-from versions import TRITON_INTERPRETS, needs_cpu_half
+from versions import CPU_HAS_HALF, TRITON_INTERPRETS
 
 from wsbcn_d2.ops import (
     backend_name,
@@ -40,8 +40,7 @@ CASES = [
     ((2, 5, 1, 1), 5, F64, LAST, BATCH, PLAIN),  # groups of one value
     ((4, 10, 1, 6), 5, BF16, LAST, ESTIMATE, BOTH),
     ((2, 10, 3, 7), 2, BF16, NCHW, BATCH, RELU),
-    # one channel
-    pytest.param((2, 1, 8, 8), 1, F16, NCHW, FIXED_BATCH, RELU, marks=needs_cpu_half),
+    ((2, 1, 8, 8), 1, F16, NCHW, FIXED_BATCH, RELU),  # one channel
     ((2, 24, 5, 5), 3, F16, LAST, FIXED, PLAIN),
     ((2, 130, 3, 5), 13, F32, LAST, ESTIMATE, RESIDUAL),  # two blocks of channels
     ((1, 2100, 1, 2), 1, F32, NCHW, ESTIMATE, RELU),  # more than a tile of them in a group
@@ -75,6 +74,8 @@ def activation(shape, groups, dtype, memory_format=NCHW, **where):
 
 @pytest.mark.parametrize("shape,groups,dtype,memory_format,statistics,follows", CASES)
 def test_forward_backward_and_estimates(shape, groups, dtype, memory_format, statistics, follows):
+    if dtype == F16 and follows == RELU and DEVICE.type == "cpu" and not CPU_HAS_HALF:
+        pytest.skip("PyTorch 2.0 has no gradient of ReLU in float16 on a CPU")
     inputs = activation(shape, groups, dtype, memory_format)
     # Neither the residual nor the gradient need have the memory format of x.
     other = {NCHW: LAST, LAST: NCHW}[memory_format]
