@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Runs the tests with the versions of requirements/versions.yaml, and writes docs/versions.md.
 
-    tools/test_versions.py oldest newest
-    tools/test_versions.py --page-only
+    tools/check_versions.py oldest newest
+    tools/check_versions.py --page-only
 
 Every set gets a virtual environment of its own, with Detectron2 compiled from its source (10
 minutes and 6 GiB each). What is there already is kept, so that a run that was interrupted goes on.
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SETS = ROOT / "requirements" / "versions.yaml"
 RESULTS = ROOT / "docs" / "versions.json"
 PAGE = ROOT / "docs" / "versions.md"
-BEGIN = "<!-- begin: written by tools/test_versions.py -->"
+BEGIN = "<!-- begin: written by tools/check_versions.py -->"
 END = "<!-- end -->"
 
 # Whose versions are in the table.
