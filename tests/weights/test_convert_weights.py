@@ -188,16 +188,20 @@ def test_caffe2_names(tmp_path):
 # -------------------------------------------------------------------------------- whole detectors
 
 
+@pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("project", ["mmdetection", "maskrcnn-benchmark"])
-def test_detectors(project, tmp_path):
+def test_detectors(project, masks, tmp_path):
+    """Mask R-CNN, and Faster R-CNN, whose files have the same names."""
     first = project == "maskrcnn-benchmark"
     source = Detector(MASKRCNN_BENCHMARK if first else MMDETECTION, background_first=first)
+    if not masks:
+        source.sd = {k: v for k, v in source.sd.items() if ".mask" not in k}
     wrapped = {f"module.{k}": v for k, v in source.sd.items()}
     wrappers = {"model": wrapped, "iteration": 5} if first else {"state_dict": source.sd}
     if not first:
         wrappers["meta"] = {"config": "conv_cfg = dict(type='ConvWS')"}
     path = save(None, tmp_path / "detector.pth", **wrappers)
-    model, report = loaded(path, config(), tmp_path)
+    model, report = loaded(path, config(extra=["MODEL.MASK_ON", masks]), tmp_path)
     assert report.layout == project and report.formula == "gn"
     assert not report.missing and not report.left_over
     model, source.sd = in_double(model, source.sd)
@@ -212,6 +216,8 @@ def test_detectors(project, tmp_path):
         pooled = torch.randn(5, 32, 7, 7, dtype=torch.float64)
         ours = heads.box_predictor(heads.box_head(pooled))
         assert_same(ours, source.box(pooled), 1e-5)
+        if not masks:
+            return
         pooled = torch.randn(5, 32, 14, 14, dtype=torch.float64)
         assert_same([heads.mask_head.layers(pooled)], [source.mask(pooled)], 1e-5)
 
