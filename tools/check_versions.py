@@ -76,9 +76,10 @@ def make_environment(folder: Path, source: str, versions: Dict[str, Any]) -> Pat
     """Installs what is missing; returns the Python of the environment."""
     python = folder / "bin" / "python"
     log = folder / "install.log"
-    if not (folder / "complete").exists():
+    complete = folder / "complete"
+    if not complete.exists() or json.loads(complete.read_text()) != versions:
         print(f"Installing {folder}; see {log}", flush=True)
-        venv.create(folder, with_pip=True)
+        venv.create(folder, with_pip=True, clear=True)
         pip = [str(python), "-m", "pip", "install", "--progress-bar", "off"]
         detectron2 = f"git+{source}@{versions['detectron2']}"
         with open(log, "w") as output:
@@ -96,7 +97,7 @@ def make_environment(folder: Path, source: str, versions: Dict[str, Any]) -> Pat
                 command = [*pip, *arguments]
                 print("+", *command, file=output, flush=True)
                 subprocess.run(command, check=True, stdout=output, stderr=subprocess.STDOUT)
-        (folder / "complete").touch()
+        complete.write_text(json.dumps(versions))
     return python
 
 
@@ -122,8 +123,11 @@ def run_tests(python: Path) -> Dict[str, Any]:
         for line in process.stdout or []:
             print(line, end="", flush=True)
             lines.append(line)
+    summary = next((line for line in reversed(lines) if re.search(r"\d+ passed", line)), "")
+    if process.returncode not in (0, 1) or not summary:
+        sys.exit(f"The tests did not run to their end: {python} ended with {process.returncode}.")
     counts = {word: 0 for word in ("passed", "failed", "skipped", "error")}
-    for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1]):
+    for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", summary):
         counts[word] = int(count)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
@@ -136,7 +140,9 @@ def run_tests(python: Path) -> Dict[str, Any]:
         "passed": counts["passed"],
         "failed": counts["failed"] + counts["error"],
         "skipped": counts["skipped"],
-        "failures": [line.split(" - ")[0][7:] for line in lines if line.startswith("FAILED")],
+        "failures": [
+            line.split(" - ")[0] for line in lines if line.startswith(("FAILED ", "ERROR tests"))
+        ],
         "seconds": round(time.monotonic() - start),
         "date": datetime.date.today().isoformat(),
         "commit": commit,

@@ -8,16 +8,11 @@ import sys
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from yaml import YAMLError
 
 import wsbcn_d2
 from wsbcn_d2.engine.checkpoint import atomic_write
-from wsbcn_d2.weights import (
-    LAYOUTS,
-    CheckpointError,
-    ConversionError,
-    convert_state_dict,
-    read_checkpoint,
-)
+from wsbcn_d2.weights import LAYOUTS, convert_state_dict, read_checkpoint
 from wsbcn_d2.weights.formulas import FORMULAS
 
 
@@ -52,7 +47,7 @@ def main() -> int:
         cfg.merge_from_list([*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
         checkpoint = read_checkpoint(args.input)
         state, report = convert_state_dict(checkpoint, build_model(cfg), args.layout, args.formula)
-    except (CheckpointError, ConversionError, OSError, KeyError, AssertionError) as error:
+    except (AssertionError, KeyError, OSError, TypeError, ValueError, YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(report)

@@ -39,7 +39,7 @@ SOURCES = [
     ROOT / "wsbcn_d2" / "version.py",
     Path(__file__).resolve(),
 ]
-PROJECT = f"{ROOT}[digits,export,test,dev]"
+EXTRAS = ("digits", "test", "dev")
 OLDEST, NEWEST = (3, 10), (3, 12)
 HEARTBEAT_SECONDS = 10
 
@@ -250,7 +250,9 @@ def install(environment: Environment) -> None:
     # All that has to be built is built with these, not with the newest setuptools of the day.
     environment.pip_install("installing setuptools", *pinned, "setuptools", "wheel")
 
-    project = ["--no-build-isolation", "--editable", PROJECT]
+    # What ONNX needs may not go with the versions that are held.
+    extras = EXTRAS if uses_existing else (*EXTRAS, "export")
+    project = ["--no-build-isolation", "--editable", f"{ROOT}[{','.join(extras)}]"]
     if uses_existing:
         # Detectron2 does not name it, as it has several distributions.
         find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('cv2') is None)"

@@ -6,7 +6,9 @@ Detectron2; :func:`unregister` undoes it.
 
 try:
     import detectron2  # noqa: F401
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name != "detectron2":
+        raise
     raise ImportError(
         "wsbcn_d2 is a plugin for Detectron2, which is not installed in this environment. "
         "Install it from https://github.com/facebookresearch/detectron2, or run `make setup` in a "

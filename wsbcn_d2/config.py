@@ -1,5 +1,7 @@
 """Config keys of this package."""
 
+from typing import Any, Dict, Mapping
+
 from detectron2.config import CfgNode as CN
 
 
@@ -32,3 +34,14 @@ def add_wsbcn_config(cfg: CN) -> None:
     # Number of batches of SOLVER.IMS_PER_BATCH images whose gradients make one step. Learning rate,
     # schedule and iterations count steps.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
+
+
+def flatten_config(cfg: Mapping[str, Any], prefix: str = "") -> Dict[str, Any]:
+    """The leaves of a config, by keys like ``MODEL.FPN.NORM``, behind ``prefix``."""
+    flat: Dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, dict):  # as CfgNode is
+            flat.update(flatten_config(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

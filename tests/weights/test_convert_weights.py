@@ -185,6 +185,20 @@ def test_caffe2_names(tmp_path):
         assert_same(ours, resnet50(x, random.sd, lambda w: w, batch_norm), 1e-3)
 
 
+def test_torchvision_as_detectron2_converts_it(tmp_path):
+    """Its tool, convert-torchvision-to-d2.py, writes Detectron2's names, and a flag that is also in
+    files with Caffe2's."""
+    source = build_model(config("BN")).backbone.bottom_up
+    arrays = {k: v.numpy() for k, v in source.state_dict().items() if "num_batches" not in k}
+    path = tmp_path / "R-50.pkl"
+    content = {"model": arrays, "__author__": "torchvision", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content, protocol=5))
+    model, report = loaded(str(path), config("BCN"), tmp_path)
+    assert not report.missing and not report.left_over
+    state = model.backbone.bottom_up.state_dict()
+    assert all(torch.equal(state[name], torch.from_numpy(array)) for name, array in arrays.items())
+
+
 # -------------------------------------------------------------------------------- whole detectors
 
 

@@ -11,9 +11,9 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import get_cfg
 
-from ..config import add_wsbcn_config
+from ..config import add_wsbcn_config, flatten_config
 
 RESULTS_FILE = "coco_instances_results.json"
 
@@ -190,7 +190,7 @@ def _read_config(run: Run) -> None:
     if not isinstance(content, dict) or "MODEL" not in content:
         run.notes.append("config.yaml is not one of Detectron2's YACS configs")
         return
-    run.settings = {**_defaults(), **_flatten(content)}
+    run.settings = {**_defaults(), **flatten_config(content)}
     run.test_datasets = tuple(run.settings.get("DATASETS.TEST") or ())
 
 
@@ -268,17 +268,7 @@ def _load_json(path: Path) -> List[Dict[str, Any]]:
 def _defaults() -> Dict[str, Any]:
     cfg = get_cfg()
     add_wsbcn_config(cfg)
-    return _flatten(yaml.safe_load(cfg.dump()))
-
-
-def _flatten(content: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
-    flat: Dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, (dict, CfgNode)):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
+    return flatten_config(yaml.safe_load(cfg.dump()))
 
 
 def _relevant(settings: Dict[str, Any]) -> Dict[str, Any]:

@@ -27,8 +27,8 @@ class _Accumulation(SimpleTrainer):
     batch.
 
     Data parallelism reduces the gradients once, with the last batch, and filters are standardized
-    once. An iteration, which learning
-    rate schedules, hooks and logs count, is a step of the optimizer.
+    once. An iteration, which learning rate schedules, hooks and logs count, is a step of the
+    optimizer.
     """
 
     accumulate_steps: int

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Any, Callable, Iterable, List, Optional, Sequence
+from typing import Any, Callable, Iterable, List, Mapping, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -141,7 +141,8 @@ class StopOnSkippedUpdates(HookBase):
     host wait, only when it may have reached the limit: every ``limit`` iterations if all is well.
 
     Detectron2 itself stops at the first loss that is infinite or NaN. Where a GradScaler skips such
-    steps anyway, this hook lets them pass, up to ``limit`` in a row.
+    steps anyway, this hook lets them pass, up to ``limit`` in a row. It does not see what stops
+    inside of the model: Detectron2's RPN does when its own predictions are not finite.
     """
 
     def __init__(self, model: nn.Module, limit: int) -> None:
@@ -160,6 +161,8 @@ class StopOnSkippedUpdates(HookBase):
             self._names.append(name)
             self._layers.append(layer)
         self._limit = limit
+        self._start: Optional[Tensor] = None  # until training starts
+        self._restore: Callable[[], None] = lambda: None
 
     def before_train(self) -> None:
         """Starts to count."""
@@ -167,12 +170,11 @@ class StopOnSkippedUpdates(HookBase):
         if not self._layers:
             return
         self._start = self._skipped = self._read()
-        self._in_a_row = torch.zeros_like(self._skipped)
+        self._in_a_row = self._start.new_zeros(len(self._layers) + 1)  # the last is the loss
+        self._loss_is_finite = torch.ones((), dtype=torch.bool, device=self._start.device)
         inner = getattr(self.trainer, "_trainer", self.trainer)
         if isinstance(inner, AMPTrainer) and inner.grad_scaler.is_enabled():
-            self._losses_in_a_row = 0
-            self._write_metrics = inner._write_metrics
-            inner._write_metrics = self._write_metrics_unless_skipped
+            self._let_losses_pass(inner)
 
     def after_step(self) -> None:
         """
@@ -182,7 +184,8 @@ class StopOnSkippedUpdates(HookBase):
         if not self._layers:
             return
         before, self._skipped = self._skipped, self._read()
-        self._in_a_row = (self._in_a_row + 1) * (self._skipped > before)
+        bad = torch.cat([self._skipped > before, ~self._loss_is_finite.view(1)])
+        self._in_a_row = (self._in_a_row + 1) * bad
         self._until_read -= 1
         if self._until_read:
             return
@@ -195,13 +198,19 @@ class StopOnSkippedUpdates(HookBase):
                     "of the model. The estimates of all layers are still those of finite batches. "
                     "A lower learning rate, a longer warm-up or gradient clipping may help."
                 )
+        if in_a_row[-1] >= self._limit:
+            raise FloatingPointError(
+                f"The loss has been infinite or NaN for the last {self._limit} iterations, up to "
+                f"iteration {self.trainer.iter}, but the input of no BCN layer has been for as "
+                "long: look at the losses and the predictors."
+            )
         self._until_read = self._limit - max(in_a_row)
 
     def after_train(self) -> None:
         """Reports what has been skipped, whatever ended the training."""
-        if not self._layers:
+        self._restore()
+        if self._start is None:
             return
-        vars(getattr(self.trainer, "_trainer", self.trainer)).pop("_write_metrics", None)
         counts = (self._read() - self._start).tolist()
         skipped = [(name, count) for name, count in zip(self._names, counts) if count]
         if skipped:
@@ -211,18 +220,29 @@ class StopOnSkippedUpdates(HookBase):
                 f"infinite or NaN inputs; the first of them is {name}, with {count} batches."
             )
 
-    def _write_metrics_unless_skipped(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            self._write_metrics(*args, **kwargs)
-            self._losses_in_a_row = 0
-        except FloatingPointError as error:
-            self._losses_in_a_row += 1
-            # If it is from the input of a layer, after_step has stopped with that layer's name.
-            if self._losses_in_a_row > self._limit:
-                raise FloatingPointError(
-                    f"The loss has been infinite or NaN for more than {self._limit} iterations. "
-                    "Not because of the input of a BCN layer: look at losses and predictors."
-                ) from error
+    def _let_losses_pass(self, trainer: AMPTrainer) -> None:
+        write, own = trainer._write_metrics, vars(trainer).get("_write_metrics")
+
+        def write_metrics(loss_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
+            # Detectron2 looks at every gather_metric_period-th loss only.
+            self._loss_is_finite = torch.isfinite(sum(loss_dict.values()).detach())
+            try:
+                write(loss_dict, *args, **kwargs)
+            except FloatingPointError:
+                logger.warning(
+                    f"The loss is infinite or NaN, and the GradScaler skips this step. Only "
+                    f"{self._limit} of them in a row stop the training."
+                )
+
+        def restore() -> None:
+            if own is None:
+                del trainer._write_metrics
+            else:
+                trainer._write_metrics = own
+            self._restore = lambda: None
+
+        trainer._write_metrics = write_metrics
+        self._restore = restore
 
     def _read(self) -> Tensor:
         return torch.stack([layer.skipped_updates for layer in self._layers])

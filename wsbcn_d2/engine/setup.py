@@ -3,14 +3,14 @@
 import difflib
 import os
 import re
-from typing import Iterable, Iterator, Tuple
+from typing import Iterable
 
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
-from ..config import add_wsbcn_config
+from ..config import add_wsbcn_config, flatten_config
 from ..data import check_datasets
 from ..modeling import BACKBONES
 from ..norm_options import NormOption
@@ -84,23 +84,15 @@ def _unknown_key(cfg: CfgNode, message: str) -> str:
     match = re.search(r"Non-existent (?:config )?key: (\S+)", message)
     if match is None:
         return message
-    keys = [key for key, _ in _flatten(cfg)]
+    keys = list(flatten_config(cfg))
     close = difflib.get_close_matches(match[1], keys, n=3)
     return f"there is no config key {match[1]}" + (
         f"; close to it are {', '.join(close)}" if close else ""
     )
 
 
-def _flatten(cfg: CfgNode, prefix: str = "") -> Iterator[Tuple[str, object]]:
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def _check_norm_options(cfg: CfgNode) -> None:
-    for key, value in _flatten(cfg.MODEL, "MODEL."):
+    for key, value in flatten_config(cfg.MODEL, "MODEL.").items():
         if key.endswith(".NORM") and isinstance(value, str) and value:
             try:
                 NormOption.parse(value)

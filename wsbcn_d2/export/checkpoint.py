@@ -54,7 +54,6 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
             if alone
             else f"to be loaded with {LOADER}: BCN became biases that Detectron2 does not build"
         )
-    names = ""
     if format in ("onnx", "onnx-backbone"):
         onnx = export_onnx(model) if format == "onnx" else export_backbone_onnx(model.backbone)
         with atomic_write(output) as file:
@@ -64,7 +63,7 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
         scripted, keys = trace(model)
         names = f": (image) -> ({', '.join(keys)})"
     else:
-        scripted = script(model)
+        scripted, names = script(model), ""
     with atomic_write(output) as file:
         torch.jit.save(scripted, file)
     return output + names

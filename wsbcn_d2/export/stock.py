@@ -3,14 +3,14 @@
 import os
 from functools import reduce
 from pathlib import Path
-from typing import Dict, Iterator, Tuple
+from typing import Dict, Iterator
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from torch import nn
 
-from ..config import add_wsbcn_config
+from ..config import add_wsbcn_config, flatten_config
 from ..engine.checkpoint import atomic_write
 from ..layers.folded import FOLDED
 from ..modeling import BACKBONES
@@ -45,11 +45,11 @@ def stock_config(cfg: CfgNode) -> CfgNode:
             (a number of groups other than 32).
     """
     stock = get_cfg()
-    known = dict(_flatten(stock)).keys()
+    known = flatten_config(stock).keys()
     with_ours = get_cfg()
     add_wsbcn_config(with_ours)
-    ours = dict(_flatten(with_ours)).keys() - known
-    for key, value in _flatten(cfg.clone()):
+    ours = flatten_config(with_ours).keys() - known
+    for key, value in flatten_config(cfg.clone()).items():
         if key in ours:
             continue
         if key not in known:
@@ -101,14 +101,6 @@ def save_for_detectron2(model: nn.Module, cfg: CfgNode, folder: str) -> bool:
     with atomic_write(checkpoint) as file:
         torch.save({"model": state}, file)
     return alone
-
-
-def _flatten(cfg: CfgNode, prefix: str = "") -> Iterator[Tuple[str, object]]:
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _stock_backbone(name: str) -> str:

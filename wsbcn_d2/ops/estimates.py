@@ -20,21 +20,22 @@ def update_estimates(
 ) -> None:
     """Moves the estimates towards the statistics of a batch, in place.
 
-    Nothing moves if the batch is not finite. The decision stays on the device: asking the host for
-    it would stall a GPU at every layer.
+    Nothing moves if the statistics or the estimates are not finite. The decision stays on the
+    device: asking the host for it would stall a GPU at every layer.
 
     Args:
-        running_mean, running_var, mean, var: (C,). A mean that is not finite has a variance that
-            is not.
+        running_mean, running_var, mean, var: (C,).
         rate: fraction of the way.
         count: number of values behind the statistics of each channel.
         skipped_updates: integer scalar, incremented if nothing moves.
         seen_elements: scalar, incremented by ``count`` otherwise.
     """
-    finite = var.amax() < math.inf  # false for NaN
+    if mean.dtype != running_mean.dtype:
+        mean, var = mean.to(running_mean.dtype), var.to(running_mean.dtype)
+    finite = torch.stack([mean, var, running_mean, running_var]).abs_().amax() < math.inf
     for estimate, batch in ((running_mean, mean), (running_var, var)):
-        batch = batch if batch.dtype == estimate.dtype else batch.to(estimate.dtype)
-        estimate.lerp_(torch.where(finite, batch, estimate), rate)
+        # what is not finite is copied onto itself: its distance from itself is NaN
+        estimate.copy_(torch.where(finite, torch.lerp(estimate, batch, rate), estimate))
     if skipped_updates is not None:
         skipped_updates.add_(finite.logical_not())
     if seen_elements is not None:

@@ -20,6 +20,8 @@ _ARRAY_GLOBALS = {
     ("numpy.core.multiarray", "scalar"),
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "scalar"),
+    ("numpy.core.numeric", "_frombuffer"),  # from protocol 5 on
+    ("numpy._core.numeric", "_frombuffer"),
     ("collections", "OrderedDict"),
     ("_codecs", "encode"),
 }
@@ -69,11 +71,11 @@ def read_checkpoint(path: str) -> Checkpoint:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary")
     text = str(content.get("meta") or "")
-    caffe2 = "matching_heuristics" in content and "blobs" not in content
+    caffe2 = content.get("__author__") == "Caffe2"  # as Detectron2 has it
     weights = _unwrapped(content)
     tensors = {}
     for name, value in weights.items():
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray) and value.dtype != object:
             value = torch.from_numpy(np.ascontiguousarray(value))
         if isinstance(value, Tensor) and isinstance(name, str):
             tensors[name] = value
