@@ -3,6 +3,7 @@
 weight standardization. The model computes with them what it did there."""
 
 import argparse
+import os
 import sys
 
 import torch
@@ -55,6 +56,7 @@ def main() -> int:
         print(f"error: {len(report.missing)} weights are missing", file=sys.stderr)
         return 1
     if not args.dry_run:
+        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
         with atomic_write(args.output) as file:
             torch.save({"model": state, "__author__": f"wsbcn_d2, from {report.layout}"}, file)
         print(f"written: {args.output}")

@@ -224,6 +224,11 @@ def assert_drift(drift, norm, values):
 
 
 def test_no_estimates_no_drift():
+    """Nor for norms that are not of images, as in a fully connected head."""
+    model = nn.Sequential(
+        nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8)
+    )
+    assert list(estimate_drift(model, batches())) == ["0"]
     assert estimate_drift(OneLayer(nn.GroupNorm(4, 8)), batches()) == {}
 
 

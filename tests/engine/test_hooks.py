@@ -3,13 +3,14 @@ import re
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2_models import logged
 from engine.small_models import TwoLayers, estimates, tiny_config
 from torch import nn
 
 from wsbcn_d2 import BatchChannelNorm
-from wsbcn_d2.engine import Trainer, accumulate_gradients, recalibrate_estimates
+from wsbcn_d2.engine import Trainer, accumulate_gradients, build_hooks, recalibrate_estimates
 from wsbcn_d2.engine.hooks import StopOnSkippedUpdates, UpdateRateSchedule
 from wsbcn_d2.engine.statistics import seeded_batches
 
@@ -212,3 +213,10 @@ def test_skipped_updates_are_reported_at_the_end():
 def test_limit_must_be_positive():
     with pytest.raises(ValueError, match="limit must be positive, got 0"):
         StopOnSkippedUpdates(TwoLayers(), 0)
+
+
+def test_config_without_our_keys(tmp_path):
+    """As in a project that imports the package and says no more."""
+    trainer, _ = run(tiny_config(tmp_path))
+    with pytest.raises(KeyError, match=r"call wsbcn_d2.add_wsbcn_config\(cfg\) after get_cfg"):
+        build_hooks(get_cfg(), trainer)

@@ -174,7 +174,7 @@ def estimate_drift(
         for name, layer in model.named_modules()
         if isinstance(getattr(layer, "running_mean", None), Tensor)
         and isinstance(getattr(layer, "running_var", None), Tensor)
-        and not isinstance(layer, BatchChannelNorm)
+        and not isinstance(layer, (BatchChannelNorm, nn.BatchNorm1d, nn.BatchNorm3d))
     }
     if stock:
         inputs = {name: _Moments() for name in stock}

@@ -299,7 +299,14 @@ def build_hooks(cfg: CfgNode, trainer: DefaultTrainer) -> List[HookBase]:
         cfg: a config with the keys of :func:`wsbcn_d2.add_wsbcn_config`.
         trainer: of which ``model`` and ``build_train_loader`` are used. For
             ``SOLVER.ACCUMULATE_STEPS`` it needs :func:`wsbcn_d2.engine.accumulate_gradients` too.
+
+    Raises:
+        KeyError: if the config lacks these keys.
     """
+    if "WSBCN" not in cfg.MODEL:
+        raise KeyError(
+            "MODEL.WSBCN is missing: call wsbcn_d2.add_wsbcn_config(cfg) after get_cfg()"
+        )
     model = trainer.model
     if next(named_batch_channel_norms(model), None) is None:
         return []

@@ -75,7 +75,7 @@ def check_model(cfg: CfgNode) -> None:
     cfg.MODEL.DEVICE = "cpu"
     try:
         build_model(cfg)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+    except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"the model of the config cannot be built: {error}") from error
 
 
@@ -86,8 +86,11 @@ def _unknown_key(cfg: CfgNode, message: str) -> str:
         return message
     keys = list(flatten_config(cfg))
     close = difflib.get_close_matches(match[1], keys, n=3)
-    return f"there is no config key {match[1]}" + (
-        f"; close to it are {', '.join(close)}" if close else ""
+    return (
+        f"there is no config key {match[1]}"
+        + (f"; close to it are {', '.join(close)}" if close else "")
+        + ". The configs of PointRend, DeepLab and Panoptic-DeepLab are for the train_net.py of "
+        "those projects, as docs/in_your_project.md shows"
     )
 
 
