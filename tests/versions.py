@@ -58,6 +58,10 @@ needs_export = pytest.mark.skipif(
 needs_live_bytes = pytest.mark.skipif(
     TORCH < (2, 1), reason="storages of PyTorch 2.0 have no lasting object in Python"
 )
+keeps_no_filters = pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    reason="this PyTorch does not tell whether something else decides what graphs keep",
+)
 needs_assign = pytest.mark.skipif(
     TORCH < (2, 1), reason="load_state_dict of PyTorch 2.0 does not assign"
 )

@@ -4,6 +4,7 @@ Whatever is shared, results are those of plain convolutions whose weights go thr
 every call, with gradients by autograd (:func:`plain`).
 """
 
+import contextlib
 import copy
 import gc
 import io
@@ -21,10 +22,11 @@ from engine.two_ranks import run_two_ranks
 from oracles import standardized_weight
 from torch import nn
 from torch.func import functional_call
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from versions import needs_assign, needs_cpu_half, needs_cpu_processes
+from versions import keeps_no_filters, needs_assign, needs_cpu_half, needs_cpu_processes
 
 from wsbcn_d2 import WSConv2d, WSConvTranspose2d
 from wsbcn_d2.engine import accumulate_gradients
@@ -864,6 +866,82 @@ def test_saves_no_filters_for_the_backward_pass():
         conv(conv(conv(torch.randn(1, 4, 5, 5))))
     filters = [t for t in saved.values() if t.shape == conv.weight.shape]
     assert len(filters) == 1
+
+
+def filters_in_memory(convs):
+    """Indices of the convolutions whose standardized filters are held by anything at all."""
+    storages = [StorageWeakRef(c._standardized.value.untyped_storage()) for c in convs]
+    return lambda: [i for i, storage in enumerate(storages) if not storage.expired()]
+
+
+@keeps_no_filters
+def test_filters_go_when_the_backward_pass_begins(no_collector):
+    """All but those that it needs first, and these after their use."""
+    model = warmed_up(net(together=False))  # which would go together
+    convs = convolutions(model)
+    x = images()
+    hidden = model.stem(x).relu()
+    hidden.register_hook(lambda _: seen.append(alive()))
+    y = model.extra(model.stage(hidden)).tanh()
+    y.register_hook(lambda _: seen.append(alive()))
+    alive, seen = filters_in_memory(convs), []
+    with Count() as count:
+        model.last(y).square().mean().backward()
+    # of stem, twice and extra: before the backward pass of `extra`, and before that of the stem
+    assert seen == [[0, 1, 2], []]
+    assert count.forward == [1, 1]  # those of `extra` were still there
+    assert_same_gradients(model, plain_gradients(model, loss_of(x)))
+
+
+@keeps_no_filters
+def test_filters_are_made_again_together():
+    """Those of a group at a time; a convolution called twice has them once."""
+    model = warmed_up(net())
+    later = warmed_up(net())
+    x = images()
+    loss = loss_of(x)(lambda x: later(model(x).mean(1, keepdim=True).expand(-1, 3, -1, -1)))
+    model.zero_grad(), later.zero_grad()
+    with Count() as count:
+        loss.backward()
+    assert count.forward == [3]
+    stock, stock_later = plain(model), plain(later)
+    expected = torch.autograd.grad(
+        loss_of(x)(
+            lambda x: stock_later[1](stock[1](x).mean(1, keepdim=True).expand(-1, 3, -1, -1))
+        ),
+        list(stock[0].values()),
+    )
+    assert_same_gradients(model, dict(zip(stock[0], expected)))
+
+
+@keeps_no_filters
+def test_filters_are_the_same_when_made_again():
+    """To the last bit, in every dtype that autocast computes in."""
+    convs = [WSConv2d(8, 8, 3, padding=1) for _ in range(2)]
+    x = torch.randn(2, 8, 9, 9)
+    for autocast in (False, True):
+        gradients = []
+        for kept in (False, True):
+            for conv in convs:
+                conv.zero_grad()
+                conv.forget_standardized_weight()
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+            with hooks if kept else contextlib.nullcontext():
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    loss = convs[1](convs[0](x)).float().square().mean()
+            loss.backward()
+            gradients.append([conv.weight.grad for conv in convs])
+        for again, once in zip(*gradients):
+            assert torch.equal(again, once)
+
+
+def test_input_changed_before_the_backward_pass_is_an_error():
+    conv = WSConv2d(3, 8, 3)
+    x = images().float()
+    y = conv(x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 # ----------------------------------------------------------------- filters that keep scale and mean

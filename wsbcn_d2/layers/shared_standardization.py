@@ -13,11 +13,16 @@ standardized anew in any case.
 The convolutions of one model share the work (:func:`standardize_together`): the first that needs
 its filters has those of some megabytes of its neighbours standardized as well, by one operation,
 whose gradient is one operation too.
+
+The graph does not keep standardized filters (:func:`unsaved`), which would be a second copy of the
+weights while memory is fullest. They go when the backward pass comes to the first convolution, and
+those of some megabytes at a time are made once more as it reaches them.
 """
 
+import contextlib
 import weakref
 from types import TracebackType
-from typing import Any, Dict, Iterable, List, Optional, Tuple, Type
+from typing import Any, ContextManager, Dict, Iterable, List, Optional, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +40,9 @@ _GROUP_SIZE = 6_000_000
 
 _scope: Optional["StandardizeOnce"] = None
 
+# Those whose standardized filters a graph needs and does not keep, and that have not been let go.
+_unsaved: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
 # How many steps optimizers have made in this process.
 _steps = 0
 
@@ -49,7 +57,11 @@ if register_optimizer_step_post_hook is not None:
 
 
 class Standardized:
-    """The standardized filters of one convolution, and what they were made of."""
+    """The standardized filters of one convolution, and what they were made of.
+
+    Attributes:
+        value: None while there is no need of them.
+    """
 
     def __init__(
         self, weight: Tensor, eps: float, value: Tensor, mean: Tensor, rstd: Tensor
@@ -59,15 +71,30 @@ class Standardized:
         self.address = weight.data_ptr()
         self.steps = _steps
         self.eps = eps
-        self.value = value
-        self.value_version = value._version
+        self.dtype = value.dtype
+        self.hold(value)
         self.mean = mean
         self.rstd = rstd
         self.scope = None if _scope is None else _scope.token
         # Whether a backward pass has come by: the optimizer may now change the weight.
         self.used = False
+        # How many backward passes through the convolution are to come, as far as is known.
+        self.pending = 0
         # Collects the gradients of all but the last of several backward passes.
         self.leaf: Optional[Tensor] = None
+
+    def hold(self, value: Tensor) -> None:
+        """Takes ``value`` for the standardized filters."""
+        self.value: Optional[Tensor] = value
+        self.value_version = value._version
+
+    def check_weight(self) -> None:
+        """Raises RuntimeError if the weight is no longer what it was."""
+        if self.version != self.weight._version:
+            raise RuntimeError(
+                "the weight of a standardized convolution was changed in place between a forward "
+                "pass and its backward pass"
+            )
 
     def holds_for(self, weight: Tensor, eps: float, dtype: torch.dtype) -> bool:
         """Whether these are still the standardized filters of ``weight``."""
@@ -80,8 +107,8 @@ class Standardized:
             and self.address == weight.data_ptr()
             and (self.steps == _steps or not weight.requires_grad)
             and self.eps == eps
-            and self.value.dtype == dtype
-            and self.value_version == self.value._version
+            and self.dtype == dtype
+            and (self.value is None or self.value_version == self.value._version)
         )
 
 
@@ -208,6 +235,8 @@ def shared_standardized_weight(conv: nn.Module) -> Tensor:
         record = _standardize(conv, dtype)
         if record is None:
             return standardize_weight(weight, conv.eps)
+    elif record.value is None:
+        _restore(record, conv._neighbours)
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return record.value
     if _scope is not None and not _scope.last:
@@ -219,6 +248,122 @@ def shared_standardized_weight(conv: nn.Module) -> Tensor:
     if not in_backward():
         conv.__dict__["_in_graph"] = True
     return connected[1]
+
+
+def unsaved(conv: nn.Module, filters: Tensor) -> ContextManager[Any]:
+    """Context in which autograd does not keep the standardized filters of a convolution.
+
+    It keeps what they are made of, and they are made once more when the backward pass needs them.
+
+    Args:
+        conv: a weight-standardized convolution, which is called in the context.
+        filters: what :func:`shared_standardized_weight` gave for it.
+    """
+    connected = conv._connected
+    if (
+        connected is None
+        or connected[1] is not filters
+        or _scope is not None  # several passes share them, for each of which they would be made
+        or in_backward()  # so do the calls that activation checkpointing repeats
+        or _hooks_of_others()
+    ):
+        return contextlib.nullcontext()
+    kept = _Kept(conv, connected[0], filters)
+    return torch.autograd.graph.saved_tensors_hooks(kept.pack, _Kept.unpack)
+
+
+class _Kept:
+    """What a graph keeps of the standardized filters that one call of a convolution used."""
+
+    def __init__(self, conv: nn.Module, record: Standardized, filters: Tensor) -> None:
+        self._conv = weakref.ref(conv)  # a graph keeps tensors alive, and no modules
+        self._neighbours = conv._neighbours
+        self._record = record
+        self._address, self._shape = filters.data_ptr(), filters.shape
+        self._pending = False
+
+    def pack(self, saved: Tensor) -> Any:
+        if saved.data_ptr() != self._address or saved.shape != self._shape:
+            return saved, saved._version
+        if not self._pending:
+            self._pending = True
+            self._record.pending += 1
+            _unsaved.add(self._conv())
+        return self
+
+    @staticmethod
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, _Kept):
+            return packed._filters()
+        saved, version = packed
+        if saved._version != version:  # which autograd does not notice under hooks
+            raise RuntimeError(
+                "one of the variables needed for gradient computation, the input of a standardized "
+                "convolution, has been modified by an inplace operation"
+            )
+        return saved
+
+    def _filters(self) -> Tensor:
+        record, conv = self._record, self._conv()
+        _let_go(conv, self._neighbours)
+        if record.value is None:
+            _restore(record, self._neighbours)
+        value = record.value
+        if self._pending:  # else the graph was kept, and this is not its first backward pass
+            self._pending = False
+            record.pending -= 1
+        if not record.pending:
+            _drop(conv, record)
+        return value
+
+
+def _hooks_of_others() -> bool:
+    """Whether something else decides what autograd keeps, such as activation checkpointing."""
+    hooks = torch._C._autograd
+    if not hasattr(hooks, "_top_saved_tensors_default_hooks"):  # older PyTorch
+        return True
+    if not hooks._saved_tensors_hooks_is_enabled():
+        return True
+    return hooks._top_saved_tensors_default_hooks(False) is not None
+
+
+def _let_go(conv: Optional[nn.Module], neighbours: Iterable[nn.Module]) -> None:
+    """Drops the standardized filters of all convolutions but one and its neighbours."""
+    for other in list(_unsaved):
+        near = other is conv or (other._neighbours and other._neighbours is neighbours)
+        if other._standardized is not None and not near:
+            _drop(other, other._standardized)
+    _unsaved.clear()
+
+
+def _drop(conv: Optional[nn.Module], record: Standardized) -> None:
+    record.value = None
+    if conv is not None and conv._connected is not None and conv._connected[0] is record:
+        conv.__dict__["_connected"] = None
+
+
+def _restore(record: Standardized, neighbours: Iterable[nn.Module]) -> None:
+    """Makes dropped filters once more, with those of neighbours that will be needed next."""
+    record.check_weight()
+    records = [record]
+    for conv in neighbours:
+        other = conv._standardized
+        if (
+            other is not None
+            and other is not record
+            and other.value is None
+            and other.pending
+            and other.holds_for(conv.weight, conv.eps, record.dtype)
+            and other.weight.dtype == record.weight.dtype
+            and other.weight.device == record.weight.device
+        ):
+            records.append(other)
+    with torch.inference_mode(False), torch.no_grad():
+        values, _, _ = standardize_all(
+            [r.weight for r in records], [r.eps for r in records], record.dtype
+        )
+    for r, value in zip(records, values):
+        r.hold(value)
 
 
 def forget_standardized_weight(conv: nn.Module) -> None:
@@ -309,11 +454,7 @@ class _Connect(torch.autograd.Function):
 
 def _weight_gradients(records: List[Standardized], grads: List[Tensor]) -> List[Tensor]:
     for record in records:
-        if record.version != record.weight._version:
-            raise RuntimeError(
-                "the weight of a standardized convolution was changed in place between a forward "
-                "pass and its backward pass"
-            )
+        record.check_weight()
     if torch.is_grad_enabled():  # create_graph=True: the gradient must be differentiable
         return [
             torch.autograd.grad(

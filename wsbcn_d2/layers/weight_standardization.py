@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from ..ops import is_compiling, standardize_weight
 from .folded import refuse_folded
 from .fusion import normalize
-from .shared_standardization import forget_standardized_weight, shared_standardized_weight
+from .shared_standardization import (
+    forget_standardized_weight,
+    shared_standardized_weight,
+    unsaved,
+)
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
@@ -184,15 +188,24 @@ class WSConv2d(WeightStandardized, Conv2d):
         Returns:
             (N, C_out, H_out, W_out)
         """
-        x = self._conv_forward(x, self.standardized_weight(), self.bias)
         if torch.jit.is_scripting():
+            x = self._conv_forward(x, self.standardized_weight(), self.bias)
             if self.norm is not None:
                 x = self.norm(x)
             if self.activation is not None:
                 x = self.activation(x)
             return x
         else:
-            return normalize(x, self.norm, activation=self.activation)
+            return normalize(self.convolve(x), self.norm, activation=self.activation)
+
+    @torch.jit.unused
+    def convolve(self, x: Tensor) -> Tensor:
+        """The convolution alone, without what follows it."""
+        filters = self.standardized_weight()
+        if is_compiling() or torch.jit.is_tracing():
+            return self._conv_forward(x, filters, self.bias)
+        with unsaved(self, filters):
+            return self._conv_forward(x, filters, self.bias)
 
 
 class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
@@ -269,14 +282,18 @@ if issubclass(DeformConv, nn.Module):
 
         def forward(self, x: Tensor, offset: Tensor) -> Tensor:
             """The arguments are those of :class:`detectron2.layers.DeformConv`."""
-            return _with_weight(self, self.standardized_weight(), super().forward, x, offset)
+            filters = self.standardized_weight()
+            with unsaved(self, filters):
+                return _with_weight(self, filters, super().forward, x, offset)
 
     class WSModulatedDeformConv(WeightStandardized, ModulatedDeformConv):
         """A :class:`detectron2.layers.ModulatedDeformConv` with standardized filters."""
 
         def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
             """The arguments are those of :class:`detectron2.layers.ModulatedDeformConv`."""
-            return _with_weight(self, self.standardized_weight(), super().forward, x, offset, mask)
+            filters = self.standardized_weight()
+            with unsaved(self, filters):
+                return _with_weight(self, filters, super().forward, x, offset, mask)
 
     _STANDARDIZED[DeformConv] = WSDeformConv
     _STANDARDIZED[ModulatedDeformConv] = WSModulatedDeformConv

@@ -97,8 +97,11 @@ def _convolve(conv: nn.Module, x: Tensor, residual: Optional[Tensor] = None) -> 
     """``relu(conv(x) + residual)`` of a convolution with a normalization layer."""
     fusible = type(conv) in (Conv2d, WSConv2d) and conv.activation is None and not is_hooked(conv)
     if fusible and isinstance(conv.norm, BatchChannelNorm):
-        weight = conv.standardized_weight() if isinstance(conv, WSConv2d) else conv.weight
-        return normalize(conv._conv_forward(x, weight, conv.bias), conv.norm, residual, F.relu)
+        if isinstance(conv, WSConv2d):
+            x = conv.convolve(x)
+        else:
+            x = conv._conv_forward(x, conv.weight, conv.bias)
+        return normalize(x, conv.norm, residual, F.relu)
     out = conv(x)
     if residual is not None:
         out += residual
