@@ -58,8 +58,9 @@ needs_export = pytest.mark.skipif(
 needs_live_bytes = pytest.mark.skipif(
     TORCH < (2, 1), reason="storages of PyTorch 2.0 have no lasting object in Python"
 )
+KEEPS_NO_FILTERS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 keeps_no_filters = pytest.mark.skipif(
-    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    not KEEPS_NO_FILTERS,
     reason="this PyTorch does not tell whether something else decides what graphs keep",
 )
 needs_assign = pytest.mark.skipif(

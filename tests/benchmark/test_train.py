@@ -4,7 +4,7 @@ from detectron2.structures import pairwise_iou
 from detectron2.utils.events import EventStorage
 from detectron2_models import small_config
 from torchvision.ops import nms
-from versions import needs_live_bytes
+from versions import KEEPS_NO_FILTERS, needs_live_bytes
 
 from wsbcn_d2 import add_wsbcn_config
 from wsbcn_d2.benchmark.measure import saved_bytes
@@ -121,9 +121,11 @@ def test_memory_of_a_step():
         filters[name] = sum(4 * c.weight.numel() for c in it.standardized_convolutions())
     # Beside what autograd saves, some small results are alive.
     assert by_autograd <= ours <= 1.1 * by_autograd
-    # The standardized filters are what WS adds.
+    # WS adds two numbers a filter, or the standardized filters.
     added = measured["GN+WS"]["saved_bytes"] - measured["GN"]["saved_bytes"]
-    assert filters["GN"] == 0 and 0.95 * filters["GN+WS"] <= added <= 1.1 * filters["GN+WS"]
+    expected = 0.005 if KEEPS_NO_FILTERS else 1
+    assert filters["GN"] == 0
+    assert 0.8 * expected * filters["GN+WS"] <= added <= 1.1 * expected * filters["GN+WS"]
     assert measured["checkpointed"]["saved_bytes"] < measured["GN+WS"]["saved_bytes"]
     for name, memory in measured.items():
         gradients = (state[name] - 4) / 2  # as large as the parameters, which are half of it

@@ -26,7 +26,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from versions import keeps_no_filters, needs_assign, needs_cpu_half, needs_cpu_processes
+from versions import (
+    KEEPS_NO_FILTERS,
+    keeps_no_filters,
+    needs_assign,
+    needs_cpu_half,
+    needs_cpu_processes,
+)
 
 from wsbcn_d2 import WSConv2d, WSConvTranspose2d
 from wsbcn_d2.engine import accumulate_gradients
@@ -36,15 +42,21 @@ from wsbcn_d2.layers import StandardizeOnce, standardize_together
 
 
 class Count(TorchDispatchMode):
-    """How many weights each operation on filters was given."""
+    """How many weights each operation on filters was given.
+
+    Attributes:
+        forward, again: of standardizations, outside of backward passes and in them.
+        backward: of the gradients.
+    """
 
     def __init__(self):
         super().__init__()
-        self.forward, self.backward = [], []
+        self.forward, self.again, self.backward = [], [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.wsbcn_d2.standardize.default:
-            self.forward.append(len(args[0]))
+            in_backward = torch._C._current_graph_task_id() != -1
+            (self.again if in_backward else self.forward).append(len(args[0]))
         if func is torch.ops.wsbcn_d2.standardize_backward.default:
             self.backward.append(len(args[0]))
         return func(*args, **(kwargs or {}))
@@ -175,6 +187,7 @@ def test_once_a_step_in_a_real_model(base):
         with EventStorage(), Count() as count:
             sum(model([image]).values()).backward()
         assert count.forward == [len(convs)]
+        assert count.again == ([len(convs)] if step and KEEPS_NO_FILTERS else [])
         if step:  # the first finds out which convolutions a pass uses
             assert count.backward == [len(convs)]
         optimizer.step()
@@ -294,14 +307,17 @@ def test_unused_convolution_has_no_gradient():
 
 
 def test_two_forward_passes_before_two_backward_passes():
+    """The first time, the second comes unexpected, when filters have been let go."""
     model = warmed_up(net())
     a, b = loss_of(images()), loss_of(images(2), extra=False)
-    with Count() as count:
-        losses = [a(model), b(model)]
-        for loss in losses:
-            loss.backward()
-    assert count.forward == [3]
-    assert_same_gradients(model, plain_gradients(model, lambda call: a(call) + b(call)))
+    for first in (True, False):
+        model.zero_grad()
+        with Count() as count:
+            losses = [a(model), b(model)]
+            for loss in losses:
+                loss.backward()
+        assert count.forward == ([3, 1, 1] if first and KEEPS_NO_FILTERS else [3])
+        assert_same_gradients(model, plain_gradients(model, lambda call: a(call) + b(call)))
 
 
 def test_backward_passes_of_several_losses():
@@ -384,6 +400,7 @@ def test_activation_checkpointing(use_reentrant, each):
         with Count() as count:
             backward(model, loss_of(x, use_reentrant=use_reentrant, each=each))
         assert count.forward == [3]
+        assert count.again == ([3] if KEEPS_NO_FILTERS else [])
         assert_same_gradients(model, plain_gradients(model, loss_of(x)))
         with torch.no_grad():
             for p in model.parameters():
@@ -869,28 +886,48 @@ def test_saves_no_filters_for_the_backward_pass():
 
 
 def filters_in_memory(convs):
-    """Indices of the convolutions whose standardized filters are held by anything at all."""
+    """A function: indices of the convolutions whose standardized filters are still in memory."""
     storages = [StorageWeakRef(c._standardized.value.untyped_storage()) for c in convs]
     return lambda: [i for i, storage in enumerate(storages) if not storage.expired()]
 
 
 @keeps_no_filters
-def test_filters_go_when_the_backward_pass_begins(no_collector):
-    """All but those that it needs first, and these after their use."""
-    model = warmed_up(net(together=False))  # which would go together
+@pytest.mark.parametrize("steps", [0, 2])
+def test_filters_are_not_kept_for_the_backward_pass(steps, no_collector):
+    """They go with the last call of the forward pass or, in the first step, when the backward pass
+    begins; and again after their use."""
+    model = warmed_up(net(together=False), steps)  # those together would go together
     convs = convolutions(model)
+    seen = []
     x = images()
+    for conv in convs:
+        conv.standardized_weight()
+    alive = filters_in_memory(convs)
     hidden = model.stem(x).relu()
     hidden.register_hook(lambda _: seen.append(alive()))
     y = model.extra(model.stage(hidden)).tanh()
     y.register_hook(lambda _: seen.append(alive()))
-    alive, seen = filters_in_memory(convs), []
+    loss = model.last(y).square().mean()
     with Count() as count:
-        model.last(y).square().mean().backward()
+        loss.backward()
     # of stem, twice and extra: before the backward pass of `extra`, and before that of the stem
-    assert seen == [[0, 1, 2], []]
-    assert count.forward == [1, 1]  # those of `extra` were still there
+    assert seen == ([[], []] if steps else [[0, 1, 2], []])
+    assert count.again == ([1, 1, 1] if steps else [1, 1])
     assert_same_gradients(model, plain_gradients(model, loss_of(x)))
+
+
+@keeps_no_filters
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_filters_are_not_kept_by_activation_checkpointing(use_reentrant, no_collector):
+    model = warmed_up(net())
+    x = images()
+    for conv in convolutions(model):
+        conv.standardized_weight()
+    alive = filters_in_memory(convolutions(model))
+    loss = loss_of(x, use_reentrant=use_reentrant)(model)
+    assert alive() == []
+    loss.backward()
+    assert [c._standardized.value for c in convolutions(model)] == [None] * 3
 
 
 @keeps_no_filters
@@ -903,7 +940,7 @@ def test_filters_are_made_again_together():
     model.zero_grad(), later.zero_grad()
     with Count() as count:
         loss.backward()
-    assert count.forward == [3]
+    assert count.again == [3, 3]
     stock, stock_later = plain(model), plain(later)
     expected = torch.autograd.grad(
         loss_of(x)(

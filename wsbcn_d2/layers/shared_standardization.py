@@ -15,8 +15,9 @@ its filters has those of some megabytes of its neighbours standardized as well, 
 whose gradient is one operation too.
 
 The graph does not keep standardized filters (:func:`unsaved`), which would be a second copy of the
-weights while memory is fullest. They go when the backward pass comes to the first convolution, and
-those of some megabytes at a time are made once more as it reaches them.
+weights while memory is fullest. They go with the last call of the forward pass, by the number of
+calls in the one before, and those of some megabytes at a time are made once more as the backward
+pass reaches them.
 """
 
 import contextlib
@@ -37,6 +38,9 @@ from ..ops import in_backward, standardize_all, standardize_all_backward, standa
 # Values in the weights that are standardized together. Their gradients are ready together as well,
 # so the number is about that of a gradient bucket of DistributedDataParallel (25 MB).
 _GROUP_SIZE = 6_000_000
+
+# Whether PyTorch tells of hooks for saved tensors: older versions keep standardized filters.
+_HOOKS_ARE_KNOWN = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 
 _scope: Optional["StandardizeOnce"] = None
 
@@ -63,14 +67,13 @@ class Standardized:
         value: None while there is no need of them.
     """
 
-    def __init__(
-        self, weight: Tensor, eps: float, value: Tensor, mean: Tensor, rstd: Tensor
-    ) -> None:
+    def __init__(self, conv: nn.Module, value: Tensor, mean: Tensor, rstd: Tensor) -> None:
+        weight = conv.weight
         self.weight = weight
         self.version = weight._version
         self.address = weight.data_ptr()
         self.steps = _steps
-        self.eps = eps
+        self.eps = conv.eps
         self.dtype = value.dtype
         self.hold(value)
         self.mean = mean
@@ -78,7 +81,10 @@ class Standardized:
         self.scope = None if _scope is None else _scope.token
         # Whether a backward pass has come by: the optimizer may now change the weight.
         self.used = False
-        # How many backward passes through the convolution are to come, as far as is known.
+        # Calls of the convolution in forward passes of training: those to expect, those that have
+        # been, and those whose backward pass is to come.
+        self.expected_calls: int = conv._calls
+        self.calls = 0
         self.pending = 0
         # Collects the gradients of all but the last of several backward passes.
         self.leaf: Optional[Tensor] = None
@@ -236,7 +242,8 @@ def shared_standardized_weight(conv: nn.Module) -> Tensor:
         if record is None:
             return standardize_weight(weight, conv.eps)
     elif record.value is None:
-        _restore(record, conv._neighbours)
+        # before a backward pass, a call more than expected
+        _restore(record, conv._neighbours if in_backward() else ())
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return record.value
     if _scope is not None and not _scope.last:
@@ -256,19 +263,33 @@ def unsaved(conv: nn.Module, filters: Tensor) -> ContextManager[Any]:
     It keeps what they are made of, and they are made once more when the backward pass needs them.
 
     Args:
-        conv: a weight-standardized convolution, which is called in the context.
-        filters: what :func:`shared_standardized_weight` gave for it.
+        conv: a weight-standardized convolution in training, which is called in the context.
+        filters: what :func:`shared_standardized_weight` gave for this call.
     """
-    connected = conv._connected
+    record, connected = conv._standardized, conv._connected
+    in_graph = connected is not None and connected[1] is filters
     if (
-        connected is None
-        or connected[1] is not filters
+        not (_HOOKS_ARE_KNOWN and conv.training and conv.weight.requires_grad)
+        or record is None
+        or not (in_graph or record.value is filters)
         or _scope is not None  # several passes share them, for each of which they would be made
-        or in_backward()  # so do the calls that activation checkpointing repeats
-        or _hooks_of_others()
     ):
         return contextlib.nullcontext()
-    kept = _Kept(conv, connected[0], filters)
+    if in_backward():  # activation checkpointing repeats a call
+        record.pending = max(record.pending - 1, 0)
+        if not record.pending:
+            _drop(conv, record)
+        return contextlib.nullcontext()
+    record.pending += 1
+    record.calls += 1
+    conv.__dict__["_calls"] = record.calls
+    if record.calls == record.expected_calls:
+        _drop(conv, record)
+    else:
+        _unsaved.add(conv)
+    if not in_graph or _hooks_of_others():
+        return contextlib.nullcontext()
+    kept = _Kept(conv, record, filters)
     return torch.autograd.graph.saved_tensors_hooks(kept.pack, _Kept.unpack)
 
 
@@ -280,16 +301,12 @@ class _Kept:
         self._neighbours = conv._neighbours
         self._record = record
         self._address, self._shape = filters.data_ptr(), filters.shape
-        self._pending = False
+        self._pending = True
 
     def pack(self, saved: Tensor) -> Any:
-        if saved.data_ptr() != self._address or saved.shape != self._shape:
-            return saved, saved._version
-        if not self._pending:
-            self._pending = True
-            self._record.pending += 1
-            _unsaved.add(self._conv())
-        return self
+        if saved.data_ptr() == self._address and saved.shape == self._shape:
+            return self
+        return saved, saved._version
 
     @staticmethod
     def unpack(packed: Any) -> Tensor:
@@ -311,7 +328,7 @@ class _Kept:
         value = record.value
         if self._pending:  # else the graph was kept, and this is not its first backward pass
             self._pending = False
-            record.pending -= 1
+            record.pending = max(record.pending - 1, 0)
         if not record.pending:
             _drop(conv, record)
         return value
@@ -320,8 +337,6 @@ class _Kept:
 def _hooks_of_others() -> bool:
     """Whether something else decides what autograd keeps, such as activation checkpointing."""
     hooks = torch._C._autograd
-    if not hasattr(hooks, "_top_saved_tensors_default_hooks"):  # older PyTorch
-        return True
     if not hooks._saved_tensors_hooks_is_enabled():
         return True
     return hooks._top_saved_tensors_default_hooks(False) is not None
@@ -395,7 +410,7 @@ def _standardize(conv: nn.Module, dtype: torch.dtype) -> Optional[Standardized]:
         return None
     for c, (value, mean, rstd) in zip(convs, results):
         forget_standardized_weight(c)
-        c.__dict__["_standardized"] = Standardized(c.weight, c.eps, value, mean, rstd)
+        c.__dict__["_standardized"] = Standardized(c, value, mean, rstd)
     return conv._standardized
 
 
@@ -415,6 +430,7 @@ def _connect(conv: nn.Module, dtype: torch.dtype) -> None:
                 and other.weight.requires_grad
                 and _matches(other, conv)
                 and record is not None
+                and record.value is not None
                 and record.holds_for(other.weight, other.eps, dtype)
                 and (other._connected is None or other._connected[0] is not record)
                 and other._in_graph

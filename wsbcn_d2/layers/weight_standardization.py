@@ -18,11 +18,7 @@ from torch import Tensor, nn
 from ..ops import is_compiling, standardize_weight
 from .folded import refuse_folded
 from .fusion import normalize
-from .shared_standardization import (
-    forget_standardized_weight,
-    shared_standardized_weight,
-    unsaved,
-)
+from .shared_standardization import forget_standardized_weight, shared_standardized_weight, unsaved
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
@@ -42,8 +38,9 @@ class WeightStandardized(nn.Module):
     standardization keep their scale and mean (the adaptive variant of Qiao et al., DetectoRS,
     arXiv 2006.02334); they are constant.
 
-    The standardized filters are kept for as long as the weight stays the same. A change through
-    ``weight.data`` cannot be seen; after one, call :meth:`forget_standardized_weight`, unless a
+    The standardized filters are kept for as long as the weight stays the same, in training until the
+    forward pass has used them; the backward pass makes them again. A change through ``weight.data``
+    cannot be seen; after one, call :meth:`forget_standardized_weight`, unless a
     backward pass or a change between training and evaluation lies between it and the next use.
 
     Attributes:
@@ -61,6 +58,7 @@ class WeightStandardized(nn.Module):
     _connected = None
     _neighbours = ()
     _in_graph = False
+    _calls = 0
 
     def _init_standardization(self, eps: float) -> None:
         self.eps = eps
@@ -106,7 +104,7 @@ class WeightStandardized(nn.Module):
 
     def __getstate__(self) -> Dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("_standardized", "_connected", "_neighbours", "_in_graph"):
+        for name in ("_standardized", "_connected", "_neighbours", "_in_graph", "_calls"):
             state.pop(name, None)
         return state
 
