@@ -495,6 +495,12 @@ def first(last):
             ValueError,
             r"cannot convert 1\.1: .*8 output channels",
         ),
+        (
+            first([nn.Conv1d(C, C, 1), nn.GroupNorm(2, C)]),
+            "CN(groups=2)",
+            ValueError,
+            r"cannot convert 1\.1: .*follows a Conv1d, and not feature maps",
+        ),
         (first([Swish(C)]), "GN(groups=2)", TypeError, r"cannot convert 1\.0, .*Swish"),
         (
             first([nn.DataParallel(net(nn.BatchNorm2d(C)))]),

@@ -313,6 +313,11 @@ def test_training_from_a_lazy_config(tmp_path):
     assert (tmp_path / "out" / "model_final.pth").is_file()
 
 
+def test_keys_of_a_project_are_named():
+    with pytest.raises(KeyError, match="key that a project adds .*get_config_file"):
+        wsbcn_d2.model_zoo.get_config("Misc/Base-PointRend-RCNN-FPN.yaml")
+
+
 # ------------------------------------------------------------------------------------------- docs
 
 

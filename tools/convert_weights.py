@@ -17,7 +17,7 @@ from wsbcn_d2.weights import LAYOUTS, convert_state_dict, read_checkpoint
 from wsbcn_d2.weights.formulas import FORMULAS
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", required=True, help="the file of the other project")
     parser.add_argument("--config-file", required=True, help="config of the model to convert for")
@@ -36,11 +36,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.dry_run and not args.output:
         parser.error("--output or --dry-run is needed")
-    return args
-
-
-def main() -> int:
-    args = parse_args()
     cfg = get_cfg()
     wsbcn_d2.add_wsbcn_config(cfg)
     try:
@@ -49,11 +44,11 @@ def main() -> int:
         checkpoint = read_checkpoint(args.input)
         state, report = convert_state_dict(checkpoint, build_model(cfg), args.layout, args.formula)
     except (AssertionError, KeyError, OSError, TypeError, ValueError, YAMLError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     print(report)
     if report.missing:
-        print(f"error: {len(report.missing)} weights are missing", file=sys.stderr)
+        print(f"{parser.prog}: {len(report.missing)} weights are missing", file=sys.stderr)
         return 1
     if not args.dry_run:
         os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)

@@ -36,6 +36,14 @@ def add_wsbcn_config(cfg: CN) -> None:
     cfg.SOLVER.ACCUMULATE_STEPS = 1
 
 
+def require_wsbcn_config(cfg: CN) -> None:
+    """Raises KeyError if the config lacks the keys of :func:`add_wsbcn_config`."""
+    if "WSBCN" not in cfg.MODEL:
+        raise KeyError(
+            "MODEL.WSBCN is missing: call wsbcn_d2.add_wsbcn_config(cfg) after get_cfg()"
+        )
+
+
 def flatten_config(cfg: Mapping[str, Any], prefix: str = "") -> Dict[str, Any]:
     """The leaves of a config, by keys like ``MODEL.FPN.NORM``, behind ``prefix``."""
     flat: Dict[str, Any] = {}

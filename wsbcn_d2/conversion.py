@@ -37,6 +37,9 @@ _CONVERTED: Tuple[Type[nn.Module], ...] = (
 if hasattr(batch_norm, "LayerNorm"):  # newer than Detectron2 0.6
     _CONVERTED += (batch_norm.LayerNorm,)
 
+# A GroupNorm behind one of these has no feature maps of shape (N, C, H, W).
+_OF_OTHER_SHAPES = (nn.Linear, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d)
+
 
 @torch.no_grad()
 def convert(model: nn.Module, norm: str = "BCN+WS", *, keep_function: bool = False) -> nn.Module:
@@ -91,8 +94,9 @@ def convert(model: nn.Module, norm: str = "BCN+WS", *, keep_function: bool = Fal
 
     Raises:
         ValueError: if the norm option is unknown or its groups do not divide the channels, if a
-            layer does not follow a convolution that can be standardized, or if there is nothing to
-            convert. It names the layer, and the model is unchanged.
+            layer does not follow a convolution that can be standardized, if a GroupNorm follows
+            what gives no feature maps, or if there is nothing to convert. It names the layer, and
+            the model is unchanged.
         TypeError: if a layer is of a class derived from those above, or the model is within
             DistributedDataParallel or DataParallel. The model is unchanged.
     """
@@ -172,6 +176,8 @@ def _plan(model: nn.Module, option: NormOption, keep_function: bool) -> Iterator
         frozen = _is_frozen(norm, parent)
         convs: List[nn.Module] = []
         try:
+            for place in places:
+                _check_shape(place, norm)
             new = _successor(norm, option, levels.get(norm, 1), frozen)
             if option.weight_standardization:
                 convs = [_feeding_convolution(place, norm) for place in places]
@@ -214,6 +220,20 @@ def _levels_in_heads(model: nn.Module) -> Dict[nn.Module, int]:
         for subnet in (head.cls_subnet, head.bbox_subnet)
         for norm in subnet.children()
     }
+
+
+def _check_shape(place: _Place, norm: nn.Module) -> None:
+    _, parent, name = place
+    if parent is None or type(norm) is not nn.GroupNorm:  # others take feature maps only
+        return
+    siblings = list(parent._modules)
+    before = [parent._modules[key] for key in siblings[: siblings.index(name)]]
+    previous = next((module for module in reversed(before) if module is not None), parent)
+    if isinstance(previous, _OF_OTHER_SHAPES):
+        raise ValueError(
+            f"it follows a {type(previous).__name__}, and not feature maps of shape (N, C, H, W). "
+            "Other parts of the model can be converted one by one."
+        )
 
 
 def _feeding_convolution(place: _Place, norm: nn.Module) -> nn.Module:

@@ -71,5 +71,11 @@ def get_config(config_path: str) -> Union[CfgNode, DictConfig]:
         return LazyConfig.load(path)
     cfg = get_cfg()
     add_wsbcn_config(cfg)
-    cfg.merge_from_file(path)
+    try:
+        cfg.merge_from_file(path)
+    except KeyError as error:
+        raise KeyError(
+            f"{config_path} has a key that a project adds ({error.args[0]}): merge "
+            "get_config_file(...) into a config with the keys of the project"
+        ) from error
     return cfg

@@ -46,10 +46,10 @@ def results(runs, tmp_path):
     return compare_runs(runs, labels, annotations=annotations, num_draws=DRAWS, seed=2)
 
 
-def draws_of(run, tmp_path, metric="AP", kind="bbox"):
+def draws_of(run, tmp_path, metric="AP", kind="bbox", seed=2):
     evaluation = CocoEvaluation(COCO(str(tmp_path / "truth.json")), run.load_predictions(), kind)
     value = evaluation.evaluate()[metric][0]
-    return value, evaluation.evaluate(resample_images(12, DRAWS, seed=2))[metric]
+    return value, evaluation.evaluate(resample_images(12, DRAWS, seed=seed))[metric]
 
 
 def assert_interval(entry, value, draws):
@@ -77,6 +77,27 @@ def test_intervals_of_runs_groups_and_differences(runs, results, tmp_path):
         -entry["high"],
         -entry["low"],
     ]
+
+
+def test_interval_of_an_ap_has_no_negative_end(tmp_path):
+    """A run that finds one object of all; beside it one that finds all."""
+    content, _ = random_coco()
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    keys = ("image_id", "category_id", "bbox", "segmentation")
+    found = [{k: a[k] for k in keys} for a in content["annotations"] if not a["iscrowd"]]
+    for name, part in (("one", found[8:9]), ("all", found)):
+        (tmp_path / name / "inference").mkdir(parents=True)
+        path = tmp_path / name / "inference" / "coco_instances_results.json"
+        path.write_text(json.dumps([{**f, "score": 0.9} for f in part]))
+    runs = [read_run(str(tmp_path / name)) for name in ("one", "all")]
+    results = compare_runs(
+        runs, ["one", "all"], annotations=str(tmp_path / "truth.json"), num_draws=DRAWS
+    )
+    value, draws = draws_of(runs[0], tmp_path, seed=0)
+    entry = results["groups"][0]["ap"]["bbox"]["AP"]
+    assert np.percentile(draws, 2.5) - draws.mean() < -value < 0 == entry["low"]
+    entry = difference(results, "one", "all")["bbox"]["AP"]
+    assert entry["low"] < entry["value"] < entry["high"] < 0
 
 
 def test_a_run_against_itself_does_not_differ(runs, tmp_path):

@@ -105,6 +105,7 @@ def test_labels_are_norms_and_what_else_differs(tmp_path):
             ours=True,
         ),
         make_run(tmp_path / "mixed", "MODEL.FPN.NORM", "BN"),
+        make_run(tmp_path / "half", "SOLVER.AMP.ENABLED", "True"),
         make_run(tmp_path / "nameless"),
     ]
     (folders[-1] / "config.yaml").unlink()
@@ -114,9 +115,10 @@ def test_labels_are_norms_and_what_else_differs(tmp_path):
         "GN, BASE_LR=0.5",
         "BCN+WS, UPDATE_RATE_SCHEDULE=lr",
         "GN, FPN BN",
+        "GN, SOLVER.AMP.ENABLED=True",
         "nameless",
     ]
-    assert label_by_folder(runs) == ["gn", "gn", "gn", "fast", "slow", "mixed", "nameless"]
+    assert label_by_folder(runs) == ["gn", "gn", "gn", "fast", "slow", "mixed", "half", "nameless"]
 
 
 def test_a_config_that_is_none_of_detectron2(tmp_path):

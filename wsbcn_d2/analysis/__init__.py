@@ -7,7 +7,7 @@
 - :mod:`.comparison` puts runs side by side, and :mod:`.comparison_page` shows it,
 - :mod:`.norms` and :mod:`.probe` look into a model, :mod:`.norm_analysis` into a checkpoint, and
   :mod:`.norms_page` shows it,
-- :mod:`.page` is what both pages are made of.
+- :mod:`.page` is what both pages are made of, and :mod:`.files` reads their JSON files.
 """
 
 from .coco import CocoEvaluation, resample_images

@@ -28,6 +28,7 @@ from ..data import check_datasets
 from ..engine.checkpoint import atomic_write
 from ..version import __version__
 from .coco import IOU_TYPES, METRICS, CocoEvaluation, resample_images
+from .files import load_kind
 from .runs import Run
 
 Results = Dict[str, Any]  # what is written to JSON
@@ -157,14 +158,7 @@ def load_results(path: str) -> Results:
         OSError: if the file cannot be read.
         ValueError: if it holds something else.
     """
-    with open(path) as file:
-        try:
-            results = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(results, dict) or results.get("kind") != KIND:
-        raise ValueError(f'{path} is not the JSON file of a comparison: its "kind" is not {KIND!r}')
-    return results
+    return load_kind(path, KIND)
 
 
 def difference(results: Results, of: str, minus: str) -> Dict[str, Dict[str, Dict[str, Any]]]:
@@ -226,7 +220,7 @@ class _Group:
         return {
             kind: {
                 metric: {
-                    **_interval(float(np.mean(values)), self.draws.get(kind, {}).get(metric)),
+                    **_ap_interval(float(np.mean(values)), self.draws.get(kind, {}).get(metric)),
                     "sd": _number(np.std(values, ddof=1)) if len(values) > 1 else None,
                     "seeds": [_number(v) for v in values],
                 }
@@ -286,6 +280,15 @@ def _interval(value: float, draws: Optional[np.ndarray]) -> Dict[str, Any]:
         tail = (100 - CONFIDENCE) / 2
         low, high = value + np.nanpercentile(draws, [tail, 100 - tail]) - np.nanmean(draws)
     return {"value": _number(value), "low": _number(low), "high": _number(high)}
+
+
+def _ap_interval(value: float, draws: Optional[np.ndarray]) -> Dict[str, Any]:
+    """The interval of an AP, which is not below 0 nor above 100."""
+    entry = _interval(value, draws)
+    for end in ("low", "high"):
+        if entry[end] is not None:
+            entry[end] = min(max(entry[end], 0.0), 100.0)
+    return entry
 
 
 def _command() -> str:
@@ -406,7 +409,7 @@ def _with_intervals(
     values: Dict[str, Dict[str, float]], draws: _Draws
 ) -> Dict[str, Dict[str, Dict[str, Any]]]:
     return {
-        kind: {m: _interval(v, draws.get(kind, {}).get(m)) for m, v in metrics.items()}
+        kind: {m: _ap_interval(v, draws.get(kind, {}).get(m)) for m, v in metrics.items()}
         for kind, metrics in values.items()
     }
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..engine.checkpoint import atomic_write
 from ..engine.statistics import seeded_batches
+from .files import load_kind
 from .norms import analyze_layers, estimate_drift, filter_statistics
 from .probe import STEPS, probe_loss
 
@@ -161,14 +162,7 @@ def load_analyses(path: str) -> List[Analysis]:
         OSError: if the file cannot be read.
         ValueError: if it holds something else.
     """
-    with open(path) as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(content, dict) or content.get("kind") != KIND:
-        raise ValueError(f'{path} is not the JSON file of an analysis: its "kind" is not {KIND!r}')
-    return content["models"]
+    return load_kind(path, KIND)["models"]
 
 
 def _list(values: Any) -> Optional[List[Optional[float]]]:

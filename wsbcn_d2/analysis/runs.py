@@ -158,6 +158,7 @@ def label_by_config(runs: Sequence[Run]) -> List[str]:
         if len(values) > 1:
             differing.append((key, values.most_common(1)[0][0]))
     short = Counter(key.rsplit(".", 1)[-1] for key, _ in differing)
+    short["ENABLED"] += 1  # says nothing on its own
     labels = []
     for run, own in zip(runs, settings):
         if not own:

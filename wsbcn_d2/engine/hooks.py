@@ -12,6 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..config import require_wsbcn_config
 from .statistics import (
     named_batch_channel_norms,
     recalibrate_estimates,
@@ -303,10 +304,7 @@ def build_hooks(cfg: CfgNode, trainer: DefaultTrainer) -> List[HookBase]:
     Raises:
         KeyError: if the config lacks these keys.
     """
-    if "WSBCN" not in cfg.MODEL:
-        raise KeyError(
-            "MODEL.WSBCN is missing: call wsbcn_d2.add_wsbcn_config(cfg) after get_cfg()"
-        )
+    require_wsbcn_config(cfg)
     model = trainer.model
     if next(named_batch_channel_norms(model), None) is None:
         return []

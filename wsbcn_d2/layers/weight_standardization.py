@@ -38,9 +38,9 @@ class WeightStandardized(nn.Module):
     standardization keep their scale and mean (the adaptive variant of Qiao et al., DetectoRS,
     arXiv 2006.02334); they are constant.
 
-    The standardized filters are kept for as long as the weight stays the same, in training until the
-    forward pass has used them; the backward pass makes them again. A change through ``weight.data``
-    cannot be seen; after one, call :meth:`forget_standardized_weight`, unless a
+    The standardized filters are kept for as long as the weight stays the same, in training until
+    the forward pass has used them; the backward pass makes them again. A change through
+    ``weight.data`` cannot be seen; after one, call :meth:`forget_standardized_weight`, unless a
     backward pass or a change between training and evaluation lies between it and the next use.
 
     Attributes:

@@ -13,6 +13,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import require_wsbcn_config
 from .blocks import fuse_blocks_
 
 
@@ -42,10 +43,7 @@ def build_wsbcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     Raises:
         KeyError: if the config lacks the keys of :func:`wsbcn_d2.add_wsbcn_config`.
     """
-    if "WSBCN" not in cfg.MODEL:
-        raise KeyError(
-            "MODEL.WSBCN is missing: call wsbcn_d2.add_wsbcn_config(cfg) after get_cfg()"
-        )
+    require_wsbcn_config(cfg)
     resnet = build_resnet_backbone(cfg, input_shape)
     fuse_blocks_(resnet)
     if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
