@@ -316,7 +316,7 @@ def test_two_forward_passes_before_two_backward_passes():
             losses = [a(model), b(model)]
             for loss in losses:
                 loss.backward()
-        assert count.forward == ([3, 1, 1] if first and KEEPS_NO_FILTERS else [3])
+        assert count.forward == ([3, 1, 1, 1] if first and KEEPS_NO_FILTERS else [3])
         assert_same_gradients(model, plain_gradients(model, lambda call: a(call) + b(call)))
 
 
@@ -928,6 +928,23 @@ def test_filters_are_not_kept_by_activation_checkpointing(use_reentrant, no_coll
     assert alive() == []
     loss.backward()
     assert [c._standardized.value for c in convolutions(model)] == [None] * 3
+
+
+@keeps_no_filters
+def test_filters_are_not_kept_after_a_loss_for_validation(no_collector):
+    """Forward passes in training mode without gradient, between two steps."""
+    model = warmed_up(net())
+    for _ in range(2):
+        with torch.no_grad():
+            for _ in range(3):
+                loss_of(images())(model)
+        loss = loss_of(images())(model)
+        assert [c._standardized.value for c in convolutions(model)] == [None] * 3
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for conv in convolutions(model):
+                conv.weight.mul_(1.1)
 
 
 @keeps_no_filters

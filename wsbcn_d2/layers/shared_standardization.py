@@ -276,14 +276,11 @@ def unsaved(conv: nn.Module, filters: Tensor) -> ContextManager[Any]:
     ):
         return contextlib.nullcontext()
     if in_backward():  # activation checkpointing repeats a call
-        record.pending = max(record.pending - 1, 0)
-        if not record.pending:
-            _drop(conv, record)
+        _finish_call(conv, record)
         return contextlib.nullcontext()
     record.pending += 1
     record.calls += 1
-    conv.__dict__["_calls"] = record.calls
-    if record.calls == record.expected_calls:
+    if 0 < record.expected_calls <= record.calls:
         _drop(conv, record)
     else:
         _unsaved.add(conv)
@@ -328,10 +325,21 @@ class _Kept:
         value = record.value
         if self._pending:  # else the graph was kept, and this is not its first backward pass
             self._pending = False
-            record.pending = max(record.pending - 1, 0)
-        if not record.pending:
+            _finish_call(conv, record)
+        elif not record.pending:
             _drop(conv, record)
         return value
+
+
+def _finish_call(conv: Optional[nn.Module], record: Standardized) -> None:
+    """Notes that the backward pass of a call is there, and drops the filters with the last one."""
+    record.pending = max(record.pending - 1, 0)
+    if record.pending:
+        return
+    _drop(conv, record)
+    if conv is not None:
+        # Not in the forward pass: that of a loss for validation has no backward pass.
+        conv.__dict__["_calls"] = record.calls
 
 
 def _hooks_of_others() -> bool:
