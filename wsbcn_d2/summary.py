@@ -19,7 +19,8 @@ def summarize(model: nn.Module) -> str:
     if standardized:
         counts = {name: _count_convolutions(child) for name, child in model.named_children()}
         where = ", ".join(f"{name} {ws} of {n}" for name, (n, ws) in counts.items() if n)
-        parts.append(f"weight standardization in {standardized} of {total} convolutions ({where})")
+        where = where and f" ({where})"
+        parts.append(f"weight standardization in {standardized} of {total} convolutions{where}")
     norms = Counter(
         f"BatchChannelNorm({m.mode})" if isinstance(m, BatchChannelNorm) else "ChannelNorm"
         for m in model.modules()

@@ -56,7 +56,7 @@ def test_file_that_is_no_config(tmp_path, text):
 
 
 def test_evaluation_needs_weights(config_file):
-    with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty: an evaluation needs"):
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty, and must name the checkpoint"):
         load_config(config_file, eval_only=True)
 
 

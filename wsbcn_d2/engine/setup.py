@@ -133,8 +133,8 @@ def _check_weights(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
         return
     if eval_only and not path:
         raise ConfigError(
-            "MODEL.WEIGHTS is empty: an evaluation needs a checkpoint there, or --resume and one "
-            f"in OUTPUT_DIR, {cfg.OUTPUT_DIR!r}"
+            "MODEL.WEIGHTS is empty, and must name the checkpoint (tools/train_net.py --resume "
+            f"takes that of OUTPUT_DIR, {cfg.OUTPUT_DIR!r})"
         )
     if path and "://" not in path and not os.path.isfile(path):
         raise ConfigError(
