@@ -96,25 +96,32 @@ class Standardized:
 
     def check_weight(self) -> None:
         """Raises RuntimeError if the weight is no longer what it was."""
-        if self.version != self.weight._version:
+        if self.version != self.weight._version or self.address != self.weight.data_ptr():
             raise RuntimeError(
-                "the weight of a standardized convolution was changed in place between a forward "
-                "pass and its backward pass"
+                "the weight of a standardized convolution was changed in place, or its data "
+                "exchanged, between a forward pass and its backward pass"
             )
+
+    def is_made_of(self, weight: Tensor, eps: float, dtype: torch.dtype) -> bool:
+        """Whether ``weight`` is what it was when these were made of it."""
+        return (
+            self.weight is weight
+            and self.version == weight._version
+            and self.address == weight.data_ptr()
+            and self.eps == eps
+            and self.dtype == dtype
+        )
 
     def holds_for(self, weight: Tensor, eps: float, dtype: torch.dtype) -> bool:
         """Whether these are still the standardized filters of ``weight``."""
         within_step = in_backward() or (_scope is not None and _scope.token is self.scope)
         if self.used and not within_step:
             return False
+        value = self.value
         return (
-            self.weight is weight
-            and self.version == weight._version
-            and self.address == weight.data_ptr()
+            self.is_made_of(weight, eps, dtype)
             and (self.steps == _steps or not weight.requires_grad)
-            and self.eps == eps
-            and self.dtype == dtype
-            and (self.value is None or self.value_version == self.value._version)
+            and (value is None or self.value_version == value._version)
         )
 
 
@@ -211,16 +218,17 @@ class StandardizeOnce:
                 kinds.setdefault(kind, []).append(record)
         for records in kinds.values():
             with torch.enable_grad():
-                outputs = _Connect.apply(records, *(r.weight for r in records))
-            torch.autograd.backward(outputs, [r.leaf.grad.to(r.value.dtype) for r in records])
+                values = [r.leaf.detach().to(r.dtype) for r in records]
+                outputs = _Connect.apply(records, values, *(r.weight for r in records))
+            torch.autograd.backward(outputs, [r.leaf.grad.to(r.dtype) for r in records])
             for record in records:
                 record.leaf = None
 
-    def leaf_of(self, record: Standardized) -> Tensor:
+    def leaf_of(self, record: Standardized, value: Tensor) -> Tensor:
         """The standardized filters as the end of the graph of a pass that is not the last."""
         if record.leaf is None:
             # In the dtype of the weight, so that gradients are not summed in half precision.
-            leaf = record.value.detach().to(record.weight.dtype)
+            leaf = value.detach().to(record.weight.dtype)
             record.leaf = leaf.requires_grad_()
             self._collecting.append(record)
         return record.leaf
@@ -241,17 +249,14 @@ def shared_standardized_weight(conv: nn.Module) -> Tensor:
         record = _standardize(conv, dtype)
         if record is None:
             return standardize_weight(weight, conv.eps)
-    elif record.value is None:
-        # before a backward pass, a call more than expected
-        _restore(record, conv._neighbours if in_backward() else ())
+    value = _value_of(record, conv._neighbours)
     if not (weight.requires_grad and torch.is_grad_enabled()):
-        return record.value
+        return value
     if _scope is not None and not _scope.last:
-        return _scope.leaf_of(record)
+        return _scope.leaf_of(record, value)
     connected = conv._connected
     if connected is None or connected[0] is not record:
-        _connect(conv, dtype)
-        connected = conv._connected
+        connected = _connect(conv, record, value)
     if not in_backward():
         conv.__dict__["_in_graph"] = True
     return connected[1]
@@ -269,18 +274,21 @@ def unsaved(conv: nn.Module, filters: Tensor) -> ContextManager[Any]:
     record, connected = conv._standardized, conv._connected
     in_graph = connected is not None and connected[1] is filters
     if (
-        not (_HOOKS_ARE_KNOWN and conv.training and conv.weight.requires_grad)
-        or record is None
+        record is None
         or not (in_graph or record.value is filters)
+        or not (_HOOKS_ARE_KNOWN and conv.training and record.weight.requires_grad)
         or _scope is not None  # several passes share them, for each of which they would be made
     ):
         return contextlib.nullcontext()
     if in_backward():  # activation checkpointing repeats a call
-        _finish_call(conv, record)
+        if record.pending:
+            _finish_call(conv, record)
+        else:
+            _unsaved.add(conv)
         return contextlib.nullcontext()
     record.pending += 1
     record.calls += 1
-    if 0 < record.expected_calls <= record.calls:
+    if record.calls == record.expected_calls:
         _drop(conv, record)
     else:
         _unsaved.add(conv)
@@ -320,9 +328,12 @@ class _Kept:
     def _filters(self) -> Tensor:
         record, conv = self._record, self._conv()
         _let_go(conv, self._neighbours)
-        if record.value is None:
-            _restore(record, self._neighbours)
-        value = record.value
+        value = _value_of(record, self._neighbours)
+        if record.value_version != value._version:
+            raise RuntimeError(
+                "the standardized filters of a convolution have been modified by an inplace "
+                "operation, between a forward pass and its backward pass"
+            )
         if self._pending:  # else the graph was kept, and this is not its first backward pass
             self._pending = False
             _finish_call(conv, record)
@@ -334,12 +345,8 @@ class _Kept:
 def _finish_call(conv: Optional[nn.Module], record: Standardized) -> None:
     """Notes that the backward pass of a call is there, and drops the filters with the last one."""
     record.pending = max(record.pending - 1, 0)
-    if record.pending:
-        return
-    _drop(conv, record)
-    if conv is not None:
-        # Not in the forward pass: that of a loss for validation has no backward pass.
-        conv.__dict__["_calls"] = record.calls
+    if not record.pending:
+        _drop(conv, record)
 
 
 def _hooks_of_others() -> bool:
@@ -365,9 +372,17 @@ def _drop(conv: Optional[nn.Module], record: Standardized) -> None:
         conv.__dict__["_connected"] = None
 
 
-def _restore(record: Standardized, neighbours: Iterable[nn.Module]) -> None:
-    """Makes dropped filters once more, with those of neighbours that will be needed next."""
+def _value_of(record: Standardized, neighbours: Iterable[nn.Module]) -> Tensor:
+    """The standardized filters, which are made once more if they have been dropped.
+
+    With them those of neighbours: in a backward pass those that it will need next, and in a forward
+    pass, which calls convolutions more often than was expected, all.
+    """
+    value = record.value
+    if value is not None:
+        return value
     record.check_weight()
+    only_pending = in_backward() and record.pending > 0
     records = [record]
     for conv in neighbours:
         other = conv._standardized
@@ -375,8 +390,8 @@ def _restore(record: Standardized, neighbours: Iterable[nn.Module]) -> None:
             other is not None
             and other is not record
             and other.value is None
-            and other.pending
-            and other.holds_for(conv.weight, conv.eps, record.dtype)
+            and (other.pending or not only_pending)
+            and other.is_made_of(conv.weight, conv.eps, record.dtype)
             and other.weight.dtype == record.weight.dtype
             and other.weight.device == record.weight.device
         ):
@@ -387,10 +402,14 @@ def _restore(record: Standardized, neighbours: Iterable[nn.Module]) -> None:
         )
     for r, value in zip(records, values):
         r.hold(value)
+    return values[0]
 
 
 def forget_standardized_weight(conv: nn.Module) -> None:
     """Makes the next call standardize anew."""
+    record = conv._standardized
+    if record is not None and record.used:  # forward passes alone say nothing of the next step
+        conv.__dict__["_calls"] = record.calls
     conv.__dict__["_standardized"] = None
     conv.__dict__["_connected"] = None
 
@@ -404,8 +423,9 @@ def _standardize(conv: nn.Module, dtype: torch.dtype) -> Optional[Standardized]:
     convs = [conv] + [
         other
         for other in conv._neighbours
-        if other is not conv
-        and _matches(other, conv)
+        if other is not conv and _matches(other, conv)
+        # Of GPU kernels all results are in one buffer: those of frozen filters would keep it.
+        and other.weight.requires_grad == conv.weight.requires_grad
         and (
             other._standardized is None
             or not other._standardized.holds_for(other.weight, other.eps, dtype)
@@ -422,33 +442,35 @@ def _standardize(conv: nn.Module, dtype: torch.dtype) -> Optional[Standardized]:
     return conv._standardized
 
 
-def _connect(conv: nn.Module, dtype: torch.dtype) -> None:
+def _connect(conv: nn.Module, record: Standardized, value: Tensor) -> Tuple[Standardized, Tensor]:
     """Gives the standardized filters of a convolution a place in the graph.
 
     Those of its neighbours that the graph of the last pass contained share it. Others must not: a
     backward pass visits every weight behind a node, and DistributedDataParallel would take that of
     a stage under reentrant checkpointing, which has a graph of its own, for done.
     """
-    convs = [conv]
+    convs, records, values = [conv], [record], [value]
     if not in_backward():
         for other in conv._neighbours:
-            record = other._standardized
+            near = other._standardized
+            near_value = None if near is None else near.value
             if (
                 other is not conv
                 and other.weight.requires_grad
                 and _matches(other, conv)
-                and record is not None
-                and record.value is not None
-                and record.holds_for(other.weight, other.eps, dtype)
-                and (other._connected is None or other._connected[0] is not record)
+                and near_value is not None
+                and near.holds_for(other.weight, other.eps, record.dtype)
+                and (other._connected is None or other._connected[0] is not near)
                 and other._in_graph
             ):
                 other.__dict__["_in_graph"] = False
                 convs.append(other)
-    records = [c._standardized for c in convs]
-    outputs = _Connect.apply(records, *(c.weight for c in convs))
-    for c, record, output in zip(convs, records, outputs):
-        c.__dict__["_connected"] = (record, output)
+                records.append(near)
+                values.append(near_value)
+    outputs = _Connect.apply(records, values, *(c.weight for c in convs))
+    for c, r, output in zip(convs, records, outputs):
+        c.__dict__["_connected"] = (r, output)
+    return record, outputs[0]
 
 
 class _Connect(torch.autograd.Function):
@@ -459,10 +481,12 @@ class _Connect(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, records: List[Standardized], *weights: Tensor) -> Tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, records: List[Standardized], values: List[Tensor], *weights: Tensor
+    ) -> Tuple[Tensor, ...]:
         ctx.records = records
         ctx.set_materialize_grads(False)
-        return tuple(record.value.view_as(record.value) for record in records)
+        return tuple(value.view_as(value) for value in values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
@@ -473,7 +497,7 @@ class _Connect(torch.autograd.Function):
             outputs[i] = result
         for record in ctx.records:
             record.used = True
-        return (None, *outputs)
+        return (None, None, *outputs)
 
 
 def _weight_gradients(records: List[Standardized], grads: List[Tensor]) -> List[Tensor]:
