@@ -408,7 +408,8 @@ def _value_of(record: Standardized, neighbours: Iterable[nn.Module]) -> Tensor:
 def forget_standardized_weight(conv: nn.Module) -> None:
     """Makes the next call standardize anew."""
     record = conv._standardized
-    if record is not None and record.used:  # forward passes alone say nothing of the next step
+    # Neither forward passes alone nor other uses of the filters say anything of the next step.
+    if record is not None and record.used and record.calls:
         conv.__dict__["_calls"] = record.calls
     conv.__dict__["_standardized"] = None
     conv.__dict__["_connected"] = None
