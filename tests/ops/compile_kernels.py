@@ -16,7 +16,7 @@ HALF = ("x_ptr", "y_ptr", "residual_ptr", "grad_ptr", "grad_x_ptr", "grad_residu
 POINTERS = {"starts_ptr": "*i64", "skipped_ptr": "*i64", "eps_ptr": "*fp64", "out_ptr": "*fp32"}
 FLOATS = ("values", "group_values", "update_rate", "eps")
 # Arguments that can be 1, for which Triton compiles a variant with the constant in their place.
-ONES = ("channels", "groups", "pixels", "tiles", "rows", "part", "parts", "stride_n", "stride_c")
+ONES = ("channels", "groups", "pixels", "tiles", "rows", "part", "parts")
 ACTIVATION = [
     {"HAS_RESIDUAL": residual, "FROM_OUTPUT": output, "RELU": relu}
     for residual, output, relu in (
@@ -32,9 +32,13 @@ VARIANTS = {
     "_moments_kernel": [{}],
     "_pool_kernel": [{"AROUND_ESTIMATE": e, "BLOCK_R": 64, "BLOCK_C": 16} for e in (True, False)],
     "_forward_tables_kernel": [
-        {"UPDATE": update, "BLOCK_ALL": 512, **TABLES} for update in (True, False)
+        {"UPDATE": update, "POOL": pool, "BLOCK_R": 16, "BLOCK_ALL": 256, **TABLES}
+        for update, pool in ((True, True), (True, False), (False, False))
     ],
-    "_apply_kernel": ACTIVATION,
+    "_apply_kernel": [
+        {**activation, "UPDATE": update}
+        for activation, update in zip(ACTIVATION, (True, False, True, False, True))
+    ],
     "_sums_kernel": ACTIVATION,
     "_backward_tables_kernel": [TABLES],
     "_input_grad_kernel": ACTIVATION,
@@ -65,14 +69,15 @@ def main():
         target = GPUTarget("cuda", capability, 32)
         for name, variants in VARIANTS.items():
             for variant in variants:
-                # long rows, many channels, RoIs, one value
+                # long rows, channels_last, RoIs, one value
                 for tile in ((1, 2048), (128, 16), (32, 64), (1, 1)):
                     if "BLOCK_C" not in kernels.__dict__[name].arg_names or "BLOCK_C" in variant:
                         tile = None
                     constants = {"COMPUTE": tl.float32, **variant}
                     if tile is not None:
                         constants.update(BLOCK_C=tile[0], BLOCK_P=tile[1])
-                    ones = ONES if tile in (None, (1, 1)) else ("stride_p",)
+                        constants["CHANNELS_LAST"] = tile == (128, 16)
+                    ones = ONES if tile in (None, (1, 1)) else ()
                     half = "*fp16" if capability == 70 else "*bf16"
                     ptx = compile_kernel(getattr(kernels, name), constants, half, ones, target)
                     assert "st.global" in ptx

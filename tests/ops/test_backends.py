@@ -98,6 +98,23 @@ def test_pixels_are_divided_in_two_of_the_cases(backend):
     assert sum(n > 1 for n in parts) >= 2
 
 
+@pytest.mark.parametrize("shape,memory_format", [((3, 12, 5, 4), LAST), ((1, 3, 97, 90), NCHW)])
+def test_many_moments_are_pooled_by_a_kernel_of_their_own(
+    backend, monkeypatch, shape, memory_format
+):
+    if backend != "triton":
+        pytest.skip("of Triton")
+    monkeypatch.setattr("wsbcn_d2.ops.triton_kernels._FEW_MOMENTS", 0)
+    inputs = activation(shape, 3, F32, memory_format)
+    grad = random(shape, F32)
+    assert_same(run(inputs, grad, **ESTIMATE), expected(inputs, grad, **ESTIMATE), TOLERANCE[F32])
+    inputs[0][0, 1, 2, 3] = float("nan")
+    ours = run(inputs, grad, **ESTIMATE)
+    assert ours["skipped"] == 1 and ours["seen"] == 0
+    for name, estimate in zip(("mean", "var"), inputs[5:]):
+        torch.testing.assert_close(ours[name], estimate.double().cpu(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("batch_statistics", [False, True])
 def test_far_from_zero(batch_statistics):
     """1000 +- 0.01 in float32, whose steps are 6e-5 there."""

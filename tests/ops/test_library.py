@@ -6,6 +6,7 @@ import pytest
 import torch
 from ops.cases import make_inputs, with_grad
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from versions import TRITON_INTERPRETS, needs_compile, needs_opcheck
 
 from wsbcn_d2 import BatchChannelNorm, WSConv2d
@@ -49,9 +50,9 @@ def test_schemas_and_shapes(backend, dtype, memory_format):
         options = (bool(batch), bool(relu), False)
         args = (x, residual, weight, bias, *rest, *counters, rate, 1e-5, *options)
         check(OPS.batch_channel_norm, args)
-        y, *tables = OPS.batch_channel_norm(*args)
+        y, tables, shift = OPS.batch_channel_norm(*args)
         grad = torch.randn(shape, dtype=dtype)
-        args = (grad, x, y, weight, rest[0], *tables, bool(relu), bool(has_residual), False)
+        args = (grad, x, y, weight, rest[0], tables, shift, bool(relu), bool(has_residual), False)
         check(OPS.batch_channel_norm_backward, args)
 
 
@@ -62,6 +63,31 @@ def test_profiler_shows_the_names():
     counts = {event.key: event.count for event in result.key_averages()}
     for name in ("batch_channel_norm", "standardize"):
         assert counts[f"wsbcn_d2::{name}"] == counts[f"wsbcn_d2::{name}_backward"] == 1
+
+
+class Names(TorchDispatchMode):
+    """The names of our operations that run in this context."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "wsbcn_d2":
+            self.seen.append(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["estimate", "batch"])
+def test_results_are_the_same_whether_or_not_something_looks(backend, mode):
+    norm = BatchChannelNorm(8, 2, mode=mode)
+    other = copy.deepcopy(norm)
+    x, residual = torch.randn(2, 8, 6, 5), torch.randn(2, 8, 6, 5)
+    for options in ((None, False), (None, True), (residual, True)):
+        with Names() as names:
+            watched = results(norm, x, *options)
+        assert names.seen == ["batch_channel_norm", "batch_channel_norm_backward"]
+        torch.testing.assert_close(results(other, x, *options), watched, rtol=0, atol=0)
 
 
 def results(norm, x, residual, relu):

@@ -177,7 +177,7 @@ class BatchChannelNorm(nn.GroupNorm):
     @property
     def frozen(self) -> bool:
         """True if no affine parameter is trainable; the estimates are then constant."""
-        return not any(p.requires_grad for p in self.parameters())
+        return not any(p.requires_grad for p in self._parameters.values())
 
     @property
     def num_levels(self) -> int:

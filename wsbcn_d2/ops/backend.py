@@ -4,7 +4,7 @@ import logging
 import os
 from functools import lru_cache
 from types import ModuleType
-from typing import Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -57,6 +57,14 @@ def kernels_for(x: Tensor) -> ModuleType:
 
         return triton_kernels
     return eager
+
+
+def call_on_device_of(x: Tensor, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` with the device of a tensor as the current one: where Triton launches."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return function(*args)
+    return function(*args)
 
 
 def _checked(name: str, what: str) -> str:

@@ -29,14 +29,16 @@ What follows a normalization in a residual network can be part of the operation,
 passes over the activation: the addition of a residual, and ReLU.
 
 Two operations are known to PyTorch, and so to torch.compile and the profiler:
-``wsbcn_d2::batch_channel_norm`` and ``wsbcn_d2::batch_channel_norm_backward``. A backend
-(:mod:`.eager`, :mod:`.triton_kernels`) has a function for each with the same arguments. The
-forward one returns ``y`` and tables in the compute dtype, at least float32: ``m, v, d`` (N, C),
-``r`` (N, G), ``mu`` and ``rstd = 1 / sqrt(s2 + eps)`` (C,), the coefficients of t, ``scale`` and
-``shift`` (N, C), and ``count`` (1,), the number of values behind ``mu`` if that is of the batch,
-else empty. The backward one takes them (``scale`` and ``shift`` only where it finds out from them
-what ReLU let through, and y where it does not) and returns the gradients of x, of the residual
-(empty if there is none), ``weight``, ``bias``, ``group_weight`` and ``group_bias``.
+``wsbcn_d2::batch_channel_norm`` and ``wsbcn_d2::batch_channel_norm_backward``. Where nothing looks
+at them by name, what they do is called without them, which takes less time. A backend
+(:mod:`.eager`, :mod:`.triton_kernels`) has a function for each with the same arguments. The forward
+one returns ``y``; ``tables`` (:mod:`.tables`), with ``m, v, d`` and ``scale = k a`` for each image
+and channel, ``r`` for each image and group, ``mu`` and ``rstd = 1 / sqrt(s2 + eps)`` for each
+channel, and ``count``, the number of values behind ``mu`` if that is of the batch; and ``shift``,
+(N, C), the constant of the affine map of t. The backward one takes them (``shift`` only where it
+finds out from it what ReLU let through, and y where it does not) and returns the gradients of x, of
+the residual (empty if there is none), and of the parameters, ``weight, bias, group_weight,
+group_bias``, in one tensor.
 """
 
 from typing import Any, Optional, Tuple
@@ -44,22 +46,21 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .backend import kernels_for
+from .backend import call_on_device_of, kernels_for
 from .library import LIBRARY
-from .state import is_compiling
+from .state import is_compiling, is_observed
+from .tables import new_tables
 
 LIBRARY.define(
     "batch_channel_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, "
     "Tensor group_weight, Tensor group_bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
     "Tensor(c!)? skipped_updates, Tensor(d!)? seen_elements, Tensor? update_rate, float eps, "
-    "bool use_batch_statistics, bool relu, bool synchronize) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool use_batch_statistics, bool relu, bool synchronize) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "batch_channel_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, "
-    "Tensor group_weight, Tensor m, Tensor v, Tensor d, Tensor r, Tensor mu, Tensor rstd, "
-    "Tensor? scale, Tensor? shift, Tensor count, bool relu, bool has_residual, bool synchronize) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor group_weight, Tensor tables, Tensor? shift, bool relu, bool has_residual, "
+    "bool synchronize) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -108,12 +109,6 @@ def batch_channel_norm(
     Returns:
         Tensor of the shape, dtype and memory format of x.
     """
-    if update_rate is not None:
-        # A tensor, but on the CPU, where reading it stalls nothing: torch.compile would take a
-        # number for a constant and compile again whenever a schedule changes it.
-        rate = torch.tensor(update_rate, dtype=torch.float64, device="cpu")
-    else:
-        rate = None
     return _BatchChannelNorm.apply(
         x,
         residual,
@@ -125,7 +120,7 @@ def batch_channel_norm(
         running_var,
         skipped_updates,
         seen_elements,
-        rate,
+        update_rate,
         eps,
         use_batch_statistics,
         relu,
@@ -135,8 +130,7 @@ def batch_channel_norm(
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Mean and biased variance of each image and channel of (N, C, H, W): two tables (N, C)."""
-    with torch.cuda.device_of(x):  # where Triton launches
-        return kernels_for(x).moments(x)
+    return call_on_device_of(x, kernels_for(x).moments, x)
 
 
 class _BatchChannelNorm(torch.autograd.Function):
@@ -153,13 +147,13 @@ class _BatchChannelNorm(torch.autograd.Function):
         running_var: Tensor,
         skipped_updates: Optional[Tensor],
         seen_elements: Optional[Tensor],
-        update_rate: Optional[Tensor],
+        update_rate: Optional[float],
         eps: float,
         use_batch_statistics: bool,
         relu: bool,
         synchronize: bool,
     ) -> Tensor:
-        y, *tables = torch.ops.wsbcn_d2.batch_channel_norm(
+        tensors = (
             x,
             residual,
             weight,
@@ -170,23 +164,28 @@ class _BatchChannelNorm(torch.autograd.Function):
             running_var,
             skipped_updates,
             seen_elements,
-            update_rate,
-            eps,
-            use_batch_statistics,
-            relu,
-            synchronize,
         )
-        *tables, scale, shift, count = tables
-        # Where ReLU let through is read from its output, or found again from x. torch.compile does
-        # not look for the kernels: it would try to trace the attempt to run them.
-        found_again = (
-            relu
-            and residual is None
-            and not is_compiling()
-            and not kernels_for(x).SAVES_OUTPUT_OF_RELU
-        )
-        saved = (None, scale, shift) if found_again else (y if relu else None, None, None)
-        ctx.save_for_backward(x, saved[0], weight, group_weight, *tables, *saved[1:], count)
+        options = (eps, use_batch_statistics, relu, synchronize)
+        # Where ReLU let through is read from its output, or found again from x.
+        found_again = False
+        if is_observed(x):
+            rate = None
+            if update_rate is not None:
+                # A tensor, but on the CPU, where reading it stalls nothing: torch.compile would
+                # take a number for a constant and compile again whenever a schedule changes it.
+                rate = torch.tensor(update_rate, dtype=torch.float64, device="cpu")
+            y, tables, shift = torch.ops.wsbcn_d2.batch_channel_norm(*tensors, rate, *options)
+            # torch.compile does not look for the kernels: it would trace the attempt to run them.
+            if relu and residual is None and not is_compiling():
+                found_again = not kernels_for(x).SAVES_OUTPUT_OF_RELU
+        else:
+            kernels = kernels_for(x)
+            forward = kernels.batch_channel_norm_forward
+            y, tables, shift = call_on_device_of(x, forward, *tensors, update_rate, *options)
+            found_again = relu and residual is None and not kernels.SAVES_OUTPUT_OF_RELU
+        saved_y = y if relu and not found_again else None
+        saved_shift = shift if found_again else None
+        ctx.save_for_backward(x, saved_y, weight, group_weight, tables, saved_shift)
         ctx.options = (relu, residual is not None, synchronize)
         ctx.parameter_dtypes = (weight.dtype, bias.dtype, group_weight.dtype, group_bias.dtype)
         return y
@@ -195,30 +194,37 @@ class _BatchChannelNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         saved = ctx.saved_tensors  # to be asked for only once, for activation checkpointing
-        grad_x, grad_residual, parameters = torch.ops.wsbcn_d2.batch_channel_norm_backward(
-            grad, *saved, *ctx.options
-        )
         relu, has_residual, _ = ctx.options
-        channels, groups = saved[2].numel(), saved[3].numel()
-        parameters = parameters.split([channels, channels, groups, groups])
-        if not relu:
+        if is_observed(grad):
+            results = torch.ops.wsbcn_d2.batch_channel_norm_backward(grad, *saved, *ctx.options)
+        else:
+            results = _backward(grad, *saved, *ctx.options)
+        grad_x, grad_residual, parameters = results
+        if not has_residual:
+            grad_residual = None
+        elif not relu:
             grad_residual = grad
+        channels, groups = saved[2].shape[0], saved[3].shape[0]
+        gradients = parameters.split([channels, channels, groups, groups])
+        dtype = parameters.dtype
         return (
             grad_x,
-            grad_residual if has_residual else None,
-            *(g.to(dtype) for g, dtype in zip(parameters, ctx.parameter_dtypes)),
-            *[None] * 9,
+            grad_residual,
+            *(g if d == dtype else g.to(d) for g, d in zip(gradients, ctx.parameter_dtypes)),
+            *_NO_GRADIENTS,
         )
+
+
+# Of what comes after the parameters in the forward pass.
+_NO_GRADIENTS = (None,) * 9
 
 
 def _forward(x: Tensor, *args: Any) -> Tuple[Tensor, ...]:
-    with torch.cuda.device_of(x):  # where Triton launches
-        return kernels_for(x).batch_channel_norm_forward(x, *args)
+    return call_on_device_of(x, kernels_for(x).batch_channel_norm_forward, x, *args)
 
 
-def _backward(grad: Tensor, x: Tensor, *args: Any) -> Tuple[Tensor, ...]:
-    with torch.cuda.device_of(x):  # where Triton launches
-        return kernels_for(x).batch_channel_norm_backward(grad, x, *args)
+def _backward(grad: Tensor, *args: Any) -> Tuple[Tensor, ...]:
+    return call_on_device_of(grad, kernels_for(grad).batch_channel_norm_backward, grad, *args)
 
 
 def _forward_shapes(
@@ -227,33 +233,11 @@ def _forward_shapes(
     weight: Tensor,
     bias: Tensor,
     group_weight: Tensor,
-    group_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    skipped_updates: Optional[Tensor],
-    seen_elements: Optional[Tensor],
-    update_rate: Optional[Tensor],
-    eps: float,
-    use_batch_statistics: bool,
-    relu: bool,
-    synchronize: bool,
+    *args: Any,
 ) -> Tuple[Tensor, ...]:
-    images, channels = x.shape[:2]
-    table = torch.empty(
-        (images, channels), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
-    )
-    return (
-        torch.empty_like(x),
-        table,
-        torch.empty_like(table),
-        torch.empty_like(table),
-        table.new_empty(images, group_weight.shape[0]),
-        table.new_empty(channels),
-        table.new_empty(channels),
-        torch.empty_like(table),
-        torch.empty_like(table),
-        table.new_empty(int(use_batch_statistics)),
-    )
+    use_batch_statistics = args[-3]
+    tables = new_tables(x, group_weight.shape[0], use_batch_statistics)
+    return torch.empty_like(x), tables, tables.new_empty(x.shape[:2])
 
 
 def _backward_shapes(
@@ -262,14 +246,14 @@ def _backward_shapes(
     y: Optional[Tensor],
     weight: Tensor,
     group_weight: Tensor,
-    m: Tensor,
+    tables: Tensor,
     *args: Any,
 ) -> Tuple[Tensor, ...]:
     relu, has_residual = args[-3:-1]
     return (
         torch.empty_like(x),
         torch.empty_like(x) if has_residual and relu else x.new_empty(0),
-        m.new_empty(2 * weight.numel() + 2 * group_weight.numel()),
+        tables.new_empty(2 * weight.numel() + 2 * group_weight.numel()),
     )
 
 

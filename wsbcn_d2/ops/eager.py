@@ -11,10 +11,16 @@ import torch
 from torch import Tensor
 
 from .estimates import pool_over_ranks, sum_over_ranks, update_estimates, update_with_batch
+from .tables import new_tables, split_tables
 
 # The backward pass needs the output of a fused ReLU, which costs no memory: what follows, in
 # general a convolution, saves it as well.
 SAVES_OUTPUT_OF_RELU = True
+
+# Up to so many pixels, and values in all, a product and a sum take less time than a dot product
+# for each row.
+_SHORT_ROW = 600
+_FEW_VALUES = 1_000_000
 
 
 def batch_channel_norm_forward(
@@ -35,22 +41,26 @@ def batch_channel_norm_forward(
     synchronize: bool,
 ) -> Tuple[Tensor, ...]:
     """See :mod:`.batch_channel_norm`."""
-    m, v, centered = _moments(x)
-    images, channels = m.shape
+    images, channels = x.shape[:2]
+    groups = group_weight.numel()
+    tables = new_tables(x, groups, use_batch_statistics)
+    mu, rstd, m, v, d, scale, r, count = split_tables(tables, images, channels, groups)
+    centered = _moments(x, m, v)
     values = images * x.shape[2] * x.shape[3]
     counters = (skipped_updates, seen_elements)
     if use_batch_statistics:
-        count = m.new_full((1,), values)
-        mu = m.mean(dim=0) if images else m.new_zeros(channels)
-        s2 = (v + (m - mu).square()).mean(dim=0) if images else m.new_zeros(channels)
+        count.fill_(values)
+        batch_mean = m.mean(dim=0) if images else m.new_zeros(channels)
+        s2 = (v + (m - batch_mean).square()).mean(dim=0) if images else m.new_zeros(channels)
         if synchronize:
-            mu, s2, count = pool_over_ranks(mu, s2, count)
+            batch_mean, s2, total = pool_over_ranks(batch_mean, s2, count)
+            count.copy_(total)
+        mu.copy_(batch_mean)
         if update_rate is not None:
             update_with_batch(
                 running_mean, running_var, mu, s2, float(update_rate), count.squeeze(0), *counters
             )
     else:
-        count = m.new_empty(0)
         if update_rate is not None and values:
             offset = m - running_mean
             around_old = torch.addcmul(v, offset, offset)
@@ -58,29 +68,29 @@ def batch_channel_norm_forward(
             update_estimates(
                 running_mean, running_var, *batch, float(update_rate), values, *counters
             )
-        # a copy, for a later batch moves the estimates
-        mu, s2 = running_mean.to(m.dtype, copy=True), _cast(running_var, m.dtype)
+        mu.copy_(running_mean)
+        s2 = _cast(running_var, m.dtype)
 
     # (N, C) tables, and their views (N, G, C / G)
-    groups = group_weight.numel()
     by_group = (images, groups, channels // groups)
-    rstd = (s2 + eps).rsqrt_()
+    torch.add(s2, eps, out=rstd).rsqrt_()
     a = _cast(weight, m.dtype) * rstd
-    d = torch.addcmul(_cast(bias, m.dtype), a, m - mu).view(by_group)
-    d = d - d.mean(dim=2, keepdim=True)
+    z = torch.addcmul(_cast(bias, m.dtype), a, m - mu).view(by_group)
+    d_by_group = torch.sub(z, z.mean(dim=2, keepdim=True), out=d.view(by_group))
     z_var = (a * a * v).view(by_group)
-    r = torch.addcmul(z_var, d, d).mean(dim=2, keepdim=True).add_(eps).rsqrt_()
-    k = _cast(group_weight, m.dtype).view(groups, 1) * r
-    scale = (k * a.view(by_group[1:])).view(m.shape)
-    shift = torch.addcmul(_cast(group_bias, m.dtype).view(groups, 1), k, d).view(m.shape)
+    r = r.view(images, groups, 1)
+    torch.mean(torch.addcmul(z_var, d_by_group, d_by_group), dim=2, keepdim=True, out=r)
+    k = _cast(group_weight, m.dtype).view(groups, 1) * r.add_(eps).rsqrt_()
+    torch.mul(k, a.view(by_group[1:]), out=scale.view(by_group))
+    shift = torch.addcmul(_cast(group_bias, m.dtype).view(groups, 1), k, d_by_group).view(m.shape)
 
-    y = _scale_shift_(centered, scale, shift)
+    # One after the other: what does both at once is not vectorized for tables, and takes longer.
+    y = centered.mul_(_planes(scale)).add_(_planes(shift))
     if residual is not None:
         y = y.add_(residual)
     if relu:
         y = y.relu_()
-    d, r = d.view(m.shape), r.view(images, groups)
-    return _cast(y, x.dtype), m, v, d, r, mu, rstd, scale, shift, count
+    return _cast(y, x.dtype), tables, shift
 
 
 def batch_channel_norm_backward(
@@ -89,15 +99,8 @@ def batch_channel_norm_backward(
     y: Optional[Tensor],
     weight: Tensor,
     group_weight: Tensor,
-    m: Tensor,
-    v: Tensor,
-    d: Tensor,
-    r: Tensor,
-    mu: Tensor,
-    rstd: Tensor,
-    scale: Optional[Tensor],
+    tables: Tensor,
     shift: Optional[Tensor],
-    count: Tensor,
     relu: bool,
     has_residual: bool,
     synchronize: bool,
@@ -106,8 +109,9 @@ def batch_channel_norm_backward(
     if relu:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     grad_residual = grad if has_residual and relu else grad.new_empty(0)
-    images, channels = m.shape
+    images, channels = x.shape[:2]
     groups = group_weight.numel()
+    mu, rstd, m, v, d, p, r, count = split_tables(tables, images, channels, groups)
     by_group = (images, groups, channels // groups)
     pixels = x.shape[2] * x.shape[3]
     size = max(by_group[2] * pixels, 1)
@@ -117,17 +121,16 @@ def batch_channel_norm_backward(
     s1, s2 = compute_grad.sum(dim=(2, 3)), _dot(compute_grad, centered)
 
     # From here on (N, G, 1), (N, G, C / G) and, for what all images share, (G, 1), (G, C / G).
-    s1, s2, v, d = (table.view(by_group) for table in (s1, s2, v, d))
     offset = (m - mu).view(by_group)
+    s1, s2, v, d, p = (table.view(by_group) for table in (s1, s2, v, d, p))
     r = r.view(images, groups, 1)
     k = _cast(group_weight, m.dtype).view(groups, 1) * r
     a = (_cast(weight, m.dtype) * rstd).view(by_group[1:])
     rstd = rstd.view(by_group[1:])
     u1 = s1.sum(dim=2, keepdim=True)  # times size, as is u2
     u2 = torch.addcmul(a * s2, d, s1).sum(dim=2, keepdim=True).mul_(r)
-    grad_group_weight, grad_group_bias = _sum_images(u2), _sum_images(u1)
 
-    # dz = k (dy + fa t + h)
+    # dz = k (dy + fa t + h), dx = p (dy + fa t + h)
     f = u2.mul(r).div_(-size)
     h = torch.addcmul(u1.div(-size), f, d)
     fa = f * a
@@ -137,7 +140,6 @@ def batch_channel_norm_backward(
     grad_weight = _sum_images(dz_t_sum.addcmul_(offset, dz_sum)) * rstd
     grad_bias = _sum_images(dz_sum)
 
-    p = k * a
     q, c = fa.mul_(p), h.mul_(p)
     if count.numel():  # gradient through the batch statistics, over all ranks' values
         sums = (grad_bias, grad_weight)
@@ -146,15 +148,18 @@ def batch_channel_norm_backward(
         q = q - a * rstd * weight_sum / count
         c = c - a * (bias_sum + offset * rstd * weight_sum) / count
 
-    p, q, c = (_planes(table.view(m.shape)) for table in (p, q, c))
-    grad_x = _cast(centered.mul_(q).add_(c).addcmul_(compute_grad, p), x.dtype)
-    parameters = (grad_weight, grad_bias, grad_group_weight, grad_group_bias)
-    return grad_x, grad_residual, torch.cat([table.reshape(-1) for table in parameters])
+    p, q, c = (table.reshape(images, channels, 1, 1) for table in (p, q, c))
+    grad_x = centered.mul_(q).add_(c).addcmul_(compute_grad, p)
+    parameters = (grad_weight, grad_bias, _sum_images(u2), _sum_images(u1))
+    flat = torch.cat([table.reshape(-1) for table in parameters])
+    return _cast(grad_x, x.dtype), grad_residual, flat
 
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """See :func:`.batch_channel_norm.moments`."""
-    return _moments(x)[:2]
+    mean, var = x.new_empty((2, *x.shape[:2]), dtype=_compute_dtype(x))
+    _moments(x, mean, var)
+    return mean, var
 
 
 def standardize_forward(
@@ -188,23 +193,23 @@ def standardize_backward(
     return outputs
 
 
-def _moments(x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of each image and channel, (N, C), and x minus its mean.
+def _moments(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """Writes the mean and biased variance of each image and channel, (N, C), and returns x minus
+    its mean.
 
     The variance is taken around the mean itself, so it does not cancel however far the data is
     from zero.
     """
-    x = x.to(_compute_dtype(x))
-    mean = x.mean(dim=(2, 3)) if x.numel() else x.new_zeros(x.shape[:2])
+    x = x.to(mean.dtype)
+    if x.numel():
+        torch.mean(x, dim=(2, 3), out=mean)
+    else:
+        mean.zero_()
     centered = x - _planes(mean)
     # The norm reads its operand once; a sum of squares would be written before it is summed.
-    square_sum = torch.linalg.vector_norm(centered, dim=(2, 3)).square_()
-    return mean, square_sum.div_(max(x.shape[2] * x.shape[3], 1)), centered
-
-
-def _scale_shift_(centered: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``scale * centered + shift`` in place; the tables have shape (N, C)."""
-    return centered.mul_(_planes(scale)).add_(_planes(shift))
+    torch.linalg.vector_norm(centered, dim=(2, 3), out=var)
+    var.square_().div_(max(x.shape[2] * x.shape[3], 1))
+    return centered
 
 
 def _planes(table: Tensor) -> Tensor:
@@ -237,7 +242,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     Batched dot products read both operands once, without a temporary, where the memory layout
     allows. Autocast would run them in half precision, so it is switched off.
     """
-    if a.device.type in ("cpu", "cuda") and a.is_contiguous() and b.is_contiguous():
+    quick = a.shape[2] * a.shape[3] <= _SHORT_ROW and a.numel() <= _FEW_VALUES
+    known = a.device.type in ("cpu", "cuda") and a.is_contiguous() and b.is_contiguous()
+    if known and not quick:
         with torch.autocast(a.device.type, enabled=False):
             return torch.einsum("nchw,nchw->nc", a, b)
     return (a * b).sum(dim=(2, 3))

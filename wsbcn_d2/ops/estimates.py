@@ -20,8 +20,8 @@ def update_estimates(
 ) -> None:
     """Moves the estimates towards the statistics of a batch, in place.
 
-    Nothing moves if the statistics or the estimates are not finite. The decision stays on the
-    device: asking the host for it would stall a GPU at every layer.
+    Nothing moves if any estimate would not be finite. The decision stays on the device: asking
+    the host for it would stall a GPU at every layer.
 
     Args:
         running_mean, running_var, mean, var: (C,).
@@ -32,10 +32,20 @@ def update_estimates(
     """
     if mean.dtype != running_mean.dtype:
         mean, var = mean.to(running_mean.dtype), var.to(running_mean.dtype)
-    finite = torch.stack([mean, var, running_mean, running_var]).abs_().amax() < math.inf
-    for estimate, batch in ((running_mean, mean), (running_var, var)):
-        # what is not finite is copied onto itself: its distance from itself is NaN
-        estimate.copy_(torch.where(finite, torch.lerp(estimate, batch, rate), estimate))
+    new_mean = torch.lerp(running_mean, mean, rate)
+    new_var = torch.lerp(running_var, var, rate)
+    finite = torch.stack([new_mean, new_var]).abs_().amax() < math.inf
+    if finite.device.type == "cpu":  # where asking stalls nothing
+        if finite:
+            running_mean.copy_(new_mean)
+            running_var.copy_(new_var)
+            if seen_elements is not None:
+                seen_elements.add_(count)
+        elif skipped_updates is not None:
+            skipped_updates.add_(1)
+        return
+    running_mean.copy_(torch.where(finite, new_mean, running_mean))
+    running_var.copy_(torch.where(finite, new_var, running_var))
     if skipped_updates is not None:
         skipped_updates.add_(finite.logical_not())
     if seen_elements is not None:

@@ -3,17 +3,33 @@
 import sys
 
 import torch
+from torch import Tensor
 
+if hasattr(torch, "compiler") and hasattr(torch.compiler, "is_compiling"):
 
-def is_compiling() -> bool:
-    """Whether torch.compile is tracing."""
-    if hasattr(torch, "compiler") and hasattr(torch.compiler, "is_compiling"):
+    def is_compiling() -> bool:
+        """Whether torch.compile is tracing."""
         return torch.compiler.is_compiling()
-    # PyTorch 2.0 to 2.2, which imports what compiles only when it is used
-    return "torch._dynamo" in sys.modules and torch._dynamo.is_compiling()
+
+else:  # PyTorch 2.0 to 2.2, which imports what compiles only when it is used
+
+    def is_compiling() -> bool:
+        """Whether torch.compile is tracing."""
+        return "torch._dynamo" in sys.modules and torch._dynamo.is_compiling()
 
 
 def in_backward() -> bool:
     """Whether the autograd engine is running this thread; in a forward pass that means that
     activation checkpointing is doing it once more."""
     return not is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def is_observed(x: Tensor) -> bool:
+    """Whether something wants to see the operations on a tensor by name: torch.compile, the
+    profiler, or what intercepts operations, by a mode or by the type of the tensor."""
+    return (
+        is_compiling()
+        or type(x) is not Tensor
+        or torch.autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )

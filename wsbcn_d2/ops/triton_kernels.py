@@ -4,12 +4,14 @@ An activation is cut into tiles of channels and pixels whose shape follows the m
 that NCHW and channels_last are both read the way they lie in memory. Work on few images with few
 channels would leave most of a GPU idle, so the pixels are divided too; what the parts yield is put
 together in a fixed order, and results are reproducible. A forward pass is three launches (moments,
-tables, apply), one more with an update of the estimates; so is a backward pass.
+tables, apply), one more where many images or parts are to be put together for new estimates; a
+backward pass is three. With one image a step the host is as busy as the GPU, and what it spends on
+a launch grows with the number of arguments: what belongs together is in one tensor.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import List, Optional, Tuple
+from typing import List, Optional, Tuple, Union
 
 import torch
 import triton
@@ -17,32 +19,45 @@ import triton.language as tl
 from torch import Tensor
 
 from .estimates import pool_over_ranks, sum_over_ranks, update_with_batch
+from .tables import new_tables, split_tables
 
 # The sign under a fused ReLU is computed again from x and the tables, if nothing was added.
 SAVES_OUTPUT_OF_RELU = False
 
 _TILE = 2048  # elements
 _TABLE_TILE = 4096
+# Values up to which every program puts together the statistics of all channels by itself, rather
+# than a kernel of their own: of the batch, to find out whether all of them are finite.
+_FEW_MOMENTS = 16384
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@triton.jit
+def _places(n, c, p, channels, pixels, CHANNELS_LAST: tl.constexpr):
+    """Where the values of one image lie, [channels, pixels]; n is of 64 bits."""
+    if CHANNELS_LAST:
+        pixel = n * pixels + p.to(tl.int64)
+        places = pixel[None, :] * channels + c[:, None]
+    else:
+        plane = n * channels + c.to(tl.int64)
+        places = plane[:, None] * pixels + p[None, :]
+    return places
 
 
 @triton.jit
 def _moments_kernel(
     x_ptr,
-    mean_ptr,
-    m2_ptr,
+    moments_ptr,
     channels,
     pixels,
-    stride_n,
-    stride_c,
-    stride_p,
     part,
     parts,
+    CHANNELS_LAST: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of one part of the pixels: tables (N, parts, C)."""
+    """Mean and sum of squared deviations of one part of the pixels: a table (N, parts, 2, C)."""
     blocks = tl.cdiv(channels, BLOCK_C)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -53,12 +68,12 @@ def _moments_kernel(
     # Welford's recurrence in every lane: one pass, without cancellation far from zero.
     mean = tl.zeros([BLOCK_C, BLOCK_P], COMPUTE)
     m2 = tl.zeros([BLOCK_C, BLOCK_P], COMPUTE)
-    rows = x_ptr + n * stride_n + c.to(tl.int64)[:, None] * stride_c
     step = tl.zeros([], COMPUTE)
     for start in range(first, last, BLOCK_P):
         p = start + lane
         mask = (c[:, None] < channels) & (p[None, :] < last)
-        value = tl.load(rows + p.to(tl.int64)[None, :] * stride_p, mask=mask, other=0.0)
+        at = _places(n, c, p, channels, pixels, CHANNELS_LAST)
+        value = tl.load(x_ptr + at, mask=mask, other=0.0)
         step += 1.0
         delta = tl.where(mask, value.to(COMPUTE) - mean, 0.0)
         mean += delta * (1.0 / step)
@@ -71,168 +86,279 @@ def _moments_kernel(
     offset /= last - first
     around = mean - (origin + offset)[:, None]
     m2 = tl.sum(tl.where(count > 0, m2 + around * around * count, 0.0), axis=1)
-    out = (n * parts + tl.program_id(1)) * channels + c
-    tl.store(mean_ptr + out, origin + offset, mask=c < channels)
-    tl.store(m2_ptr + out, m2, mask=c < channels)
+    out = (n * parts + tl.program_id(1)) * 2 * channels + c
+    tl.store(moments_ptr + out, origin + offset, mask=c < channels)
+    tl.store(moments_ptr + out + channels, m2, mask=c < channels)
 
 
 @triton.jit
-def _pool_kernel(
-    mean_ptr,
-    m2_ptr,
+def _pooled(
+    moments_ptr,
+    origin,
+    c,
+    first,
+    last,
+    channels,
+    pixels,
+    part,
+    parts,
+    COMPUTE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sums of the deviations from ``origin``, and of their squares, over some rows of the moments,
+    [rows of (N, parts), 2, C]."""
+    inside = c < channels
+    offset = tl.zeros([BLOCK_C], COMPUTE)
+    square = tl.zeros([BLOCK_C], COMPUTE)
+    for start in range(first, last, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        mask = (row[:, None] < last) & inside[None, :]
+        count = tl.minimum(pixels - (row % parts) * part, part).to(COMPUTE)[:, None]
+        at = row.to(tl.int64)[:, None] * 2 * channels + c[None, :]
+        mean = tl.load(moments_ptr + at, mask=mask, other=0.0)
+        m2 = tl.load(moments_ptr + at + channels, mask=mask, other=0.0)
+        delta = tl.where(mask, mean - origin[None, :], 0.0)
+        offset += tl.sum(delta * count, axis=0)
+        square += tl.sum(m2 + delta * delta * count, axis=0)
+    return offset, square
+
+
+@triton.jit
+def _new_estimates(
+    moments_ptr,
     running_mean_ptr,
     running_var_ptr,
-    out_ptr,
+    update_rate,
+    c,
     rows,
     channels,
     pixels,
     part,
     parts,
     values,
+    COMPUTE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """What the estimates of some channels would be after the batch."""
+    old_mean = tl.load(running_mean_ptr + c, mask=c < channels, other=0.0).to(COMPUTE)
+    old_var = tl.load(running_var_ptr + c, mask=c < channels, other=0.0).to(COMPUTE)
+    offset, square = _pooled(
+        moments_ptr,
+        old_mean,
+        c,
+        0,
+        rows,
+        channels,
+        pixels,
+        part,
+        parts,
+        COMPUTE,
+        BLOCK_R,
+        BLOCK_C,
+    )
+    mean = old_mean + update_rate * (offset / values)
+    var = old_var + update_rate * (square / values - old_var)
+    return mean, var
+
+
+@triton.jit
+def _pool_kernel(
+    moments_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    out_ptr,
     update_rate,
+    rows,
+    channels,
+    pixels,
+    part,
+    parts,
+    values,
     AROUND_ESTIMATE: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Statistics of the batch from those of images and parts, (N * parts, C).
-
-    Writes the mean and variance of the batch, a table (2, C); or, with ``AROUND_ESTIMATE``, the
-    candidates for new estimates, then the old estimates, a table (4, C).
-    """
+    """Statistics of the batch, (2, C): its mean and variance, or, with ``AROUND_ESTIMATE``, what
+    the estimates would be after it."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
     if AROUND_ESTIMATE:
-        origin = tl.load(running_mean_ptr + c, mask=inside, other=0.0).to(COMPUTE)
+        mean, var = _new_estimates(
+            moments_ptr,
+            running_mean_ptr,
+            running_var_ptr,
+            update_rate,
+            c,
+            rows,
+            channels,
+            pixels,
+            part,
+            parts,
+            values,
+            COMPUTE,
+            BLOCK_R,
+            BLOCK_C,
+        )
     else:
-        origin = tl.load(mean_ptr + c, mask=inside, other=0.0)
-    offset = tl.zeros([BLOCK_C], COMPUTE)
-    square = tl.zeros([BLOCK_C], COMPUTE)
-    for start in range(0, rows, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
-        mask = (row[:, None] < rows) & inside[None, :]
-        count = tl.minimum(pixels - (row % parts) * part, part).to(COMPUTE)[:, None]
-        at = row.to(tl.int64)[:, None] * channels + c[None, :]
-        delta = tl.where(mask, tl.load(mean_ptr + at, mask=mask, other=0.0) - origin[None, :], 0.0)
-        m2 = tl.load(m2_ptr + at, mask=mask, other=0.0)
-        offset += tl.sum(delta * count, axis=0)
-        square += tl.sum(m2 + delta * delta * count, axis=0)
-    offset /= values
-    square /= values
-    if AROUND_ESTIMATE:
-        old_var = tl.load(running_var_ptr + c, mask=inside, other=0.0).to(COMPUTE)
-        tl.store(out_ptr + c, origin + update_rate * offset, mask=inside)
-        tl.store(out_ptr + channels + c, old_var + update_rate * (square - old_var), mask=inside)
-        tl.store(out_ptr + 2 * channels + c, origin, mask=inside)
-        tl.store(out_ptr + 3 * channels + c, old_var, mask=inside)
-    else:
-        # Once more around the mean itself, as the first image may be far from it.
-        mean = origin + offset
-        square = tl.zeros([BLOCK_C], COMPUTE)
-        for start in range(0, rows, BLOCK_R):
-            row = start + tl.arange(0, BLOCK_R)
-            mask = (row[:, None] < rows) & inside[None, :]
-            count = tl.minimum(pixels - (row % parts) * part, part).to(COMPUTE)[:, None]
-            at = row.to(tl.int64)[:, None] * channels + c[None, :]
-            delta = tl.load(mean_ptr + at, mask=mask, other=0.0) - mean[None, :]
-            delta = tl.where(mask, delta, 0.0)
-            m2 = tl.load(m2_ptr + at, mask=mask, other=0.0)
-            square += tl.sum(m2 + delta * delta * count, axis=0)
-        tl.store(out_ptr + c, mean, mask=inside)
-        tl.store(out_ptr + channels + c, square / values, mask=inside)
+        # Twice: the mean first, as the first image may be far from it.
+        mean = tl.load(moments_ptr + c, mask=inside, other=0.0)
+        for _ in tl.static_range(2):
+            offset, square = _pooled(
+                moments_ptr,
+                mean,
+                c,
+                0,
+                rows,
+                channels,
+                pixels,
+                part,
+                parts,
+                COMPUTE,
+                BLOCK_R,
+                BLOCK_C,
+            )
+            mean += offset / values
+            var = square / values
+    tl.store(out_ptr + c, mean, mask=inside)
+    tl.store(out_ptr + channels + c, var, mask=inside)
+
+
+@triton.jit
+def _not_finite(mean, var, inside):
+    """Number of channels with a statistic that is not finite."""
+    # A difference with itself is zero exactly for finite numbers.
+    bad = (mean - mean != 0.0) | (var - var != 0.0)
+    return tl.sum(tl.where(bad & inside, 1, 0), axis=0)
 
 
 @triton.jit
 def _forward_tables_kernel(
+    moments_ptr,
     mean_ptr,
-    m2_ptr,
-    mu_ptr,
-    s2_ptr,
-    candidates_ptr,
+    var_ptr,
     running_mean_ptr,
     running_var_ptr,
-    skipped_ptr,
-    seen_ptr,
     weight_ptr,
     bias_ptr,
     group_weight_ptr,
     group_bias_ptr,
-    m_ptr,
-    v_ptr,
-    d_ptr,
-    r_ptr,
-    mu_out_ptr,
-    rstd_out_ptr,
-    scale_ptr,
+    tables_ptr,
     shift_ptr,
+    estimates_ptr,
+    update_rate,
+    eps,
+    rows,
     channels,
     groups,
     pixels,
     part,
     parts,
     values,
-    eps,
     UPDATE: tl.constexpr,
+    POOL: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
 ):
     """One image and group: its statistics, and the affine map of each channel.
 
-    With ``UPDATE`` the candidates become the estimates, if all of the layer are finite. Every
-    program finds that out for itself, and those of the first image write the estimates.
+    The statistics to normalize by are given, or, with ``UPDATE``, the estimates after the batch if
+    all of the layer are finite, and as they are otherwise. These come from the moments (``POOL``),
+    or are given. Every program finds that out for itself, so none may write the estimates: those of
+    the first image write ``estimates``, the new means and variances and whether they are the old.
     """
     n = (tl.program_id(0) // groups).to(tl.int64)
     g = tl.program_id(0) % groups
     size = channels // groups
     k = tl.arange(0, BLOCK_D)
-    c = g * size + k
+    # Beyond the group there is nothing to read.
+    c = tl.where(k < size, g * size + k, channels)
     inside = k < size
 
     if UPDATE:
         bad = 0
-        for start in range(0, 2 * channels, BLOCK_ALL):
+        for start in range(0, channels, BLOCK_ALL):
             i = start + tl.arange(0, BLOCK_ALL)
-            value = tl.load(candidates_ptr + i, mask=i < 2 * channels, other=0.0)
-            # A difference with itself is zero exactly for finite numbers.
-            bad += tl.sum(tl.where(value - value == 0.0, 0, 1), axis=0)
-        source = candidates_ptr + tl.where(bad == 0, 0, 2 * channels)
-        mu = tl.load(source + c, mask=inside, other=0.0)
-        s2 = tl.load(source + channels + c, mask=inside, other=0.0)
+            if POOL:
+                mean, var = _new_estimates(
+                    moments_ptr,
+                    running_mean_ptr,
+                    running_var_ptr,
+                    update_rate,
+                    i,
+                    rows,
+                    channels,
+                    pixels,
+                    part,
+                    parts,
+                    values,
+                    COMPUTE,
+                    BLOCK_R,
+                    BLOCK_ALL,
+                )
+            else:
+                mean = tl.load(mean_ptr + i, mask=i < channels, other=0.0)
+                var = tl.load(var_ptr + i, mask=i < channels, other=0.0)
+            bad += _not_finite(mean, var, i < channels)
+        if POOL:
+            mu, s2 = _new_estimates(
+                moments_ptr,
+                running_mean_ptr,
+                running_var_ptr,
+                update_rate,
+                c,
+                rows,
+                channels,
+                pixels,
+                part,
+                parts,
+                values,
+                COMPUTE,
+                BLOCK_S,
+                BLOCK_D,
+            )
+        else:
+            mu = tl.load(mean_ptr + c, mask=inside, other=0.0)
+            s2 = tl.load(var_ptr + c, mask=inside, other=0.0)
+        old_mean = tl.load(running_mean_ptr + c, mask=inside, other=0.0).to(COMPUTE)
+        old_var = tl.load(running_var_ptr + c, mask=inside, other=0.0).to(COMPUTE)
+        mu = tl.where(bad == 0, mu, old_mean)
+        s2 = tl.where(bad == 0, s2, old_var)
         if n == 0:
-            tl.store(running_mean_ptr + c, mu, mask=inside)
-            tl.store(running_var_ptr + c, s2, mask=inside)
+            tl.store(estimates_ptr + c, mu, mask=inside)
+            tl.store(estimates_ptr + channels + c, s2, mask=inside)
             if g == 0:
-                skipped = tl.load(skipped_ptr)
-                tl.store(skipped_ptr, skipped + tl.where(bad == 0, 0, 1))
-                seen = tl.load(seen_ptr)
-                tl.store(seen_ptr, seen + tl.where(bad == 0, values, 0.0))
+                tl.store(estimates_ptr + 2 * channels, tl.where(bad == 0, 0.0, 1.0))
     else:
-        mu = tl.load(mu_ptr + c, mask=inside, other=0.0).to(COMPUTE)
-        s2 = tl.load(s2_ptr + c, mask=inside, other=0.0).to(COMPUTE)
+        mu = tl.load(mean_ptr + c, mask=inside, other=0.0).to(COMPUTE)
+        s2 = tl.load(var_ptr + c, mask=inside, other=0.0).to(COMPUTE)
 
     # The statistics of the channels from those of the parts of their pixels.
-    origin = tl.load(mean_ptr + n * parts * channels + c, mask=inside, other=0.0)
-    offset = tl.zeros([BLOCK_D], COMPUTE)
-    square = tl.zeros([BLOCK_D], COMPUTE)
-    for start in range(0, parts, BLOCK_S):
-        s = start + tl.arange(0, BLOCK_S)
-        mask = (s[:, None] < parts) & inside[None, :]
-        count = tl.minimum(pixels - s * part, part).to(COMPUTE)[:, None]
-        at = (n * parts + s.to(tl.int64)[:, None]) * channels + c[None, :]
-        delta = tl.where(mask, tl.load(mean_ptr + at, mask=mask, other=0.0) - origin[None, :], 0.0)
-        offset += tl.sum(delta * count, axis=0)
-    offset /= pixels
-    m = origin + offset
-    for start in range(0, parts, BLOCK_S):
-        s = start + tl.arange(0, BLOCK_S)
-        mask = (s[:, None] < parts) & inside[None, :]
-        count = tl.minimum(pixels - s * part, part).to(COMPUTE)[:, None]
-        at = (n * parts + s.to(tl.int64)[:, None]) * channels + c[None, :]
-        delta = tl.where(mask, tl.load(mean_ptr + at, mask=mask, other=0.0) - m[None, :], 0.0)
-        square += tl.sum(tl.load(m2_ptr + at, mask=mask, other=0.0) + delta * delta * count, axis=0)
-    v = square / pixels
+    first = n.to(tl.int32) * parts
+    m = tl.load(moments_ptr + n * parts * 2 * channels + c, mask=inside, other=0.0)
+    v = m
+    for _ in tl.static_range(2):  # around the mean itself, as the first part may be far from it
+        offset, square = _pooled(
+            moments_ptr,
+            m,
+            c,
+            first,
+            first + parts,
+            channels,
+            pixels,
+            part,
+            parts,
+            COMPUTE,
+            BLOCK_S,
+            BLOCK_D,
+        )
+        m += offset / pixels
+        v = square / pixels
 
     rstd = 1.0 / tl.sqrt(s2 + eps)
     a = tl.load(weight_ptr + c, mask=inside, other=0.0).to(COMPUTE) * rstd
@@ -242,16 +368,17 @@ def _forward_tables_kernel(
     r = 1.0 / tl.sqrt(group_var + eps)
     gain = tl.load(group_weight_ptr + g).to(COMPUTE) * r
 
-    at = n * channels + c
-    tl.store(m_ptr + at, m, mask=inside)
-    tl.store(v_ptr + at, v, mask=inside)
-    tl.store(d_ptr + at, d, mask=inside)
-    tl.store(scale_ptr + at, gain * a, mask=inside)
-    tl.store(shift_ptr + at, gain * d + tl.load(group_bias_ptr + g).to(COMPUTE), mask=inside)
-    tl.store(r_ptr + n * groups + g, r)
+    row = tables_ptr + 2 * channels + n * (4 * channels + groups)
+    tl.store(row + c, m, mask=inside)
+    tl.store(row + channels + c, v, mask=inside)
+    tl.store(row + 2 * channels + c, d, mask=inside)
+    tl.store(row + 3 * channels + c, gain * a, mask=inside)
+    tl.store(row + 4 * channels + g, r)
+    shift = gain * d + tl.load(group_bias_ptr + g).to(COMPUTE)
+    tl.store(shift_ptr + n * channels + c, shift, mask=inside)
     if n == 0:
-        tl.store(mu_out_ptr + c, mu, mask=inside)
-        tl.store(rstd_out_ptr + c, rstd, mask=inside)
+        tl.store(tables_ptr + c, mu, mask=inside)
+        tl.store(tables_ptr + channels + c, rstd, mask=inside)
 
 
 @triton.jit
@@ -259,32 +386,40 @@ def _apply_kernel(
     x_ptr,
     residual_ptr,
     y_ptr,
-    m_ptr,
-    scale_ptr,
+    tables_ptr,
     shift_ptr,
+    estimates_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    skipped_ptr,
+    seen_ptr,
     channels,
+    groups,
     pixels,
     tiles,
-    stride_n,
-    stride_c,
-    stride_p,
+    values,
+    UPDATE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """One tile of ``relu(scale * (x - m) + shift + residual)``."""
+    """One tile of ``relu(scale * (x - m) + shift + residual)``; with ``UPDATE``, those of the first
+    image write its channels' estimates."""
+    tile = tl.program_id(0) % tiles
     row = tl.program_id(0) // tiles
     blocks = tl.cdiv(channels, BLOCK_C)
     n = (row // blocks).to(tl.int64)
     c = (row % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = c < channels
     mask = inside[:, None] & (p[None, :] < pixels)
-    at = n * stride_n + c.to(tl.int64)[:, None] * stride_c + p.to(tl.int64)[None, :] * stride_p
-    m = tl.load(m_ptr + n * channels + c, mask=inside, other=0.0)
-    scale = tl.load(scale_ptr + n * channels + c, mask=inside, other=0.0)
+    at = _places(n, c, p, channels, pixels, CHANNELS_LAST)
+    table = tables_ptr + 2 * channels + n * (4 * channels + groups) + c
+    m = tl.load(table, mask=inside, other=0.0)
+    scale = tl.load(table + 3 * channels, mask=inside, other=0.0)
     shift = tl.load(shift_ptr + n * channels + c, mask=inside, other=0.0)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(COMPUTE)
     y = scale[:, None] * (x - m[:, None]) + shift[:, None]
@@ -293,6 +428,16 @@ def _apply_kernel(
     if RELU:
         y = tl.where(y < 0.0, 0.0, y)  # NaN stays NaN, as in torch.relu
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if UPDATE:
+        if (n == 0) & (tile == 0):
+            mean = tl.load(estimates_ptr + c, mask=inside)
+            var = tl.load(estimates_ptr + channels + c, mask=inside)
+            tl.store(running_mean_ptr + c, mean, mask=inside)
+            tl.store(running_var_ptr + c, var, mask=inside)
+            if row == 0:
+                bad = tl.load(estimates_ptr + 2 * channels)
+                tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(bad == 0.0, 0, 1))
+                tl.store(seen_ptr, tl.load(seen_ptr) + tl.where(bad == 0.0, values, 0.0))
 
 
 @triton.jit
@@ -310,26 +455,23 @@ def _sums_kernel(
     grad_ptr,
     x_ptr,
     y_ptr,
-    m_ptr,
-    scale_ptr,
+    tables_ptr,
     shift_ptr,
-    s1_ptr,
-    s2_ptr,
+    sums_ptr,
     channels,
+    groups,
     pixels,
-    stride_n,
-    stride_c,
-    stride_p,
     part,
     parts,
     FROM_OUTPUT: tl.constexpr,
     RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Sums of the gradient, and of the gradient times x - m, over one part of the pixels:
-    tables (N, parts, C)."""
+    """Sums of the gradient, and of the gradient times x - m, over one part of the pixels: a table
+    (N, parts, 2, C)."""
     blocks = tl.cdiv(channels, BLOCK_C)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -337,45 +479,37 @@ def _sums_kernel(
     lane = tl.arange(0, BLOCK_P)
     first = tl.program_id(1) * part
     last = tl.minimum(first + part, pixels)
-    m = tl.load(m_ptr + n * channels + c, mask=inside, other=0.0)
+    table = tables_ptr + 2 * channels + n * (4 * channels + groups) + c
+    m = tl.load(table, mask=inside, other=0.0)
     scale = m
     shift = m
     if RELU and not FROM_OUTPUT:
-        scale = tl.load(scale_ptr + n * channels + c, mask=inside, other=0.0)
+        scale = tl.load(table + 3 * channels, mask=inside, other=0.0)
         shift = tl.load(shift_ptr + n * channels + c, mask=inside, other=0.0)
     s1 = tl.zeros([BLOCK_C, BLOCK_P], COMPUTE)
     s2 = tl.zeros([BLOCK_C, BLOCK_P], COMPUTE)
-    row = n * stride_n + c.to(tl.int64)[:, None] * stride_c
     for start in range(first, last, BLOCK_P):
         p = start + lane
         mask = inside[:, None] & (p[None, :] < last)
-        at = row + p.to(tl.int64)[None, :] * stride_p
+        at = _places(n, c, p, channels, pixels, CHANNELS_LAST)
         grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(COMPUTE)
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(COMPUTE)
         if RELU:
             grad = _under_relu(grad, x, y_ptr, at, mask, m, scale, shift, FROM_OUTPUT)
         s1 += grad
         s2 += tl.where(mask, grad * (x - m[:, None]), 0.0)
-    out = (n * parts + tl.program_id(1)) * channels + c
-    tl.store(s1_ptr + out, tl.sum(s1, axis=1), mask=inside)
-    tl.store(s2_ptr + out, tl.sum(s2, axis=1), mask=inside)
+    out = (n * parts + tl.program_id(1)) * 2 * channels + c
+    tl.store(sums_ptr + out, tl.sum(s1, axis=1), mask=inside)
+    tl.store(sums_ptr + out + channels, tl.sum(s2, axis=1), mask=inside)
 
 
 @triton.jit
 def _backward_tables_kernel(
-    s1_ptr,
-    s2_ptr,
+    sums_ptr,
     weight_ptr,
     group_weight_ptr,
-    m_ptr,
-    v_ptr,
-    d_ptr,
-    r_ptr,
-    mu_ptr,
-    rstd_ptr,
-    p_ptr,
-    q_ptr,
-    c_ptr,
+    tables_ptr,
+    coefficients_ptr,
     parameters_ptr,
     channels,
     groups,
@@ -386,8 +520,8 @@ def _backward_tables_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One image and group: the coefficients of the gradient of x, and what the image contributes
-    to those of the parameters, a table (N, 2 C + 2 G)."""
+    """One image and group: the coefficients of the gradient of x, a table (N, 2, C), and what the
+    image contributes to those of the parameters, a table (N, 2 C + 2 G)."""
     n = (tl.program_id(0) // groups).to(tl.int64)
     g = tl.program_id(0) % groups
     size = channels // groups
@@ -399,17 +533,18 @@ def _backward_tables_kernel(
     for start in range(0, parts, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         mask = (s[:, None] < parts) & inside[None, :]
-        at = (n * parts + s.to(tl.int64)[:, None]) * channels + c[None, :]
-        s1 += tl.sum(tl.load(s1_ptr + at, mask=mask, other=0.0), axis=0)
-        s2 += tl.sum(tl.load(s2_ptr + at, mask=mask, other=0.0), axis=0)
+        at = (n * parts + s.to(tl.int64)[:, None]) * 2 * channels + c[None, :]
+        s1 += tl.sum(tl.load(sums_ptr + at, mask=mask, other=0.0), axis=0)
+        s2 += tl.sum(tl.load(sums_ptr + at + channels, mask=mask, other=0.0), axis=0)
 
-    at = n * channels + c
-    m = tl.load(m_ptr + at, mask=inside, other=0.0)
-    v = tl.load(v_ptr + at, mask=inside, other=0.0)
-    d = tl.load(d_ptr + at, mask=inside, other=0.0)
-    r = tl.load(r_ptr + n * groups + g)
-    mu = tl.load(mu_ptr + c, mask=inside, other=0.0)
-    rstd = tl.load(rstd_ptr + c, mask=inside, other=0.0)
+    row = tables_ptr + 2 * channels + n * (4 * channels + groups)
+    m = tl.load(row + c, mask=inside, other=0.0)
+    v = tl.load(row + channels + c, mask=inside, other=0.0)
+    d = tl.load(row + 2 * channels + c, mask=inside, other=0.0)
+    p = tl.load(row + 3 * channels + c, mask=inside, other=0.0)
+    r = tl.load(row + 4 * channels + g)
+    mu = tl.load(tables_ptr + c, mask=inside, other=0.0)
+    rstd = tl.load(tables_ptr + channels + c, mask=inside, other=0.0)
     a = tl.load(weight_ptr + c, mask=inside, other=0.0).to(COMPUTE) * rstd
     k = tl.load(group_weight_ptr + g).to(COMPUTE) * r
 
@@ -419,15 +554,14 @@ def _backward_tables_kernel(
     u2 = grad_group_weight / group_values
     dz_sum = k * (s1 - pixels * (u1 + u2 * r * d))
     dz_t_sum = k * (s2 - pixels * u2 * r * a * v)
-    p = k * a
-    tl.store(p_ptr + at, p, mask=inside)
-    tl.store(q_ptr + at, -p * u2 * r * a, mask=inside)
-    tl.store(c_ptr + at, -p * (u1 + u2 * r * d), mask=inside)
-    row = parameters_ptr + n * (2 * channels + 2 * groups)
-    tl.store(row + c, (dz_t_sum + (m - mu) * dz_sum) * rstd, mask=inside)
-    tl.store(row + channels + c, dz_sum, mask=inside)
-    tl.store(row + 2 * channels + g, grad_group_weight)
-    tl.store(row + 2 * channels + groups + g, grad_group_bias)
+    out = coefficients_ptr + n * 2 * channels + c
+    tl.store(out, -p * u2 * r * a, mask=inside)
+    tl.store(out + channels, -p * (u1 + u2 * r * d), mask=inside)
+    out = parameters_ptr + n * (2 * channels + 2 * groups)
+    tl.store(out + c, (dz_t_sum + (m - mu) * dz_sum) * rstd, mask=inside)
+    tl.store(out + channels + c, dz_sum, mask=inside)
+    tl.store(out + 2 * channels + g, grad_group_weight)
+    tl.store(out + 2 * channels + groups + g, grad_group_bias)
 
 
 @triton.jit
@@ -437,26 +571,22 @@ def _input_grad_kernel(
     y_ptr,
     grad_x_ptr,
     grad_residual_ptr,
-    m_ptr,
-    scale_ptr,
+    tables_ptr,
     shift_ptr,
-    p_ptr,
-    q_ptr,
-    c_ptr,
+    coefficients_ptr,
     channels,
+    groups,
     pixels,
     tiles,
-    stride_n,
-    stride_c,
-    stride_p,
     HAS_RESIDUAL: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
     RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """One tile of the gradients of x, ``p * grad + q * (x - m) + c``, and of the residual."""
+    """One tile of the gradients of x, ``scale * grad + q * (x - m) + c``, and of the residual."""
     row = tl.program_id(0) // tiles
     blocks = tl.cdiv(channels, BLOCK_C)
     n = (row // blocks).to(tl.int64)
@@ -464,24 +594,23 @@ def _input_grad_kernel(
     pixel = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = c < channels
     mask = inside[:, None] & (pixel[None, :] < pixels)
-    at = n * stride_n + c.to(tl.int64)[:, None] * stride_c + pixel.to(tl.int64)[None, :] * stride_p
-    table = n * channels + c
-    m = tl.load(m_ptr + table, mask=inside, other=0.0)
+    at = _places(n, c, pixel, channels, pixels, CHANNELS_LAST)
+    table = tables_ptr + 2 * channels + n * (4 * channels + groups) + c
+    m = tl.load(table, mask=inside, other=0.0)
+    scale = tl.load(table + 3 * channels, mask=inside, other=0.0)
     grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(COMPUTE)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(COMPUTE)
     if RELU:
-        scale = m
         shift = m
         if not FROM_OUTPUT:
-            scale = tl.load(scale_ptr + table, mask=inside, other=0.0)
-            shift = tl.load(shift_ptr + table, mask=inside, other=0.0)
+            shift = tl.load(shift_ptr + n * channels + c, mask=inside, other=0.0)
         grad = _under_relu(grad, x, y_ptr, at, mask, m, scale, shift, FROM_OUTPUT)
         if HAS_RESIDUAL:
             tl.store(grad_residual_ptr + at, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
-    p = tl.load(p_ptr + table, mask=inside, other=0.0)
-    q = tl.load(q_ptr + table, mask=inside, other=0.0)
-    b = tl.load(c_ptr + table, mask=inside, other=0.0)
-    grad_x = p[:, None] * grad + q[:, None] * (x - m[:, None]) + b[:, None]
+    coefficients = coefficients_ptr + n * 2 * channels + c
+    q = tl.load(coefficients, mask=inside, other=0.0)
+    b = tl.load(coefficients + channels, mask=inside, other=0.0)
+    grad_x = scale[:, None] * grad + q[:, None] * (x - m[:, None]) + b[:, None]
     tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
@@ -568,14 +697,14 @@ class _Tiling:
     """How an activation is divided.
 
     Attributes:
-        strides: of images, channels and pixels.
+        channels_last: how it lies in memory.
         block_c, block_p: channels and pixels of a tile.
         rows: images times blocks of channels.
         tiles: blocks of pixels.
         part, parts: pixels of a part and number of parts, for sums over pixels.
     """
 
-    strides: Tuple[int, int, int]
+    channels_last: bool
     block_c: int
     block_p: int
     rows: int
@@ -594,11 +723,9 @@ def _tiling(shape: torch.Size, contiguous: bool, device: torch.device) -> _Tilin
     images, channels, height, width = shape
     pixels = height * width
     if contiguous:
-        strides = (channels * pixels, pixels, 1)
         block_p = min(triton.next_power_of_2(pixels), _TILE)
         block_c = min(triton.next_power_of_2(channels), _TILE // block_p)
     else:
-        strides = (channels * pixels, 1, channels)
         block_c = min(triton.next_power_of_2(channels), 128)
         block_p = min(triton.next_power_of_2(pixels), _TILE // block_c)
     rows = images * triton.cdiv(channels, block_c)
@@ -606,7 +733,7 @@ def _tiling(shape: torch.Size, contiguous: bool, device: torch.device) -> _Tilin
     # Enough programs for several waves on the GPU; at least two tiles for each.
     wanted = triton.cdiv(8 * _multiprocessors(device), rows)
     part = block_p * triton.cdiv(tiles, max(min(wanted, tiles // 2), 1))
-    return _Tiling(strides, block_c, block_p, rows, tiles, part, triton.cdiv(pixels, part))
+    return _Tiling(not contiguous, block_c, block_p, rows, tiles, part, triton.cdiv(pixels, part))
 
 
 @lru_cache(maxsize=None)
@@ -627,7 +754,7 @@ def batch_channel_norm_forward(
     running_var: Tensor,
     skipped_updates: Optional[Tensor],
     seen_elements: Optional[Tensor],
-    update_rate: Optional[Tensor],
+    update_rate: Union[float, Tensor, None],
     eps: float,
     use_batch_statistics: bool,
     relu: bool,
@@ -636,39 +763,37 @@ def batch_channel_norm_forward(
     """See :mod:`.batch_channel_norm`."""
     x = _dense(x)
     images, channels, height, width = x.shape
-    pixels, groups = height * width, group_weight.numel()
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    compute = _COMPUTE[dtype]
-
-    def table(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
-
+    pixels, groups = height * width, group_weight.shape[0]
+    values = float(images * pixels)
+    tables = new_tables(x, groups, use_batch_statistics)
+    compute = _COMPUTE[tables.dtype]
+    shift = tables.new_empty(images, channels)
     y = torch.empty_like(x)
-    count = table(int(use_batch_statistics)).fill_(images * pixels)
-    m, v, d, r = (table(images, size) for size in (channels, channels, channels, groups))
-    scale, shift = table(images, channels), table(images, channels)
-    mu, rstd = table(channels), table(channels)
-    if x.numel():
+    rate = 0.0 if update_rate is None else float(update_rate)
+    mean, var = running_mean, running_var  # to normalize by
+    estimates = None  # that this kernel writes
+    if not x.numel():
+        tiling, moments_, rows = None, None, 0
+    else:
         tiling = _Tiling.of(x)
-        means, m2s = (table(images, tiling.parts, channels) for _ in range(2))
-        _moments(x, tiling, means, m2s)
+        moments_ = _moments(x, tiling, tables.dtype)
         rows = images * tiling.parts
 
-    def pool(out: Tensor, around_estimate: bool) -> Tensor:
+    def pool(around_estimate: bool) -> Tensor:
+        out = tables.new_empty(2, channels)
         block_c = min(triton.next_power_of_2(channels), 16)
         _pool_kernel[(triton.cdiv(channels, block_c),)](
-            means,
-            m2s,
+            moments_,
             running_mean,
             running_var,
             out,
+            rate,
             rows,
             channels,
             pixels,
             tiling.part,
             tiling.parts,
-            float(images * pixels),
-            0.0 if update_rate is None else float(update_rate),
+            values,
             AROUND_ESTIMATE=around_estimate,
             COMPUTE=compute,
             BLOCK_R=min(triton.next_power_of_2(rows), _TABLE_TILE // block_c),
@@ -676,93 +801,97 @@ def batch_channel_norm_forward(
         )
         return out
 
-    candidates = running_mean  # not read unless there is an update
-    statistics = (running_mean, running_var)
-    update = False
+    few_moments = rows * channels <= _FEW_MOMENTS
     if use_batch_statistics:
-        pooled = table(2, channels)
-        pooled = pool(pooled, around_estimate=False) if x.numel() else pooled.zero_()
-        mean, var = pooled
+        mean, var = pool(around_estimate=False) if rows else tables.new_zeros(2, channels)
+        count = tables[-1:].fill_(values)
         if synchronize:
-            mean, var, count = pool_over_ranks(mean, var, count)
+            mean, var, total = pool_over_ranks(mean, var, count)
+            count.copy_(total)
         if update_rate is not None:
             update_with_batch(
                 running_mean,
                 running_var,
                 mean,
                 var,
-                float(update_rate),
+                rate,
                 count.squeeze(0),
                 skipped_updates,
                 seen_elements,
             )
-        statistics = (mean, var)
-    elif update_rate is not None and x.numel():
-        update = True
-        candidates = pool(table(4, channels), around_estimate=True)
+    elif update_rate is not None and rows:
+        if not few_moments:
+            mean, var = pool(around_estimate=True)
+        estimates = tables.new_empty(2 * channels + 1)
         if skipped_updates is None:
             skipped_updates = torch.zeros((), dtype=torch.int64, device=x.device)
         if seen_elements is None:
             seen_elements = torch.zeros((), device=x.device)
 
-    if not x.numel():
-        mu.copy_(statistics[0])
-        rstd.copy_(torch.rsqrt(statistics[1] + eps))
-        return y, m, v, d, r, mu, rstd, scale, shift, count
+    if not rows:
+        split = split_tables(tables, images, channels, groups)
+        split.mu.copy_(mean)
+        split.rstd.copy_(torch.rsqrt(var + eps))
+        return y, tables, shift
 
+    update = estimates is not None
     block_d = triton.next_power_of_2(channels // groups)
+    block_all = min(triton.next_power_of_2(channels), 256 if few_moments else _TABLE_TILE)
     _forward_tables_kernel[(images * groups,)](
-        means,
-        m2s,
-        *statistics,
-        candidates,
+        moments_,
+        mean,
+        var,
         running_mean,
         running_var,
-        skipped_updates,
-        seen_elements,
         weight,
         bias,
         group_weight,
         group_bias,
-        m,
-        v,
-        d,
-        r,
-        mu,
-        rstd,
-        scale,
+        tables,
         shift,
+        estimates,
+        rate,
+        eps,
+        rows,
         channels,
         groups,
         pixels,
         tiling.part,
         tiling.parts,
-        float(images * pixels),
-        eps,
+        values,
         UPDATE=update,
+        POOL=update and few_moments,
         COMPUTE=compute,
         BLOCK_D=block_d,
         BLOCK_S=_block_s(tiling, block_d),
-        BLOCK_ALL=min(triton.next_power_of_2(2 * channels), _TABLE_TILE),
+        BLOCK_R=min(triton.next_power_of_2(rows), _TABLE_TILE // block_all),
+        BLOCK_ALL=block_all,
     )
     _apply_kernel[(tiling.rows * tiling.tiles,)](
         x,
         residual if residual is None else _as(residual, x),
         y,
-        m,
-        scale,
+        tables,
         shift,
+        estimates,
+        running_mean,
+        running_var,
+        skipped_updates,
+        seen_elements,
         channels,
+        groups,
         pixels,
         tiling.tiles,
-        *tiling.strides,
+        values,
+        UPDATE=update,
         HAS_RESIDUAL=residual is not None,
         RELU=relu,
+        CHANNELS_LAST=tiling.channels_last,
         COMPUTE=compute,
         BLOCK_C=tiling.block_c,
         BLOCK_P=tiling.block_p,
     )
-    return y, m, v, d, r, mu, rstd, scale, shift, count
+    return y, tables, shift
 
 
 def batch_channel_norm_backward(
@@ -771,15 +900,8 @@ def batch_channel_norm_backward(
     y: Optional[Tensor],
     weight: Tensor,
     group_weight: Tensor,
-    m: Tensor,
-    v: Tensor,
-    d: Tensor,
-    r: Tensor,
-    mu: Tensor,
-    rstd: Tensor,
-    scale: Optional[Tensor],
+    tables: Tensor,
     shift: Optional[Tensor],
-    count: Tensor,
     relu: bool,
     has_residual: bool,
     synchronize: bool,
@@ -788,67 +910,58 @@ def batch_channel_norm_backward(
     x = _dense(x)
     grad = _as(grad, x)
     images, channels, height, width = x.shape
-    pixels, groups = height * width, group_weight.numel()
-    compute = _COMPUTE[m.dtype]
+    pixels, groups = height * width, group_weight.shape[0]
     grad_x = torch.empty_like(x)
     grad_residual = torch.empty_like(x) if has_residual and relu else x.new_empty(0)
-    p, q, c = (torch.empty_like(m) for _ in range(3))
-    parameters = m.new_empty(images, 2 * channels + 2 * groups)
-    tables = (m, scale, shift)
-    activation = {"FROM_OUTPUT": y is not None, "RELU": relu}
+    coefficients = tables.new_empty(images, 2, channels)
+    parameters = tables.new_empty(images, 2 * channels + 2 * groups)
 
     if x.numel():
         tiling = _Tiling.of(x)
-        tile = {"COMPUTE": compute, "BLOCK_C": tiling.block_c, "BLOCK_P": tiling.block_p}
-        s1, s2 = (m.new_empty(images, tiling.parts, channels) for _ in range(2))
+        tile = {
+            "FROM_OUTPUT": y is not None,
+            "RELU": relu,
+            "CHANNELS_LAST": tiling.channels_last,
+            "COMPUTE": _COMPUTE[tables.dtype],
+            "BLOCK_C": tiling.block_c,
+            "BLOCK_P": tiling.block_p,
+        }
+        sums = tables.new_empty(images, tiling.parts, 2, channels)
         _sums_kernel[(tiling.rows, tiling.parts)](
             grad,
             x,
             y,
-            *tables,
-            s1,
-            s2,
+            tables,
+            shift,
+            sums,
             channels,
+            groups,
             pixels,
-            *tiling.strides,
             tiling.part,
             tiling.parts,
-            **activation,
             **tile,
         )
         block_d = triton.next_power_of_2(channels // groups)
         _backward_tables_kernel[(images * groups,)](
-            s1,
-            s2,
+            sums,
             weight,
             group_weight,
-            m,
-            v,
-            d,
-            r,
-            mu,
-            rstd,
-            p,
-            q,
-            c,
+            tables,
+            coefficients,
             parameters,
             channels,
             groups,
             pixels,
             tiling.parts,
             float(channels // groups * pixels),
-            COMPUTE=compute,
+            COMPUTE=tile["COMPUTE"],
             BLOCK_D=block_d,
             BLOCK_S=_block_s(tiling, block_d),
         )
-    parameters = parameters[0] if images == 1 and x.numel() else _sum(parameters, x)
-    grad_weight, grad_bias = parameters[: 2 * channels].split(channels)
-    if count.numel():  # gradient through the batch statistics, over all ranks' values
-        sums = (grad_bias, grad_weight)
-        bias_sum, weight_sum = sum_over_ranks(*sums) if synchronize else sums
-        a, count = weight.to(m.dtype) * rstd, count.clamp(min=1)
-        q -= a * rstd * weight_sum / count
-        c -= a * (bias_sum + (m - mu) * rstd * weight_sum) / count
+        parameters = parameters[0] if images == 1 else parameters.sum(dim=0)
+    else:
+        parameters = parameters.new_zeros(parameters.shape[1])
+    _add_gradient_of_statistics(coefficients, parameters, weight, tables, groups, synchronize)
     if x.numel():
         _input_grad_kernel[(tiling.rows * tiling.tiles,)](
             grad,
@@ -856,19 +969,39 @@ def batch_channel_norm_backward(
             y,
             grad_x,
             grad_residual,
-            *tables,
-            p,
-            q,
-            c,
+            tables,
+            shift,
+            coefficients,
             channels,
+            groups,
             pixels,
             tiling.tiles,
-            *tiling.strides,
             HAS_RESIDUAL=has_residual,
-            **activation,
             **tile,
         )
     return grad_x, grad_residual, parameters
+
+
+def _add_gradient_of_statistics(
+    coefficients: Tensor,
+    parameters: Tensor,
+    weight: Tensor,
+    tables: Tensor,
+    groups: int,
+    synchronize: bool,
+) -> None:
+    """Adds the gradient through the statistics of the batch, if they were of the batch."""
+    images, _, channels = coefficients.shape
+    if tables.numel() == 2 * channels + images * (4 * channels + groups):
+        return
+    split = split_tables(tables, images, channels, groups)
+    grad_weight, grad_bias = parameters[: 2 * channels].split(channels)
+    sums = (grad_bias, grad_weight)
+    bias_sum, weight_sum = sum_over_ranks(*sums) if synchronize else sums
+    a, count = weight.to(tables.dtype) * split.rstd, split.count.clamp(min=1)
+    offset = split.m - split.mu
+    coefficients[:, 0] -= a * split.rstd * weight_sum / count
+    coefficients[:, 1] -= a * (bias_sum + offset * split.rstd * weight_sum) / count
 
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -879,10 +1012,7 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     if not x.numel():
         return tuple(x.new_zeros(images, channels, dtype=dtype) for _ in range(2))
     tiling = _Tiling.of(x)
-    means, m2s = (
-        torch.empty(images, tiling.parts, channels, dtype=dtype, device=x.device) for _ in range(2)
-    )
-    _moments(x, tiling, means, m2s)
+    means, m2s = _moments(x, tiling, dtype).unbind(dim=2)
     counts = torch.full((tiling.parts,), tiling.part, dtype=dtype, device=x.device)
     counts[-1] = height * width - tiling.part * (tiling.parts - 1)
     share = (counts / (height * width)).view(1, -1, 1)
@@ -937,28 +1067,27 @@ def standardize_backward(
     return _divided(out, weights)
 
 
-def _moments(x: Tensor, tiling: _Tiling, means: Tensor, m2s: Tensor) -> None:
+def _moments(x: Tensor, tiling: _Tiling, dtype: torch.dtype) -> Tensor:
+    """Means and sums of squared deviations of the parts, (N, parts, 2, C)."""
+    images, channels, height, width = x.shape
+    moments_ = torch.empty(images, tiling.parts, 2, channels, dtype=dtype, device=x.device)
     _moments_kernel[(tiling.rows, tiling.parts)](
         x,
-        means,
-        m2s,
-        x.shape[1],
-        x.shape[2] * x.shape[3],
-        *tiling.strides,
+        moments_,
+        channels,
+        height * width,
         tiling.part,
         tiling.parts,
-        COMPUTE=_COMPUTE[means.dtype],
+        CHANNELS_LAST=tiling.channels_last,
+        COMPUTE=_COMPUTE[dtype],
         BLOCK_C=tiling.block_c,
         BLOCK_P=tiling.block_p,
     )
+    return moments_
 
 
 def _block_s(tiling: _Tiling, block_d: int) -> int:
     return min(triton.next_power_of_2(tiling.parts), max(_TABLE_TILE // block_d, 1))
-
-
-def _sum(parameters: Tensor, x: Tensor) -> Tensor:
-    return parameters.sum(dim=0) if x.numel() else parameters.new_zeros(parameters.shape[1])
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -977,7 +1106,14 @@ def _as(other: Tensor, x: Tensor) -> Tensor:
 
 def _concatenated(weights: List[Tensor]) -> Tensor:
     """All weights, each in its order in memory, in one row."""
-    return torch.cat([w.permute(_storage_order(w)).reshape(-1) for w in weights])
+    return torch.cat([_row(w) for w in weights])
+
+
+def _row(weight: Tensor) -> Tensor:
+    if weight.is_contiguous():
+        return weight.view(-1)
+    order = sorted(range(weight.dim()), key=lambda i: (i != 0, -weight.stride(i)))
+    return weight.permute(order).reshape(-1)
 
 
 def _divided(flat: Tensor, weights: List[Tensor]) -> List[Tensor]:
@@ -987,10 +1123,6 @@ def _divided(flat: Tensor, weights: List[Tensor]) -> List[Tensor]:
         part.as_strided(w.shape, w.stride(), part.storage_offset())
         for part, w in zip(parts, weights)
     ]
-
-
-def _storage_order(weight: Tensor) -> List[int]:
-    return sorted(range(weight.dim()), key=lambda i: (i != 0, -weight.stride(i)))
 
 
 @lru_cache(maxsize=None)

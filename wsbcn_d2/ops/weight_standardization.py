@@ -17,7 +17,7 @@ from typing import Any, List, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .backend import kernels_for
+from .backend import call_on_device_of, kernels_for
 from .library import LIBRARY
 
 LIBRARY.define(
@@ -94,13 +94,13 @@ def _dense(weight: Tensor) -> Tensor:
 
 
 def _forward(weights: List[Tensor], *args: Any) -> Tuple[List[Tensor], Tensor, Tensor]:
-    with torch.cuda.device_of(weights[0]):  # where Triton launches
-        return kernels_for(weights[0]).standardize_forward(weights, *args)
+    function = kernels_for(weights[0]).standardize_forward
+    return call_on_device_of(weights[0], function, weights, *args)
 
 
 def _backward(grads: List[Tensor], *args: Any) -> List[Tensor]:
-    with torch.cuda.device_of(grads[0]):  # where Triton launches
-        return kernels_for(grads[0]).standardize_backward(grads, *args)
+    function = kernels_for(grads[0]).standardize_backward
+    return call_on_device_of(grads[0], function, grads, *args)
 
 
 LIBRARY.impl("standardize", _forward, "CompositeExplicitAutograd")

@@ -1,0 +1,53 @@
+"""What batch-channel normalization finds out about an activation: small tables in one tensor.
+
+One tensor is one allocation, one thing to save for the backward pass, and one argument of a kernel.
+It holds ``mu`` and ``rstd``, then for each image a row of ``m``, ``v``, ``d``, ``scale`` and ``r``,
+and last, with the statistics of the batch, ``count``. :mod:`.batch_channel_norm` says what these
+are.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tables(NamedTuple):
+    """Views of the single tables.
+
+    Attributes:
+        mu, rstd: (C,).
+        m, v, d, scale: (N, C).
+        r: (N, G).
+        count: (1,) with the statistics of the batch, else (0,).
+    """
+
+    mu: Tensor
+    rstd: Tensor
+    m: Tensor
+    v: Tensor
+    d: Tensor
+    scale: Tensor
+    r: Tensor
+    count: Tensor
+
+
+def new_tables(x: Tensor, groups: int, use_batch_statistics: bool) -> Tensor:
+    """The tensor for all tables of an activation (N, C, H, W), not initialized.
+
+    It is of the compute dtype, at least float32.
+    """
+    images, channels = x.shape[:2]
+    size = 2 * channels + images * (4 * channels + groups) + int(use_batch_statistics)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty(size, dtype=dtype, device=x.device)
+
+
+def split_tables(tables: Tensor, images: int, channels: int, groups: int) -> Tables:
+    """The single tables in what :func:`new_tables` made."""
+    rows = images * (4 * channels + groups)
+    sizes = [channels, channels, rows, tables.numel() - 2 * channels - rows]
+    mu, rstd, of_images, count = tables.split(sizes)
+    of_images = of_images.view(images, 4 * channels + groups)
+    m, v, d, scale, r = of_images.split([channels] * 4 + [groups], dim=1)
+    return Tables(mu, rstd, m, v, d, scale, r, count)
