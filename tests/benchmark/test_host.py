@@ -1,0 +1,49 @@
+"""The tool that measures the host, in a process: it needs the compiler, not the interpreter."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "tools" / "benchmark_host.py"
+
+
+def run(tmp_path, **environment):
+    env = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+    env.update(environment, TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(TOOL.parents[1]))
+    return subprocess.run(
+        [sys.executable, TOOL, "--repetitions", "2", "--warmup", "1"],
+        env=env,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+    )
+
+
+def test_launches_of_a_step(tmp_path):
+    pytest.importorskip("triton", minversion="3.3", reason="the API of its driver differs")
+    result = run(tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    cell = r"\d+ \(\d+–\d+\)"
+    rows = re.findall(rf"^\| ([\w, +]+) \| {cell} \| {cell} \| ([\d.]+) \|$", result.stdout, re.M)
+    assert dict(rows) == {
+        "GroupNorm": "0.0",
+        "BCN": "6.0",  # moments, tables, apply, and as many backward
+        "GroupNorm, ReLU": "0.0",
+        "BCN+ReLU": "6.0",
+        "Conv2d": "0.0",
+        "WSConv2d": "0.1",  # forward, once more for the backward pass, backward, of 30 together
+    }
+    assert "kernels of wsbcn_d2: triton" in result.stdout
+
+
+def test_interpreter_is_an_error(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    result = run(tmp_path, TRITON_INTERPRET="1")
+    assert result.returncode == 2
+    assert result.stderr.strip().endswith(
+        "TRITON_INTERPRET=1 is set: there are no launches to measure"
+    )

@@ -1,0 +1,200 @@
+"""What the layers cost the host, which issues the work of a GPU: measured without one.
+
+With one or two images a step a GPU is often done before the host has issued the next operation, and
+the time of a step is that of the host. Here the inputs are tiny tensors on the CPU, so that next to
+nothing but the calls takes time, and Triton compiles its kernels for a GPU and goes through all of
+a launch but the last: its driver is replaced by one that has no device.
+"""
+
+import contextlib
+import time
+from typing import Any, Callable, Dict, Iterator, List
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from ..layers import BatchChannelNorm, WSConv2d, standardize_together
+from ..ops import backend, set_backend, triton_kernels
+from .machine import describe_machine
+from .measure import Times, interleaved, spread
+
+# Convolutions of a model, more or less, that are standardized together.
+_CONVOLUTIONS = 30
+_MULTIPROCESSORS = 132  # of an H100
+
+
+class _Launcher:
+    """Takes the arguments of a launch, and does nothing with them."""
+
+    launches = 0
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __call__(self, *_: Any) -> None:
+        _Launcher.launches += 1
+
+
+class _Utilities:
+    def load_binary(self, *_: Any) -> Any:
+        return 1, 1, 32, 0, 1024  # module, function, registers, spills, threads
+
+    def get_device_properties(self, _: int) -> Dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": _MULTIPROCESSORS}
+
+
+class _NoDevice:
+    """A driver of Triton that compiles for an H100 and launches nothing."""
+
+    launcher_cls = _Launcher
+    utils = _Utilities()
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@contextlib.contextmanager
+def _launching_nothing() -> Iterator[None]:
+    """Context in which tensors on the CPU go to the kernels, which leave their outputs as they are.
+
+    Raises:
+        RuntimeError: if Triton has been imported as an interpreter.
+    """
+    if triton_kernels.INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: there are no launches to measure")
+    patches = [
+        mock.patch.object(driver, "_active", _NoDevice()),
+        mock.patch.object(backend, "_triton_fails", lambda *_: False),
+        mock.patch.object(triton_kernels, "_multiprocessors", lambda _: _MULTIPROCESSORS),
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        set_backend("triton")
+        stack.callback(set_backend, None)
+        yield
+
+
+class _Activated(nn.Module):
+    """A layer and ReLU: one operation with BCN, two with others."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.norm, BatchChannelNorm):
+            return self.norm(x, relu=True)
+        return nn.functional.relu_(self.norm(x))
+
+
+def _convolutions(conv: Callable[..., nn.Module]) -> nn.Module:
+    convs = [conv(16, 16, 1, bias=False) for _ in range(_CONVOLUTIONS)]
+    if conv is WSConv2d:
+        standardize_together(convs)
+    return nn.Sequential(*convs)
+
+
+def benchmark_host(repetitions: int = 300, warmup: int = 30) -> Dict[str, Any]:
+    """Measures the host's time for layers in training.
+
+    Args:
+        repetitions, warmup: rounds, see :func:`~wsbcn_d2.benchmark.measure.interleaved`.
+
+    Returns:
+        ``machine``, and ``rows`` with ``layer``, ``forward`` and ``backward`` (medians and
+        quartiles of microseconds for each layer), and ``launches``, of Triton, for both.
+
+    Raises:
+        RuntimeError: if Triton has been imported as an interpreter.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _launching_nothing():
+            return _measure(repetitions, warmup)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(repetitions: int, warmup: int) -> Dict[str, Any]:
+    models = {
+        "GroupNorm": (nn.GroupNorm(32, 256), 1),
+        "BCN": (BatchChannelNorm(256), 1),
+        "GroupNorm, ReLU": (_Activated(nn.GroupNorm(32, 256)), 1),
+        "BCN+ReLU": (_Activated(BatchChannelNorm(256)), 1),
+        "Conv2d": (_convolutions(nn.Conv2d), _CONVOLUTIONS),
+        "WSConv2d": (_convolutions(WSConv2d), _CONVOLUTIONS),
+    }
+    launches: Dict[str, List[int]] = {}
+    runs = {}
+    for name, (model, layers) in models.items():
+        x = torch.randn(1, 256 if layers == 1 else 16, 2, 2, requires_grad=True)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        runs[name] = _run(model, x, optimizer, layers, launches.setdefault(name, []))
+    times = interleaved(runs, repetitions, warmup)
+    rows = [
+        {
+            "layer": name,
+            **{phase: spread(values) for phase, values in times[name].items()},
+            "launches": launches[name][-1] / models[name][1],
+        }
+        for name in models
+    ]
+    machine = describe_machine(torch.device("cpu"))
+    machine["software"] += f", Triton {triton.__version__}"
+    return {"kind": "host", "machine": machine, "repetitions": repetitions, "rows": rows}
+
+
+def _run(
+    model: nn.Module,
+    x: Tensor,
+    optimizer: torch.optim.Optimizer,
+    layers: int,
+    launches: List[int],
+) -> Callable[[], Times]:
+    grad = torch.ones_like(x)
+
+    def run() -> Times:
+        before = _Launcher.launches
+        start = time.perf_counter()
+        y = model(x)
+        middle = time.perf_counter()
+        y.backward(grad)
+        end = time.perf_counter()
+        launches.append(_Launcher.launches - before)
+        optimizer.step()  # the filters change
+        optimizer.zero_grad()
+        return {
+            "forward": (middle - start) / layers * 1e6,
+            "backward": (end - middle) / layers * 1e6,
+        }
+
+    return run
+
+
+def markdown(results: Dict[str, Any]) -> str:
+    """The results as a table."""
+    lines = [f"- {key}: {value}" for key, value in results["machine"].items()]
+    lines += [
+        "",
+        "| layer | forward, µs (quartiles) | backward, µs (quartiles) | launches of Triton |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in results["rows"]:
+        cells = [
+            f"{row[phase]['median']:.0f} ({row[phase]['q1']:.0f}–{row[phase]['q3']:.0f})"
+            for phase in ("forward", "backward")
+        ]
+        lines.append(f"| {row['layer']} | {' | '.join(cells)} | {row['launches']:.1f} |")
+    return "\n".join(lines)
