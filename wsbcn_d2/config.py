@@ -16,6 +16,10 @@ def add_wsbcn_config(cfg: CN) -> None:
     # are computed again in the backward pass: less memory, more time, the same result (but for the
     # running statistics of Detectron2's own BN, which move twice).
     cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS = False
+    # Whether the residual blocks of the wsbcn backbones begin as the identity: the last
+    # normalization of each, and so its branch, is multiplied by 0. For training from random
+    # weights; pretrained weights replace it. Norms must have a trainable weight.
+    cfg.MODEL.WSBCN.ZERO_INIT_RESIDUAL = False
     # How the update rate of the estimates, which is that of the norm option (0.1 unless it says
     # otherwise, as "BCN(update_rate=0.01)" does), changes in training: "constant", or "lr": in
     # proportion to the learning rate.

@@ -179,3 +179,30 @@ def test_fuse_leaves_subclasses_alone():
     fuse_blocks_(model)
     assert type(own) is Own and type(stock) is FusedBottleneckBlock and model[1] is stock
     assert isinstance(stock, BottleneckBlock)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("norm", ["BCN+WS", "CN", "GN+WS", "BN"])
+def test_blocks_that_begin_as_the_identity(depth, norm):
+    width = ["MODEL.RESNETS.STEM_OUT_CHANNELS", "64"] if depth < 50 else []
+    cfg = config(depth, norm, "MODEL.WSBCN.ZERO_INIT_RESIDUAL", "True", *width)
+    model = build_wsbcn_resnet_backbone(cfg, ShapeSpec(channels=3))
+    model.eval()  # the shortcut is called twice below, and each time would move its estimates
+    blocks = [m for m in model.modules() if isinstance(m, (BasicBlock, BottleneckBlock))]
+    assert len(blocks) == {18: 6, 50: 13}[depth]
+    for block in blocks:
+        x = torch.randn(2, block.in_channels, 6, 6)
+        shortcut = x if block.shortcut is None else block.shortcut(x)
+        y = block(x)
+        torch.testing.assert_close(y, shortcut.relu())
+        last = (block.conv3 if depth == 50 else block.conv2).norm
+        factor = last.group_weight if isinstance(last, BatchChannelNorm) else last.weight
+        (gradient,) = torch.autograd.grad((y * torch.randn_like(y)).sum(), factor)
+        assert gradient.isfinite().all() and gradient.count_nonzero() > 0.9 * gradient.numel()
+
+
+@pytest.mark.parametrize("norm,freeze_at", [("FrozenBN", 0), ("BCN+WS", 2)])
+def test_blocks_that_cannot_begin_as_the_identity(norm, freeze_at):
+    opts = ["MODEL.WSBCN.ZERO_INIT_RESIDUAL", "True", "MODEL.BACKBONE.FREEZE_AT", str(freeze_at)]
+    with pytest.raises(ValueError, match=r"ZERO_INIT_RESIDUAL: \w+ of res2.0 has no trainable"):
+        build_wsbcn_resnet_backbone(config(50, norm, *opts), ShapeSpec(channels=3))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import require_wsbcn_config
-from .blocks import fuse_blocks_
+from .blocks import fuse_blocks_, zero_init_residual_
 
 
 class CheckpointedStage(nn.Sequential):
@@ -38,13 +38,17 @@ def build_wsbcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Detectron2's ResNet (depths 18 to 152, ResNeXt, deformable blocks).
 
     Its blocks need fewer passes over their activations with BCN; see :mod:`.blocks`. With
-    ``MODEL.WSBCN.CHECKPOINT_ACTIVATIONS``, its stages trade time for memory.
+    ``MODEL.WSBCN.CHECKPOINT_ACTIVATIONS``, its stages trade time for memory; with
+    ``MODEL.WSBCN.ZERO_INIT_RESIDUAL`` they begin as the identity.
 
     Raises:
         KeyError: if the config lacks the keys of :func:`wsbcn_d2.add_wsbcn_config`.
+        ValueError: if the blocks have no weight to begin as the identity with.
     """
     require_wsbcn_config(cfg)
     resnet = build_resnet_backbone(cfg, input_shape)
+    if cfg.MODEL.WSBCN.ZERO_INIT_RESIDUAL:
+        zero_init_residual_(resnet)
     fuse_blocks_(resnet)
     if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
         # ResNet keeps its stages in a plain list too, so the objects must remain the same.

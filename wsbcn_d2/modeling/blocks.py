@@ -8,7 +8,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import Conv2d
+from detectron2.layers import CNNBlockBase, Conv2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import Tensor, nn
 
@@ -91,6 +91,27 @@ def fuse_blocks_(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
+
+
+def zero_init_residual_(resnet: nn.Module) -> None:
+    """Makes the residual blocks of a ResNet begin as the identity (or their shortcut), in place.
+
+    The last factor of the last normalization of each branch becomes 0: that of the groups for
+    BCN, whose channel normalization would divide by the standard deviation of zeros otherwise.
+
+    Raises:
+        ValueError: if a normalization has no parameter for that, as FrozenBN.
+    """
+    for name, block in resnet.named_modules():
+        if isinstance(block, CNNBlockBase) and hasattr(block, "shortcut"):
+            norm = (block.conv3 if hasattr(block, "conv3") else block.conv2).norm
+            weight = norm.group_weight if isinstance(norm, BatchChannelNorm) else norm.weight
+            if not weight.requires_grad:
+                raise ValueError(
+                    f"MODEL.WSBCN.ZERO_INIT_RESIDUAL: {type(norm).__name__} of {name} has no "
+                    "trainable weight; set it to False, or MODEL.RESNETS.NORM to another norm"
+                )
+            nn.init.zeros_(weight)
 
 
 def _convolve(conv: nn.Module, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
