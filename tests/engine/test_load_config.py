@@ -30,6 +30,10 @@ def test_device_follows_the_machine(config_file):
         (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
         (["MODEL.WSBCN.UPDATE_RATE_SCHEDULE", "cosine"], "'cosine' is not one of constant, lr"),
         (["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True"], "build_resnet_backbone cannot do it"),
+        (
+            ["MODEL.WSBCN.ZERO_INIT_RESIDUAL", "True"],
+            "RESIDUAL: build_resnet_backbone cannot do it",
+        ),
         (["SOLVER.ACCUMULATE_STEPS", "0"], "SOLVER.ACCUMULATE_STEPS: must be at least 1, got 0"),
         (["TEST.PRECISE_BCN.NUM_IMAGES", "0"], "NUM_IMAGES: must be at least 1, got 0"),
         (["MODEL.WSBCN.SYNC_PERIOD", "-1"], "SYNC_PERIOD: must be at least 0, got -1"),

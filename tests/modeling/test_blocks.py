@@ -201,8 +201,8 @@ def test_blocks_that_begin_as_the_identity(depth, norm):
         assert gradient.isfinite().all() and gradient.count_nonzero() > 0.9 * gradient.numel()
 
 
-@pytest.mark.parametrize("norm,freeze_at", [("FrozenBN", 0), ("BCN+WS", 2)])
+@pytest.mark.parametrize("norm,freeze_at", [("FrozenBN", 0), ("BCN+WS", 2), ("", 0)])
 def test_blocks_that_cannot_begin_as_the_identity(norm, freeze_at):
     opts = ["MODEL.WSBCN.ZERO_INIT_RESIDUAL", "True", "MODEL.BACKBONE.FREEZE_AT", str(freeze_at)]
-    with pytest.raises(ValueError, match=r"ZERO_INIT_RESIDUAL: \w+ of res2.0 has no trainable"):
+    with pytest.raises(ValueError, match=r"last norm of res2.0 \(\w+\) has no trainable weight"):
         build_wsbcn_resnet_backbone(config(50, norm, *opts), ShapeSpec(channels=3))

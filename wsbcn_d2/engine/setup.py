@@ -110,11 +110,11 @@ def _check_values(cfg: CfgNode) -> None:
             f"MODEL.WSBCN.UPDATE_RATE_SCHEDULE: {cfg.MODEL.WSBCN.UPDATE_RATE_SCHEDULE!r} is not "
             f"one of {', '.join(allowed)}"
         )
-    if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
-        names = [backbone.__name__ for backbone in BACKBONES]
-        if cfg.MODEL.BACKBONE.NAME not in names:
+    names = [backbone.__name__ for backbone in BACKBONES]
+    for key in ("CHECKPOINT_ACTIVATIONS", "ZERO_INIT_RESIDUAL"):
+        if cfg.MODEL.WSBCN[key] and cfg.MODEL.BACKBONE.NAME not in names:
             raise ConfigError(
-                f"MODEL.WSBCN.CHECKPOINT_ACTIVATIONS: {cfg.MODEL.BACKBONE.NAME} cannot do it; "
+                f"MODEL.WSBCN.{key}: {cfg.MODEL.BACKBONE.NAME} cannot do it; "
                 f"MODEL.BACKBONE.NAME must be one of {', '.join(names)}"
             )
     for key, value, least in (

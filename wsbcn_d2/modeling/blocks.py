@@ -100,15 +100,17 @@ def zero_init_residual_(resnet: nn.Module) -> None:
     BCN, whose channel normalization would divide by the standard deviation of zeros otherwise.
 
     Raises:
-        ValueError: if a normalization has no parameter for that, as FrozenBN.
+        ValueError: if a block has no trainable parameter for that: frozen, FrozenBN, no norm.
     """
     for name, block in resnet.named_modules():
         if isinstance(block, CNNBlockBase) and hasattr(block, "shortcut"):
             norm = (block.conv3 if hasattr(block, "conv3") else block.conv2).norm
-            weight = norm.group_weight if isinstance(norm, BatchChannelNorm) else norm.weight
-            if not weight.requires_grad:
+            factor = "group_weight" if isinstance(norm, BatchChannelNorm) else "weight"
+            weight = getattr(norm, factor, None)
+            if weight is None or not weight.requires_grad:
+                found = "none" if norm is None else type(norm).__name__
                 raise ValueError(
-                    f"MODEL.WSBCN.ZERO_INIT_RESIDUAL: {type(norm).__name__} of {name} has no "
+                    f"MODEL.WSBCN.ZERO_INIT_RESIDUAL: the last norm of {name} ({found}) has no "
                     "trainable weight; set it to False, or MODEL.RESNETS.NORM to another norm"
                 )
             nn.init.zeros_(weight)
