@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from wsbcn_d2.ops import triton_backend
 from wsbcn_d2.ops import triton_kernels as kernels
 
 HALF = ("x_ptr", "y_ptr", "residual_ptr", "grad_ptr", "grad_x_ptr", "grad_residual_ptr")
@@ -29,21 +30,21 @@ ACTIVATION = [
 ]
 TABLES = {"BLOCK_D": 8, "BLOCK_S": 64}
 VARIANTS = {
-    "_moments_kernel": [{}],
-    "_pool_kernel": [{"AROUND_ESTIMATE": e, "BLOCK_R": 64, "BLOCK_C": 16} for e in (True, False)],
-    "_forward_tables_kernel": [
+    "moments_kernel": [{}],
+    "pool_kernel": [{"AROUND_ESTIMATE": e, "BLOCK_R": 64, "BLOCK_C": 16} for e in (True, False)],
+    "forward_tables_kernel": [
         {"UPDATE": update, "POOL": pool, "BLOCK_R": 16, "BLOCK_ALL": 256, **TABLES}
         for update, pool in ((True, True), (True, False), (False, False))
     ],
-    "_apply_kernel": [
+    "apply_kernel": [
         {**activation, "UPDATE": update}
         for activation, update in zip(ACTIVATION, (True, False, True, False, True))
     ],
-    "_sums_kernel": ACTIVATION,
-    "_backward_tables_kernel": [TABLES],
-    "_input_grad_kernel": ACTIVATION,
-    "_standardize_kernel": [{"BLOCK": 1024}],
-    "_standardize_backward_kernel": [{"BLOCK": 1024}],
+    "sums_kernel": ACTIVATION,
+    "backward_tables_kernel": [TABLES],
+    "input_grad_kernel": ACTIVATION,
+    "standardize_kernel": [{"BLOCK": 1024}],
+    "standardize_backward_kernel": [{"BLOCK": 1024}],
 }
 
 
@@ -62,8 +63,8 @@ def compile_kernel(kernel, constants, half, ones, target):
 
 
 def main():
-    assert not kernels.INTERPRETED
-    missing = set(VARIANTS) ^ {n for n in vars(kernels) if re.fullmatch(r"_\w+_kernel", n)}
+    assert not triton_backend.INTERPRETED
+    missing = set(VARIANTS) ^ {n for n in vars(kernels) if re.fullmatch(r"\w+_kernel", n)}
     assert not missing, missing
     for capability in (70, 90):
         target = GPUTarget("cuda", capability, 32)

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ..layers import BatchChannelNorm, WSConv2d, standardize_together
-from ..ops import backend, set_backend, triton_kernels
+from ..ops import backend, set_backend, triton_backend
 from .machine import describe_machine
 from .measure import Times, interleaved, spread
 
@@ -41,7 +41,8 @@ class _Launcher:
 
 class _Utilities:
     def load_binary(self, *_: Any) -> Any:
-        return 1, 1, 32, 0, 1024  # module, function, registers, spills, threads
+        results = 1, 1, 32, 0, 1024  # module, function, registers, spills, threads
+        return results[:4] if triton.__version__.startswith("3.3.") else results
 
     def get_device_properties(self, _: int) -> Dict[str, int]:
         return {"max_shared_mem": 232448, "multiprocessor_count": _MULTIPROCESSORS}
@@ -70,12 +71,13 @@ def _launching_nothing() -> Iterator[None]:
     Raises:
         RuntimeError: if Triton has been imported as an interpreter.
     """
-    if triton_kernels.INTERPRETED:
+    if triton_backend.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 is set: there are no launches to measure")
+    active = "_active" if hasattr(driver, "_active") else "active"  # before Triton 3.5
     patches = [
-        mock.patch.object(driver, "_active", _NoDevice()),
+        mock.patch.object(driver, active, _NoDevice()),
         mock.patch.object(backend, "_triton_fails", lambda *_: False),
-        mock.patch.object(triton_kernels, "_multiprocessors", lambda _: _MULTIPROCESSORS),
+        mock.patch.object(triton_backend, "_multiprocessors", lambda _: _MULTIPROCESSORS),
     ]
     with contextlib.ExitStack() as stack:
         for patch in patches:

@@ -51,11 +51,11 @@ def backend_name(device: Optional[torch.device] = None) -> str:
 
 
 def kernels_for(x: Tensor) -> ModuleType:
-    """The module with the kernels for a tensor: :mod:`.eager` or :mod:`.triton_kernels`."""
+    """The module with the kernels for a tensor: :mod:`.eager` or :mod:`.triton_backend`."""
     if x.device.type in ("cpu", "cuda") and backend_name(x.device) == "triton":
-        from . import triton_kernels
+        from . import triton_backend
 
-        return triton_kernels
+        return triton_backend
     return eager
 
 
@@ -77,14 +77,15 @@ def _checked(name: str, what: str) -> str:
 def _triton_fails(device_type: str, device_index: Optional[int], choice: str) -> bool:
     """Whether Triton cannot serve a device, found out by trying; says so once."""
     try:
-        from . import triton_kernels
+        from . import triton_backend
 
-        if device_type == "cpu" and not triton_kernels.INTERPRETED:
+        if device_type == "cpu" and not triton_backend.INTERPRETED:
             raise RuntimeError("it compiles for GPUs only")
         device = torch.device(device_type, device_index)
         # Triton launches on the current device, which need not be that of the tensor.
         with torch.cuda.device(device if device_type == "cuda" else -1):
-            triton_kernels.moments(torch.ones(1, 1, 2, 2, device=device))
+            for _ in range(2):  # the first launch and its repetition are not the same code
+                triton_backend.moments(torch.ones(1, 1, 2, 2, device=device))
     except Exception as problem:  # a missing package, compiler or driver, an old GPU, ...
         logger.warning(
             f"Triton cannot be used on {device_type}, so normalization runs in plain PyTorch "

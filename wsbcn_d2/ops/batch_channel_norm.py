@@ -31,7 +31,7 @@ passes over the activation: the addition of a residual, and ReLU.
 Two operations are known to PyTorch, and so to torch.compile and the profiler:
 ``wsbcn_d2::batch_channel_norm`` and ``wsbcn_d2::batch_channel_norm_backward``. Where nothing looks
 at them by name, what they do is called without them, which takes less time. A backend
-(:mod:`.eager`, :mod:`.triton_kernels`) has a function for each with the same arguments. The forward
+(:mod:`.eager`, :mod:`.triton_backend`) has a function for each with the same arguments. The forward
 one returns ``y``; ``tables`` (:mod:`.tables`), with ``m, v, d`` and ``scale = k a`` for each image
 and channel, ``r`` for each image and group, ``mu`` and ``rstd = 1 / sqrt(s2 + eps)`` for each
 channel, and ``count``, the number of values behind ``mu`` if that is of the batch; and ``shift``,

@@ -1,35 +1,7 @@
-"""The kernels in Triton, for GPUs.
+"""The kernels in Triton, for GPUs; :mod:`.triton_backend` launches them."""
 
-An activation is cut into tiles of channels and pixels whose shape follows the memory format, so
-that NCHW and channels_last are both read the way they lie in memory. Work on few images with few
-channels would leave most of a GPU idle, so the pixels are divided too; what the parts yield is put
-together in a fixed order, and results are reproducible. A forward pass is three launches (moments,
-tables, apply), one more where many images or parts are to be put together for new estimates; a
-backward pass is three. With one image a step the host is as busy as the GPU, and what it spends on
-a launch grows with the number of arguments: what belongs together is in one tensor.
-"""
-
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import List, Optional, Tuple, Union
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from .estimates import pool_over_ranks, sum_over_ranks, update_with_batch
-from .tables import new_tables, split_tables
-
-# The sign under a fused ReLU is computed again from x and the tables, if nothing was added.
-SAVES_OUTPUT_OF_RELU = False
-
-_TILE = 2048  # elements
-_TABLE_TILE = 4096
-# Values up to which every program puts together the statistics of all channels by itself, rather
-# than a kernel of their own: of the batch, to find out whether all of them are finite.
-_FEW_MOMENTS = 16384
-_COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @triton.jit
@@ -45,7 +17,7 @@ def _places(n, c, p, channels, pixels, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _moments_kernel(
+def moments_kernel(
     x_ptr,
     moments_ptr,
     channels,
@@ -164,7 +136,7 @@ def _new_estimates(
 
 
 @triton.jit
-def _pool_kernel(
+def pool_kernel(
     moments_ptr,
     running_mean_ptr,
     running_var_ptr,
@@ -235,7 +207,7 @@ def _not_finite(mean, var, inside):
 
 
 @triton.jit
-def _forward_tables_kernel(
+def forward_tables_kernel(
     moments_ptr,
     mean_ptr,
     var_ptr,
@@ -382,7 +354,7 @@ def _forward_tables_kernel(
 
 
 @triton.jit
-def _apply_kernel(
+def apply_kernel(
     x_ptr,
     residual_ptr,
     y_ptr,
@@ -451,7 +423,7 @@ def _under_relu(grad, x, y_ptr, at, mask, m, scale, shift, FROM_OUTPUT: tl.const
 
 
 @triton.jit
-def _sums_kernel(
+def sums_kernel(
     grad_ptr,
     x_ptr,
     y_ptr,
@@ -504,7 +476,7 @@ def _sums_kernel(
 
 
 @triton.jit
-def _backward_tables_kernel(
+def backward_tables_kernel(
     sums_ptr,
     weight_ptr,
     group_weight_ptr,
@@ -565,7 +537,7 @@ def _backward_tables_kernel(
 
 
 @triton.jit
-def _input_grad_kernel(
+def input_grad_kernel(
     grad_ptr,
     x_ptr,
     y_ptr,
@@ -615,7 +587,7 @@ def _input_grad_kernel(
 
 
 @triton.jit
-def _standardize_kernel(
+def standardize_kernel(
     weight_ptr,
     out_ptr,
     mean_ptr,
@@ -652,7 +624,7 @@ def _standardize_kernel(
 
 
 @triton.jit
-def _standardize_backward_kernel(
+def standardize_backward_kernel(
     grad_ptr,
     weight_ptr,
     out_ptr,
@@ -686,456 +658,3 @@ def _standardize_backward_kernel(
         t = tl.load(weight_ptr + i, mask=i < last, other=0.0).to(COMPUTE) - mean
         out = rstd * (g - g_mean - t * slope)
         tl.store(out_ptr + i, out.to(out_ptr.dtype.element_ty), mask=i < last)
-
-
-# With TRITON_INTERPRET=1 kernels run as Python, on tensors of any device.
-INTERPRETED = not isinstance(_moments_kernel, triton.runtime.JITFunction)
-
-
-@dataclass(frozen=True)
-class _Tiling:
-    """How an activation is divided.
-
-    Attributes:
-        channels_last: how it lies in memory.
-        block_c, block_p: channels and pixels of a tile.
-        rows: images times blocks of channels.
-        tiles: blocks of pixels.
-        part, parts: pixels of a part and number of parts, for sums over pixels.
-    """
-
-    channels_last: bool
-    block_c: int
-    block_p: int
-    rows: int
-    tiles: int
-    part: int
-    parts: int
-
-    @classmethod
-    def of(cls, x: Tensor) -> "_Tiling":
-        """The tiling of a dense activation, in NCHW or channels_last."""
-        return _tiling(x.shape, x.is_contiguous(), x.device)
-
-
-@lru_cache(maxsize=4096)
-def _tiling(shape: torch.Size, contiguous: bool, device: torch.device) -> _Tiling:
-    images, channels, height, width = shape
-    pixels = height * width
-    if contiguous:
-        block_p = min(triton.next_power_of_2(pixels), _TILE)
-        block_c = min(triton.next_power_of_2(channels), _TILE // block_p)
-    else:
-        block_c = min(triton.next_power_of_2(channels), 128)
-        block_p = min(triton.next_power_of_2(pixels), _TILE // block_c)
-    rows = images * triton.cdiv(channels, block_c)
-    tiles = triton.cdiv(pixels, block_p)
-    # Enough programs for several waves on the GPU; at least two tiles for each.
-    wanted = triton.cdiv(8 * _multiprocessors(device), rows)
-    part = block_p * triton.cdiv(tiles, max(min(wanted, tiles // 2), 1))
-    return _Tiling(not contiguous, block_c, block_p, rows, tiles, part, triton.cdiv(pixels, part))
-
-
-@lru_cache(maxsize=None)
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 4
-
-
-def batch_channel_norm_forward(
-    x: Tensor,
-    residual: Optional[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    group_weight: Tensor,
-    group_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    skipped_updates: Optional[Tensor],
-    seen_elements: Optional[Tensor],
-    update_rate: Union[float, Tensor, None],
-    eps: float,
-    use_batch_statistics: bool,
-    relu: bool,
-    synchronize: bool,
-) -> Tuple[Tensor, ...]:
-    """See :mod:`.batch_channel_norm`."""
-    x = _dense(x)
-    images, channels, height, width = x.shape
-    pixels, groups = height * width, group_weight.shape[0]
-    values = float(images * pixels)
-    tables = new_tables(x, groups, use_batch_statistics)
-    compute = _COMPUTE[tables.dtype]
-    shift = tables.new_empty(images, channels)
-    y = torch.empty_like(x)
-    rate = 0.0 if update_rate is None else float(update_rate)
-    mean, var = running_mean, running_var  # to normalize by
-    estimates = None  # that this kernel writes
-    if not x.numel():
-        tiling, moments_, rows = None, None, 0
-    else:
-        tiling = _Tiling.of(x)
-        moments_ = _moments(x, tiling, tables.dtype)
-        rows = images * tiling.parts
-
-    def pool(around_estimate: bool) -> Tensor:
-        out = tables.new_empty(2, channels)
-        block_c = min(triton.next_power_of_2(channels), 16)
-        _pool_kernel[(triton.cdiv(channels, block_c),)](
-            moments_,
-            running_mean,
-            running_var,
-            out,
-            rate,
-            rows,
-            channels,
-            pixels,
-            tiling.part,
-            tiling.parts,
-            values,
-            AROUND_ESTIMATE=around_estimate,
-            COMPUTE=compute,
-            BLOCK_R=min(triton.next_power_of_2(rows), _TABLE_TILE // block_c),
-            BLOCK_C=block_c,
-        )
-        return out
-
-    few_moments = rows * channels <= _FEW_MOMENTS
-    if use_batch_statistics:
-        mean, var = pool(around_estimate=False) if rows else tables.new_zeros(2, channels)
-        count = tables[-1:].fill_(values)
-        if synchronize:
-            mean, var, total = pool_over_ranks(mean, var, count)
-            count.copy_(total)
-        if update_rate is not None:
-            update_with_batch(
-                running_mean,
-                running_var,
-                mean,
-                var,
-                rate,
-                count.squeeze(0),
-                skipped_updates,
-                seen_elements,
-            )
-    elif update_rate is not None and rows:
-        if not few_moments:
-            mean, var = pool(around_estimate=True)
-        estimates = tables.new_empty(2 * channels + 1)
-        if skipped_updates is None:
-            skipped_updates = torch.zeros((), dtype=torch.int64, device=x.device)
-        if seen_elements is None:
-            seen_elements = torch.zeros((), device=x.device)
-
-    if not rows:
-        split = split_tables(tables, images, channels, groups)
-        split.mu.copy_(mean)
-        split.rstd.copy_(torch.rsqrt(var + eps))
-        return y, tables, shift
-
-    update = estimates is not None
-    block_d = triton.next_power_of_2(channels // groups)
-    block_all = min(triton.next_power_of_2(channels), 256 if few_moments else _TABLE_TILE)
-    _forward_tables_kernel[(images * groups,)](
-        moments_,
-        mean,
-        var,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        group_weight,
-        group_bias,
-        tables,
-        shift,
-        estimates,
-        rate,
-        eps,
-        rows,
-        channels,
-        groups,
-        pixels,
-        tiling.part,
-        tiling.parts,
-        values,
-        UPDATE=update,
-        POOL=update and few_moments,
-        COMPUTE=compute,
-        BLOCK_D=block_d,
-        BLOCK_S=_block_s(tiling, block_d),
-        BLOCK_R=min(triton.next_power_of_2(rows), _TABLE_TILE // block_all),
-        BLOCK_ALL=block_all,
-    )
-    _apply_kernel[(tiling.rows * tiling.tiles,)](
-        x,
-        residual if residual is None else _as(residual, x),
-        y,
-        tables,
-        shift,
-        estimates,
-        running_mean,
-        running_var,
-        skipped_updates,
-        seen_elements,
-        channels,
-        groups,
-        pixels,
-        tiling.tiles,
-        values,
-        UPDATE=update,
-        HAS_RESIDUAL=residual is not None,
-        RELU=relu,
-        CHANNELS_LAST=tiling.channels_last,
-        COMPUTE=compute,
-        BLOCK_C=tiling.block_c,
-        BLOCK_P=tiling.block_p,
-    )
-    return y, tables, shift
-
-
-def batch_channel_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    y: Optional[Tensor],
-    weight: Tensor,
-    group_weight: Tensor,
-    tables: Tensor,
-    shift: Optional[Tensor],
-    relu: bool,
-    has_residual: bool,
-    synchronize: bool,
-) -> Tuple[Tensor, ...]:
-    """See :mod:`.batch_channel_norm`."""
-    x = _dense(x)
-    grad = _as(grad, x)
-    images, channels, height, width = x.shape
-    pixels, groups = height * width, group_weight.shape[0]
-    grad_x = torch.empty_like(x)
-    grad_residual = torch.empty_like(x) if has_residual and relu else x.new_empty(0)
-    coefficients = tables.new_empty(images, 2, channels)
-    parameters = tables.new_empty(images, 2 * channels + 2 * groups)
-
-    if x.numel():
-        tiling = _Tiling.of(x)
-        tile = {
-            "FROM_OUTPUT": y is not None,
-            "RELU": relu,
-            "CHANNELS_LAST": tiling.channels_last,
-            "COMPUTE": _COMPUTE[tables.dtype],
-            "BLOCK_C": tiling.block_c,
-            "BLOCK_P": tiling.block_p,
-        }
-        sums = tables.new_empty(images, tiling.parts, 2, channels)
-        _sums_kernel[(tiling.rows, tiling.parts)](
-            grad,
-            x,
-            y,
-            tables,
-            shift,
-            sums,
-            channels,
-            groups,
-            pixels,
-            tiling.part,
-            tiling.parts,
-            **tile,
-        )
-        block_d = triton.next_power_of_2(channels // groups)
-        _backward_tables_kernel[(images * groups,)](
-            sums,
-            weight,
-            group_weight,
-            tables,
-            coefficients,
-            parameters,
-            channels,
-            groups,
-            pixels,
-            tiling.parts,
-            float(channels // groups * pixels),
-            COMPUTE=tile["COMPUTE"],
-            BLOCK_D=block_d,
-            BLOCK_S=_block_s(tiling, block_d),
-        )
-        parameters = parameters[0] if images == 1 else parameters.sum(dim=0)
-    else:
-        parameters = parameters.new_zeros(parameters.shape[1])
-    _add_gradient_of_statistics(coefficients, parameters, weight, tables, groups, synchronize)
-    if x.numel():
-        _input_grad_kernel[(tiling.rows * tiling.tiles,)](
-            grad,
-            x,
-            y,
-            grad_x,
-            grad_residual,
-            tables,
-            shift,
-            coefficients,
-            channels,
-            groups,
-            pixels,
-            tiling.tiles,
-            HAS_RESIDUAL=has_residual,
-            **tile,
-        )
-    return grad_x, grad_residual, parameters
-
-
-def _add_gradient_of_statistics(
-    coefficients: Tensor,
-    parameters: Tensor,
-    weight: Tensor,
-    tables: Tensor,
-    groups: int,
-    synchronize: bool,
-) -> None:
-    """Adds the gradient through the statistics of the batch, if they were of the batch."""
-    images, _, channels = coefficients.shape
-    if tables.numel() == 2 * channels + images * (4 * channels + groups):
-        return
-    split = split_tables(tables, images, channels, groups)
-    grad_weight, grad_bias = parameters[: 2 * channels].split(channels)
-    sums = (grad_bias, grad_weight)
-    bias_sum, weight_sum = sum_over_ranks(*sums) if synchronize else sums
-    a, count = weight.to(tables.dtype) * split.rstd, split.count.clamp(min=1)
-    offset = split.m - split.mu
-    coefficients[:, 0] -= a * split.rstd * weight_sum / count
-    coefficients[:, 1] -= a * (bias_sum + offset * split.rstd * weight_sum) / count
-
-
-def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """See :func:`.batch_channel_norm.moments`."""
-    x = _dense(x)
-    images, channels, height, width = x.shape
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if not x.numel():
-        return tuple(x.new_zeros(images, channels, dtype=dtype) for _ in range(2))
-    tiling = _Tiling.of(x)
-    means, m2s = _moments(x, tiling, dtype).unbind(dim=2)
-    counts = torch.full((tiling.parts,), tiling.part, dtype=dtype, device=x.device)
-    counts[-1] = height * width - tiling.part * (tiling.parts - 1)
-    share = (counts / (height * width)).view(1, -1, 1)
-    mean = means[:, 0] + ((means - means[:, :1]) * share).sum(dim=1)
-    m2 = m2s.sum(dim=1) / (height * width)
-    return mean, m2 + ((means - mean.unsqueeze(1)).square() * share).sum(dim=1)
-
-
-def standardize_forward(
-    weights: List[Tensor], eps: List[float], dtype: torch.dtype
-) -> Tuple[List[Tensor], Tensor, Tensor]:
-    """See :mod:`.weight_standardization`."""
-    flat = _concatenated(weights)
-    rows, starts = _filters(tuple(w.shape for w in weights), flat.device)
-    compute = torch.promote_types(flat.dtype, torch.float32)
-    out = torch.empty(flat.shape, dtype=dtype, device=flat.device)
-    mean, rstd = (torch.empty(rows, dtype=compute, device=flat.device) for _ in range(2))
-    _standardize_kernel[(rows,)](
-        flat,
-        out,
-        mean,
-        rstd,
-        starts,
-        _eps_of_filters(tuple(eps), tuple(w.shape[0] for w in weights), flat.device),
-        COMPUTE=_COMPUTE[compute],
-        BLOCK=1024,
-    )
-    return _divided(out, weights), mean, rstd
-
-
-def standardize_backward(
-    grads: List[Tensor], weights: List[Tensor], mean: Tensor, rstd: Tensor
-) -> List[Tensor]:
-    """See :mod:`.weight_standardization`."""
-    flat = _concatenated(weights)
-    grads = [
-        grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
-        for grad, weight in zip(grads, weights)
-    ]
-    rows, starts = _filters(tuple(w.shape for w in weights), flat.device)
-    out = torch.empty_like(flat)
-    _standardize_backward_kernel[(rows,)](
-        _concatenated(grads),
-        flat,
-        out,
-        mean,
-        rstd,
-        starts,
-        COMPUTE=_COMPUTE[mean.dtype],
-        BLOCK=1024,
-    )
-    return _divided(out, weights)
-
-
-def _moments(x: Tensor, tiling: _Tiling, dtype: torch.dtype) -> Tensor:
-    """Means and sums of squared deviations of the parts, (N, parts, 2, C)."""
-    images, channels, height, width = x.shape
-    moments_ = torch.empty(images, tiling.parts, 2, channels, dtype=dtype, device=x.device)
-    _moments_kernel[(tiling.rows, tiling.parts)](
-        x,
-        moments_,
-        channels,
-        height * width,
-        tiling.part,
-        tiling.parts,
-        CHANNELS_LAST=tiling.channels_last,
-        COMPUTE=_COMPUTE[dtype],
-        BLOCK_C=tiling.block_c,
-        BLOCK_P=tiling.block_p,
-    )
-    return moments_
-
-
-def _block_s(tiling: _Tiling, block_d: int) -> int:
-    return min(triton.next_power_of_2(tiling.parts), max(_TABLE_TILE // block_d, 1))
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x itself if it lies in memory as NCHW or channels_last, otherwise a copy that does."""
-    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x.contiguous()
-
-
-def _as(other: Tensor, x: Tensor) -> Tensor:
-    """``other`` in the memory format of x, which is dense."""
-    if x.is_contiguous():
-        return other.contiguous()
-    return other.contiguous(memory_format=torch.channels_last)
-
-
-def _concatenated(weights: List[Tensor]) -> Tensor:
-    """All weights, each in its order in memory, in one row."""
-    return torch.cat([_row(w) for w in weights])
-
-
-def _row(weight: Tensor) -> Tensor:
-    if weight.is_contiguous():
-        return weight.view(-1)
-    order = sorted(range(weight.dim()), key=lambda i: (i != 0, -weight.stride(i)))
-    return weight.permute(order).reshape(-1)
-
-
-def _divided(flat: Tensor, weights: List[Tensor]) -> List[Tensor]:
-    """The inverse of :func:`_concatenated`."""
-    parts = flat.split([w.numel() for w in weights])
-    return [
-        part.as_strided(w.shape, w.stride(), part.storage_offset())
-        for part, w in zip(parts, weights)
-    ]
-
-
-@lru_cache(maxsize=None)
-def _filters(shapes: Tuple[torch.Size, ...], device: torch.device) -> Tuple[int, Tensor]:
-    """Number of filters, and where each begins in the concatenation, and where the last ends."""
-    sizes = torch.cat([torch.full((s[0],), s.numel() // s[0]) for s in shapes])
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-    return len(sizes), starts.to(device)
-
-
-@lru_cache(maxsize=None)
-def _eps_of_filters(
-    eps: Tuple[float, ...], filters: Tuple[int, ...], device: torch.device
-) -> Tensor:
-    values = torch.tensor(eps, dtype=torch.float64)
-    return values.repeat_interleave(torch.tensor(filters)).to(device)

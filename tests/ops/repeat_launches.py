@@ -1,0 +1,145 @@
+"""Launches everything twice, with Triton's own launch code and by repetition, and compares the two.
+
+In a process of its own, without GPU and interpreter: Triton compiles for a GPU, and a driver notes
+what comes to be launched, down to the compiled kernel.
+"""
+
+import contextlib
+import hashlib
+import sys
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from wsbcn_d2.ops import batch_channel_norm, set_backend, triton_backend
+
+LAUNCHED = []
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = source.fn.__name__
+
+    def __call__(self, *args):
+        LAUNCHED.append((self.name, *(described(a) for a in args)))
+
+
+class Utilities:
+    def load_binary(self, name, binary, *_):
+        results = 1, hashlib.sha256(binary).hexdigest(), 32, 0, 1024
+        return results[:4] if triton.__version__.startswith("3.3.") else results
+
+    def get_device_properties(self, _):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+
+class NoDevice:
+    launcher_cls = Launcher
+    utils = Utilities()
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _):
+        return 7
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def described(argument):
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, tuple(argument.shape), argument.data_ptr() % 16
+    # What Triton makes anew for those that listen to launches.
+    return type(argument) if type(argument).__name__ == "LazyDict" else argument
+
+
+def at(offset, x):
+    """A copy of x that begins so many elements after a multiple of 16 bytes."""
+    out = torch.empty(x.numel() + offset, dtype=x.dtype).as_strided(x.shape, x.stride(), offset)
+    assert out.data_ptr() % 16 == offset * x.element_size() % 16
+    return out.copy_(x)
+
+
+def layer(channels, groups, dtype, level):
+    """Parameters, estimates and counters; of one of several levels, whose counters are no multiples
+    of 16 bytes apart."""
+    parameters = [torch.ones(c, dtype=dtype) for c in (channels, channels, groups, groups)]
+    estimates = [torch.zeros(4, channels), torch.ones(4, channels)]
+    seen = torch.zeros(4)
+    return (
+        [p.requires_grad_() for p in parameters] + [e[level] for e in estimates],
+        {"skipped_updates": torch.tensor(0), "seen_elements": seen[level]},
+    )
+
+
+def step(shape, dtype, last, parameters, offset, level, options):
+    """A forward and a backward pass, with new tensors as in every step of training."""
+    channels, groups = shape[1], 2
+    tensors, counters = layer(channels, groups, parameters, level)
+    x = torch.randn(shape, dtype=dtype)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    options = {**options, **(counters if options["update_rate"] is not None else {})}
+    if options.pop("residual", False):
+        options["residual"] = at(offset, x)
+    y = batch_channel_norm(at(offset, x).requires_grad_(), *tensors, **options)
+    y.backward(at(offset, torch.ones_like(y)))
+
+
+UPDATE = {"update_rate": 0.1}
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+CASES = [
+    # shape, dtype, channels_last, dtype of the parameters, offset of activations, level, options
+    ((1, 8, 6, 5), F32, False, F32, 0, 0, UPDATE),
+    ((1, 8, 6, 5), F32, False, F32, 0, 0, {"update_rate": 0.01}),
+    ((1, 8, 6, 5), F32, False, F32, 0, 0, {"update_rate": None}),
+    ((1, 8, 6, 5), F32, False, F32, 1, 0, UPDATE),
+    ((1, 8, 6, 5), F32, False, F32, 0, 1, UPDATE),
+    ((1, 6, 6, 5), F32, False, F32, 0, 1, UPDATE),
+    ((1, 8, 6, 5), BF16, True, F32, 0, 0, UPDATE),
+    ((1, 8, 6, 5), BF16, True, BF16, 0, 0, UPDATE),
+    ((1, 8, 6, 5), F16, True, F32, 3, 0, UPDATE),
+    ((2, 8, 6, 5), F32, True, F32, 0, 0, {**UPDATE, "relu": True}),
+    ((2, 8, 6, 5), F32, False, F32, 0, 0, {**UPDATE, "relu": True, "residual": True}),
+    ((2, 8, 6, 5), F32, False, F32, 1, 0, {**UPDATE, "relu": True, "residual": True}),
+    ((2, 8, 6, 5), F32, False, F32, 0, 0, {**UPDATE, "residual": True}),
+    ((2, 8, 6, 5), F32, False, F32, 0, 0, {**UPDATE, "use_batch_statistics": True}),
+    ((2, 6, 6, 5), F32, False, F32, 0, 0, {**UPDATE, "use_batch_statistics": True}),
+    ((3, 8, 1, 1), F32, False, F32, 0, 0, UPDATE),
+    ((1, 16, 100, 100), F32, False, F32, 0, 0, UPDATE),  # the pixels are divided
+    ((64, 512, 2, 2), F32, False, F32, 0, 0, UPDATE),  # a kernel of its own pools the moments
+]
+
+
+def launches(case, repeated):
+    del LAUNCHED[:]
+    with mock.patch("wsbcn_d2.ops.launch._COMPILED_KERNELS_REPEAT", repeated):
+        step(*case)
+    return list(LAUNCHED)
+
+
+def main():
+    assert not triton_backend.INTERPRETED
+    with contextlib.ExitStack() as stack:
+        driver.set_active(NoDevice())
+        stack.enter_context(mock.patch("wsbcn_d2.ops.backend._triton_fails", lambda *_: False))
+        set_backend("triton")
+        expected = [launches(case, repeated=False) for case in CASES]
+        run = stack.enter_context(
+            mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run)
+        )
+        total = 0
+        # All once to find the kernels, then in other orders.
+        for case in CASES + CASES[::-1] + CASES:
+            got = launches(case, repeated=True)
+            assert got == expected[CASES.index(case)], (case, got)
+            total += len(got)
+    print(f"{total - run.call_count} of {total} launches repeated")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
