@@ -61,9 +61,10 @@ def _introduction(results: Results) -> str:
     runs, groups = len(results["runs"]), len(results["groups"])
     text = f"{runs} {_plural('run', runs)} of {groups} {_plural('setting', groups)}."
     if "images" in dataset:
+        classes = len(dataset["classes"])
         text += (
-            f" {dataset['images']} images with {dataset['instances']} objects of "
-            f"{len(dataset['classes'])} classes. AP in percent, as pycocotools computes it."
+            f" {dataset['images']} images with {dataset['instances']} objects of {classes} "
+            f"{'class' if classes == 1 else 'classes'}. AP in percent, as pycocotools computes it."
         )
     if bootstrap["draws"]:
         text += (
