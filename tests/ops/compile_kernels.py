@@ -33,7 +33,7 @@ VARIANTS = {
     "moments_kernel": [{}],
     "pool_kernel": [{"AROUND_ESTIMATE": e, "BLOCK_R": 64, "BLOCK_C": 16} for e in (True, False)],
     "forward_tables_kernel": [
-        {"UPDATE": update, "POOL": pool, "BLOCK_R": 16, "BLOCK_ALL": 256, **TABLES}
+        {"UPDATE": update, "POOL": pool, "BLOCK_OWN": 16, "BLOCK_R": 8, "BLOCK_ALL": 256, **TABLES}
         for update, pool in ((True, True), (True, False), (False, False))
     ],
     "apply_kernel": [

@@ -97,6 +97,7 @@ CASES = [
     ((1, 8, 6, 5), F32, False, F32, 0, 0, UPDATE),
     ((1, 8, 6, 5), F32, False, F32, 0, 0, {"update_rate": 0.01}),
     ((1, 8, 6, 5), F32, False, F32, 0, 0, {"update_rate": None}),
+    ((1, 8, 6, 5), F32, False, F32, 0, 0, {"update_rate": 1, "eps": 1}),  # integers
     # Of these two only one can be read 16 bytes at a time.
     ((1, 8, 16, 16), F32, False, F32, 0, 0, UPDATE),
     ((1, 8, 16, 16), F32, False, F32, 1, 0, UPDATE),

@@ -34,20 +34,36 @@ for choice in ("", "triton"):
 """
 
 
+# What would be found out of Triton with tensors that have no data is found out without.
+SCRIPT_WITHOUT_DATA = """
+import torch
+from torch._subclasses import FakeTensorMode
+from wsbcn_d2 import BatchChannelNorm
+from wsbcn_d2.ops import backend_name
+with FakeTensorMode():
+    BatchChannelNorm(4, 2)(torch.ones(1, 4, 2, 2), relu=True).sum().backward()
+print(backend_name(torch.device("cpu")))
+"""
+
+
 @pytest.fixture(autouse=True)
 def restore():
     yield
     set_backend(None)
 
 
+def run(script, env, path=()):
+    env["PYTHONPATH"] = os.pathsep.join([*path, str(ROOT)])
+    result = subprocess.run([sys.executable, "-c", script], env=env, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout.strip()
+
+
 def normalize_in_a_process(path=(), **environment):
     """What :data:`SCRIPT` prints, once it does without Triton by default."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     env.update(environment, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    env["PYTHONPATH"] = os.pathsep.join([*path, str(ROOT)])
-    result = subprocess.run([sys.executable, "-c", SCRIPT], env=env, text=True, capture_output=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    default, chosen = result.stdout.strip().splitlines()
+    default, chosen = run(SCRIPT, env, path).splitlines()
     assert default == "eager False 0"
     return chosen
 
@@ -56,6 +72,13 @@ def normalize_in_a_process(path=(), **environment):
 def test_environment_variable_and_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
     assert normalize_in_a_process(TRITON_INTERPRET="1") == "triton True 0"
+
+
+@pytest.mark.skipif(not TRITON_INTERPRETS, reason="this Triton has no interpreter")
+def test_tensors_without_data_say_nothing_of_triton():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "WSBCN_D2_BACKEND": "triton"}
+    assert run(SCRIPT_WITHOUT_DATA, {**env, "CUDA_VISIBLE_DEVICES": ""}) == "triton"
 
 
 def test_triton_without_gpu_falls_back_and_says_why_once():

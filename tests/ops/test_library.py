@@ -37,12 +37,20 @@ def backend(request):
 @needs_opcheck
 @pytest.mark.parametrize(
     "dtype,memory_format",
-    [(torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last)],
+    [
+        (torch.float32, torch.contiguous_format),
+        (torch.bfloat16, torch.channels_last),
+        (torch.float32, None),  # rows and columns exchanged
+    ],
 )
 def test_schemas_and_shapes(backend, dtype, memory_format):
     shape, groups = (2, 4, 2, 3), 2
     x, weight, bias, *rest = make_inputs(shape, groups, torch.float32)
-    x = x.to(dtype).contiguous(memory_format=memory_format)
+    if memory_format is None:
+        x = x.mT.contiguous().mT
+        assert not x.is_contiguous()
+    else:
+        x = x.to(dtype).contiguous(memory_format=memory_format)
     counters = [torch.tensor(0), torch.tensor(0.0)]
     rate = torch.tensor(0.1, dtype=torch.float64)
     for has_residual, relu, batch in ((0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)):

@@ -48,6 +48,7 @@ from torch import Tensor
 
 from .backend import call_on_device_of, kernels_for
 from .library import LIBRARY
+from .memory_format import dense
 from .state import is_compiling, is_observed
 from .tables import new_tables
 
@@ -176,7 +177,8 @@ class _BatchChannelNorm(torch.autograd.Function):
                 rate = torch.tensor(update_rate, dtype=torch.float64, device="cpu")
             y, tables, shift = torch.ops.wsbcn_d2.batch_channel_norm(*tensors, rate, *options)
             # torch.compile does not look for the kernels: it would trace the attempt to run them.
-            if relu and residual is None and not is_compiling():
+            # Nor does a tensor without data, with which none can run.
+            if relu and residual is None and not is_compiling() and type(x) is Tensor:
                 found_again = not kernels_for(x).SAVES_OUTPUT_OF_RELU
         else:
             kernels = kernels_for(x)
@@ -205,7 +207,7 @@ class _BatchChannelNorm(torch.autograd.Function):
         elif not relu:
             grad_residual = grad
         channels, groups = saved[2].shape[0], saved[3].shape[0]
-        gradients = parameters.split([channels, channels, groups, groups])
+        gradients = parameters.split_with_sizes([channels, channels, groups, groups])
         dtype = parameters.dtype
         return (
             grad_x,
@@ -237,7 +239,7 @@ def _forward_shapes(
 ) -> Tuple[Tensor, ...]:
     use_batch_statistics = args[-3]
     tables = new_tables(x, group_weight.shape[0], use_batch_statistics)
-    return torch.empty_like(x), tables, tables.new_empty(x.shape[:2])
+    return torch.empty_like(dense(x)), tables, tables.new_empty(x.shape[:2])
 
 
 def _backward_shapes(
@@ -250,6 +252,7 @@ def _backward_shapes(
     *args: Any,
 ) -> Tuple[Tensor, ...]:
     relu, has_residual = args[-3:-1]
+    x = dense(x)
     return (
         torch.empty_like(x),
         torch.empty_like(x) if has_residual and relu else x.new_empty(0),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .estimates import pool_over_ranks, sum_over_ranks, update_estimates, update_with_batch
+from .memory_format import dense, in_format_of
 from .tables import new_tables, split_tables
 
 # The backward pass needs the output of a fused ReLU, which costs no memory: what follows, in
@@ -41,6 +42,7 @@ def batch_channel_norm_forward(
     synchronize: bool,
 ) -> Tuple[Tensor, ...]:
     """See :mod:`.batch_channel_norm`."""
+    x = dense(x)
     images, channels = x.shape[:2]
     groups = group_weight.numel()
     tables = new_tables(x, groups, use_batch_statistics)
@@ -106,8 +108,9 @@ def batch_channel_norm_backward(
     synchronize: bool,
 ) -> Tuple[Tensor, ...]:
     """See :mod:`.batch_channel_norm`."""
+    x = dense(x)
     if relu:
-        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        grad = torch.ops.aten.threshold_backward(in_format_of(x, grad), y, 0)
     grad_residual = grad if has_residual and relu else grad.new_empty(0)
     images, channels = x.shape[:2]
     groups = group_weight.numel()

@@ -35,6 +35,8 @@ class Launch:
     in their :func:`signature`, and the device that is the current one.
     """
 
+    __slots__ = ("_kernel", "_grid", "_values", "_again")
+
     def __init__(self, kernel: Any, grid: Tuple[int, ...], **constants: Any) -> None:
         """
         Args:
@@ -46,18 +48,20 @@ class Launch:
             TypeError: if an argument of the kernel before one of the constants is not among them.
         """
         names = kernel.arg_names[len(kernel.arg_names) - len(constants) :]
-        if set(names) != set(constants):
-            raise TypeError(f"the constants are {sorted(constants)}, the kernel ends with {names}")
-        self._kernel = kernel[grid]
-        self._constants = constants
-        self._grid = (*grid, 1, 1)[:3]
-        self._values = tuple(constants[name] for name in names)
+        try:
+            self._values = [constants[name] for name in names]
+        except KeyError:
+            raise TypeError(
+                f"the constants are {', '.join(constants)}, the kernel ends with {', '.join(names)}"
+            ) from None
+        self._kernel = kernel
+        self._grid = grid
         self._again: Any = None
 
     def __call__(self, *args: Any) -> None:
         if self._again is not None:
             self._again(*args, *self._values)
             return
-        compiled = self._kernel(*args, **self._constants)
+        compiled = self._kernel[self._grid](*args, *self._values)
         if _COMPILED_KERNELS_REPEAT and compiled is not None:  # None by the interpreter
-            self._again = compiled[self._grid]
+            self._again = compiled[(*self._grid, 1, 1)[:3]]

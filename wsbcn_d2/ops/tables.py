@@ -40,7 +40,7 @@ def new_tables(x: Tensor, groups: int, use_batch_statistics: bool) -> Tensor:
     images, channels = x.shape[:2]
     size = 2 * channels + images * (4 * channels + groups) + int(use_batch_statistics)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.empty(size, dtype=dtype, device=x.device)
+    return x.new_empty(size, dtype=dtype)
 
 
 def split_tables(tables: Tensor, images: int, channels: int, groups: int) -> Tables:

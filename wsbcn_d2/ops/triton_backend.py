@@ -22,19 +22,22 @@ from torch import Tensor
 from . import triton_kernels as kernels
 from .estimates import pool_over_ranks, sum_over_ranks, update_with_batch
 from .launch import Launch, signature
+from .memory_format import dense, in_format_of
 from .tables import new_tables, split_tables
 
 # The sign under a fused ReLU is computed again from x and the tables, if nothing was added.
 SAVES_OUTPUT_OF_RELU = False
 
 _TILE = 2048  # elements
-_TABLE_TILE = 4096
-# Values up to which every program puts together the statistics of all channels by itself, rather
-# than a kernel of their own: of the batch, to find out whether all of them are finite.
+_TABLE_TILE = 2048
+# Moments up to which every program puts together the statistics of all channels by itself, to find
+# out whether all of them are finite, rather than a kernel of their own; and those that all programs
+# read together.
 _FEW_MOMENTS = 16384
+_FEW_READS = 4_000_000
 # Passes whose launches are remembered: images of all sizes make many, and so do the numbers of
 # objects in them.
-_REMEMBERED = 8192
+_REMEMBERED = 4096
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -171,7 +174,9 @@ class _Forward(NamedTuple):
         images, channels, height, width = shape
         pixels = height * width
         rows = images * tiling.parts
-        few_moments = rows * channels <= _FEW_MOMENTS
+        few_moments = (
+            rows * channels <= _FEW_MOMENTS and images * groups * rows * channels <= _FEW_READS
+        )
         counts = {"rows": rows, "channels": channels, "pixels": pixels, **tiling.partition}
         compute_ = {"COMPUTE": _COMPUTE[compute]}
         values = {"values": float(images * pixels)}
@@ -183,24 +188,30 @@ class _Forward(NamedTuple):
                 kernels.pool_kernel,
                 (triton.cdiv(channels, block_c),),
                 AROUND_ESTIMATE=update,
-                BLOCK_R=min(triton.next_power_of_2(rows), _TABLE_TILE // block_c),
+                BLOCK_R=_block(rows, _TABLE_TILE // block_c),
                 BLOCK_C=block_c,
                 **counts,
                 **values,
                 **compute_,
             )
-        block_d, block_s = _table_blocks(channels, groups, tiling)
-        block_all = min(triton.next_power_of_2(channels), 256 if few_moments else _TABLE_TILE)
+        pool_there = update and few_moments
+        block_d = triton.next_power_of_2(channels // groups)
+        limit = max(_TABLE_TILE // block_d, 1)
+        block_all = min(triton.next_power_of_2(channels), _TABLE_TILE)
+        if pool_there:
+            block_all = min(block_all, max(256, _TABLE_TILE // triton.next_power_of_2(rows)))
         tables = Launch(
             kernels.forward_tables_kernel,
             (images * groups,),
             groups=groups,
             UPDATE=update,
-            POOL=update and few_moments,
+            POOL=pool_there,
             BLOCK_D=block_d,
-            BLOCK_S=block_s,
-            BLOCK_R=min(triton.next_power_of_2(rows), _TABLE_TILE // block_all),
-            BLOCK_ALL=block_all,
+            BLOCK_S=_block(tiling.parts, limit),
+            # What is not used must not make Triton compile another kernel.
+            BLOCK_OWN=_block(rows, limit) if pool_there else 1,
+            BLOCK_R=_block(rows, _TABLE_TILE // block_all) if pool_there else 1,
+            BLOCK_ALL=block_all if update else 1,
             **counts,
             **values,
             **compute_,
@@ -267,14 +278,14 @@ class _Backward(NamedTuple):
             **tile,
             **compute_,
         )
-        block_d, block_s = _table_blocks(channels, groups, tiling)
+        block_d = triton.next_power_of_2(channels // groups)
         tables = Launch(
             kernels.backward_tables_kernel,
             (images * groups,),
             parts=tiling.parts,
             group_values=float(channels // groups * pixels),
             BLOCK_D=block_d,
-            BLOCK_S=block_s,
+            BLOCK_S=_block(tiling.parts, max(_TABLE_TILE // block_d, 1)),
             **counts,
             **compute_,
         )
@@ -290,11 +301,10 @@ class _Backward(NamedTuple):
         return cls(tiling.parts, sums, tables, apply)
 
 
-def _table_blocks(channels: int, groups: int, tiling: _Tiling) -> Tuple[int, int]:
-    """Channels and parts that a program for a group of channels has at a time."""
-    block_d = triton.next_power_of_2(channels // groups)
-    block_s = min(triton.next_power_of_2(tiling.parts), max(_TABLE_TILE // block_d, 1))
-    return block_d, block_s
+def _block(count: int, limit: int) -> int:
+    """How many of so many things to have at a time, a power of two: of a few, as each makes Triton
+    compile another kernel."""
+    return min(next((block for block in (1, 16, 128) if count <= block), limit), limit)
 
 
 def batch_channel_norm_forward(
@@ -315,9 +325,9 @@ def batch_channel_norm_forward(
     synchronize: bool,
 ) -> Tuple[Tensor, ...]:
     """See :mod:`.batch_channel_norm`."""
-    x = _dense(x)
+    x = dense(x)
     if residual is not None:
-        residual = _as(residual, x)
+        residual = in_format_of(x, residual)
     images, channels, height, width = x.shape
     groups = group_weight.shape[0]
     rate = 0.0 if update_rate is None else float(update_rate)
@@ -386,7 +396,7 @@ def batch_channel_norm_forward(
         shift,
         estimates,
         rate,
-        eps,
+        float(eps),
     )
     launches.apply(x, residual, y, tables, shift, estimates, running_mean, running_var, *counters)
     return y, tables, shift
@@ -405,8 +415,8 @@ def batch_channel_norm_backward(
     synchronize: bool,
 ) -> Tuple[Tensor, ...]:
     """See :mod:`.batch_channel_norm`."""
-    x = _dense(x)
-    grad = _as(grad, x)
+    x = dense(x)
+    grad = in_format_of(x, grad)
     images, channels = x.shape[:2]
     groups = group_weight.shape[0]
     grad_x = torch.empty_like(x)
@@ -463,7 +473,7 @@ def _add_gradient_of_statistics(
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """See :func:`.batch_channel_norm.moments`."""
-    x = _dense(x)
+    x = dense(x)
     images, channels, height, width = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not x.numel():
@@ -524,20 +534,6 @@ def standardize_backward(
         BLOCK=1024,
     )
     return _divided(out, weights)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x itself if it lies in memory as NCHW or channels_last, otherwise a copy that does."""
-    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x.contiguous()
-
-
-def _as(other: Tensor, x: Tensor) -> Tensor:
-    """``other`` in the memory format of x, which is dense."""
-    if x.is_contiguous():
-        return other.contiguous()
-    return other.contiguous(memory_format=torch.channels_last)
 
 
 def _concatenated(weights: List[Tensor]) -> Tensor:

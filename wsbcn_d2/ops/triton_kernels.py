@@ -3,6 +3,11 @@
 import triton
 import triton.language as tl
 
+# Triton compiles another kernel where an integer is 1 or a multiple of 16. That pays where it makes
+# addresses multiples of 16 bytes; other integers, which vary with the size of images, would only
+# have kernels compiled for hundreds of steps.
+_OF_POOLING = ["rows", "pixels", "part", "parts"]
+
 
 @triton.jit
 def _places(n, c, p, channels, pixels, CHANNELS_LAST: tl.constexpr):
@@ -16,7 +21,7 @@ def _places(n, c, p, channels, pixels, CHANNELS_LAST: tl.constexpr):
     return places
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def moments_kernel(
     x_ptr,
     moments_ptr,
@@ -40,13 +45,12 @@ def moments_kernel(
     # Welford's recurrence in every lane: one pass, without cancellation far from zero.
     mean = tl.zeros([BLOCK_C, BLOCK_P], COMPUTE)
     m2 = tl.zeros([BLOCK_C, BLOCK_P], COMPUTE)
-    step = tl.zeros([], COMPUTE)
     for start in range(first, last, BLOCK_P):
         p = start + lane
         mask = (c[:, None] < channels) & (p[None, :] < last)
         at = _places(n, c, p, channels, pixels, CHANNELS_LAST)
         value = tl.load(x_ptr + at, mask=mask, other=0.0)
-        step += 1.0
+        step = ((start - first) // BLOCK_P + 1).to(COMPUTE)
         delta = tl.where(mask, value.to(COMPUTE) - mean, 0.0)
         mean += delta * (1.0 / step)
         m2 += delta * tl.where(mask, value.to(COMPUTE) - mean, 0.0)
@@ -81,8 +85,8 @@ def _pooled(
     """Sums of the deviations from ``origin``, and of their squares, over some rows of the moments,
     [rows of (N, parts), 2, C]."""
     inside = c < channels
-    offset = tl.zeros([BLOCK_C], COMPUTE)
-    square = tl.zeros([BLOCK_C], COMPUTE)
+    offset = tl.zeros([BLOCK_R, BLOCK_C], COMPUTE)
+    square = tl.zeros([BLOCK_R, BLOCK_C], COMPUTE)
     for start in range(first, last, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
         mask = (row[:, None] < last) & inside[None, :]
@@ -91,9 +95,9 @@ def _pooled(
         mean = tl.load(moments_ptr + at, mask=mask, other=0.0)
         m2 = tl.load(moments_ptr + at + channels, mask=mask, other=0.0)
         delta = tl.where(mask, mean - origin[None, :], 0.0)
-        offset += tl.sum(delta * count, axis=0)
-        square += tl.sum(m2 + delta * delta * count, axis=0)
-    return offset, square
+        offset += delta * count
+        square += m2 + delta * delta * count
+    return tl.sum(offset, axis=0), tl.sum(square, axis=0)
 
 
 @triton.jit
@@ -135,7 +139,7 @@ def _new_estimates(
     return mean, var
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_POOLING)
 def pool_kernel(
     moments_ptr,
     running_mean_ptr,
@@ -200,13 +204,13 @@ def pool_kernel(
 
 @triton.jit
 def _not_finite(mean, var, inside):
-    """Number of channels with a statistic that is not finite."""
+    """1 for each channel with a statistic that is not finite."""
     # A difference with itself is zero exactly for finite numbers.
     bad = (mean - mean != 0.0) | (var - var != 0.0)
-    return tl.sum(tl.where(bad & inside, 1, 0), axis=0)
+    return tl.where(bad & inside, 1, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_POOLING)
 def forward_tables_kernel(
     moments_ptr,
     mean_ptr,
@@ -234,6 +238,7 @@ def forward_tables_kernel(
     COMPUTE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
 ):
@@ -243,6 +248,10 @@ def forward_tables_kernel(
     all of the layer are finite, and as they are otherwise. These come from the moments (``POOL``),
     or are given. Every program finds that out for itself, so none may write the estimates: those of
     the first image write ``estimates``, the new means and variances and whether they are the old.
+
+    Read at a time: of the ``BLOCK_D`` channels of the group, the moments of ``BLOCK_S`` parts of
+    the image and of ``BLOCK_OWN`` rows of the batch, and of ``BLOCK_ALL`` channels of the layer
+    those of ``BLOCK_R`` rows.
     """
     n = (tl.program_id(0) // groups).to(tl.int64)
     g = tl.program_id(0) % groups
@@ -253,7 +262,7 @@ def forward_tables_kernel(
     inside = k < size
 
     if UPDATE:
-        bad = 0
+        bad = tl.zeros([BLOCK_ALL], tl.int32)
         for start in range(0, channels, BLOCK_ALL):
             i = start + tl.arange(0, BLOCK_ALL)
             if POOL:
@@ -277,6 +286,7 @@ def forward_tables_kernel(
                 mean = tl.load(mean_ptr + i, mask=i < channels, other=0.0)
                 var = tl.load(var_ptr + i, mask=i < channels, other=0.0)
             bad += _not_finite(mean, var, i < channels)
+        bad = tl.sum(bad, axis=0)
         if POOL:
             mu, s2 = _new_estimates(
                 moments_ptr,
@@ -291,7 +301,7 @@ def forward_tables_kernel(
                 parts,
                 values,
                 COMPUTE,
-                BLOCK_S,
+                BLOCK_OWN,
                 BLOCK_D,
             )
         else:
@@ -353,7 +363,7 @@ def forward_tables_kernel(
         tl.store(tables_ptr + channels + c, rstd, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def apply_kernel(
     x_ptr,
     residual_ptr,
@@ -422,7 +432,7 @@ def _under_relu(grad, x, y_ptr, at, mask, m, scale, shift, FROM_OUTPUT: tl.const
     return tl.where(positive, grad, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def sums_kernel(
     grad_ptr,
     x_ptr,
@@ -475,7 +485,7 @@ def sums_kernel(
     tl.store(sums_ptr + out + channels, tl.sum(s2, axis=1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "parts"])
 def backward_tables_kernel(
     sums_ptr,
     weight_ptr,
@@ -500,14 +510,16 @@ def backward_tables_kernel(
     i = tl.arange(0, BLOCK_D)
     c = g * size + i
     inside = i < size
-    s1 = tl.zeros([BLOCK_D], COMPUTE)
-    s2 = tl.zeros([BLOCK_D], COMPUTE)
+    s1 = tl.zeros([BLOCK_S, BLOCK_D], COMPUTE)
+    s2 = tl.zeros([BLOCK_S, BLOCK_D], COMPUTE)
     for start in range(0, parts, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         mask = (s[:, None] < parts) & inside[None, :]
         at = (n * parts + s.to(tl.int64)[:, None]) * 2 * channels + c[None, :]
-        s1 += tl.sum(tl.load(sums_ptr + at, mask=mask, other=0.0), axis=0)
-        s2 += tl.sum(tl.load(sums_ptr + at + channels, mask=mask, other=0.0), axis=0)
+        s1 += tl.load(sums_ptr + at, mask=mask, other=0.0)
+        s2 += tl.load(sums_ptr + at + channels, mask=mask, other=0.0)
+    s1 = tl.sum(s1, axis=0)
+    s2 = tl.sum(s2, axis=0)
 
     row = tables_ptr + 2 * channels + n * (4 * channels + groups)
     m = tl.load(row + c, mask=inside, other=0.0)
@@ -536,7 +548,7 @@ def backward_tables_kernel(
     tl.store(out + 2 * channels + groups + g, grad_group_bias)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def input_grad_kernel(
     grad_ptr,
     x_ptr,
