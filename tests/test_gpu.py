@@ -128,3 +128,90 @@ def test_filters_are_standardized_together(memory_format):
         assert ours.is_contiguous(memory_format=memory_format)
         close(ours.detach(), other.detach(), 1e-5)
         close(conv.weight.grad, weight.grad, 1e-4)
+
+
+def at(offset, x):
+    """A copy of x that begins so many elements after a multiple of 16 bytes."""
+    out = x.new_empty(x.numel() + offset).as_strided(x.shape, x.stride(), offset)
+    return out.copy_(x)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(
+    "shape,memory_format",
+    [
+        ((1, 256, 100, 152), torch.contiguous_format),
+        ((1, 256, 100, 152), torch.channels_last),  # hundreds of parts
+        ((64, 256, 14, 14), torch.contiguous_format),  # many images
+    ],
+)
+def test_launches_repeat(shape, memory_format, residual):
+    """Of the same passes the first is launched by Triton, and the others repeat that, or another
+    where the input lies otherwise: the same results to the last bit, and right ones."""
+    values, dy = torch.randn(2, *shape, device="cuda")
+    results = {"eager": [], 0: [], 1: []}
+    for key in (0, 1, 0, 1, 0, 1, "eager"):
+        set_backend("eager" if key == "eager" else None)
+        try:
+            x = at(0 if key == "eager" else key, values.contiguous(memory_format=memory_format))
+            x.requires_grad_()
+            norm = BatchChannelNorm(shape[1]).cuda()
+            y = norm(x, residual=x if residual else None, relu=True)
+            y.backward(dy)
+        finally:
+            set_backend(None)
+        tensors = [y.detach(), x.grad, *(p.grad for p in norm.parameters())]
+        tensors += [norm.running_mean, norm.running_var]
+        results[key].append(tensors)
+    assert len(tensors) == 8
+    for passes in (results[0], results[1]):
+        torch.testing.assert_close(passes[1:], passes[:1] * 2, rtol=0, atol=0)
+        for ours, theirs in zip(passes[0], results["eager"][0]):
+            close(ours, theirs.double().cpu(), 1e-5)
+
+
+def test_batch_that_is_not_finite_changes_no_estimate():
+    norm = BatchChannelNorm(256).cuda()
+    x = torch.randn(1, 256, 40, 50, device="cuda")
+    for _ in range(2):
+        norm(x)
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    x[0, 200, 3, 4] = float("inf")
+    norm(x)
+    assert norm.skipped_updates == 1 and norm.seen_elements == 2 * 40 * 50
+    torch.testing.assert_close((norm.running_mean, norm.running_var), before, rtol=0, atol=0)
+
+
+def test_cuda_graph():
+    norm = BatchChannelNorm(64).cuda()
+    x = torch.randn(1, 64, 30, 40, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(2):
+            norm(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    reference = BatchChannelNorm(64).cuda()
+    reference.load_state_dict(norm.state_dict())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        y = norm(x)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn(x.shape, device="cuda") + seed)
+        graph.replay()
+        torch.testing.assert_close(y, reference(x).detach(), rtol=0, atol=0)
+    torch.testing.assert_close(norm.running_var, reference.running_var, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_second_gpu():
+    x = torch.randn(1, 64, 30, 40)
+    results = []
+    for device in ("cuda:0", "cuda:1", "cuda:0", "cuda:1"):  # the current one is cuda:0
+        norm = BatchChannelNorm(64).to(device)
+        ours = x.to(device).requires_grad_()
+        y = norm(ours, relu=True)
+        y.square().sum().backward()
+        results.append([t.cpu() for t in (y.detach(), ours.grad, norm.running_var)])
+    torch.testing.assert_close(results[1:], results[:1] * 3, rtol=0, atol=0)
