@@ -85,7 +85,10 @@ def _read_runs(arguments: List[str], grouping: str) -> Tuple[List[Run], List[str
     for argument in arguments:
         label, _, folders = argument.rpartition("=")
         for folder in [argument] if Path(argument).is_dir() else folders.split(","):
-            runs.append(read_run(folder))
+            run = read_run(folder)
+            if any(run.folder.samefile(other.folder) for other in runs):
+                raise ValueError(f"{folder!r} is given twice; a run is one seed of its setting")
+            runs.append(run)
             given.append("" if folder == argument else label)
     return runs, [own or label for own, label in zip(given, GROUPINGS[grouping](runs))]
 

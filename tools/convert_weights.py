@@ -3,7 +3,6 @@
 weight standardization. The model computes with them what it did there."""
 
 import argparse
-import os
 import sys
 
 import torch
@@ -12,7 +11,7 @@ from detectron2.modeling import build_model
 from yaml import YAMLError
 
 import wsbcn_d2
-from wsbcn_d2.engine.checkpoint import atomic_write
+from wsbcn_d2.engine.checkpoint import atomic_write, check_output
 from wsbcn_d2.weights import LAYOUTS, convert_state_dict, read_checkpoint
 from wsbcn_d2.weights.formulas import FORMULAS
 
@@ -39,6 +38,8 @@ def main() -> int:
     cfg = get_cfg()
     wsbcn_d2.add_wsbcn_config(cfg)
     try:
+        if not args.dry_run:
+            check_output(args.output)
         cfg.merge_from_file(args.config_file)
         cfg.merge_from_list([*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
         checkpoint = read_checkpoint(args.input)
@@ -51,7 +52,6 @@ def main() -> int:
         print(f"{parser.prog}: {len(report.missing)} weights are missing", file=sys.stderr)
         return 1
     if not args.dry_run:
-        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
         with atomic_write(args.output) as file:
             torch.save({"model": state, "__author__": f"wsbcn_d2, from {report.layout}"}, file)
         print(f"written: {args.output}")

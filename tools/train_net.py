@@ -21,6 +21,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch import nn
 
+from wsbcn_d2.data import register_coco_format
 from wsbcn_d2.engine import ConfigError, Trainer, check_model, load_config
 
 
@@ -34,6 +35,7 @@ def test_with_augmentation(cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
 
 def main(cfg: CfgNode, args: argparse.Namespace) -> Optional[Dict[str, Any]]:
     """Runs in every process."""
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
@@ -66,14 +68,14 @@ if __name__ == "__main__":
             resume=arguments.resume,
         )
         check_model(config)
+        config.freeze()
+        launch(
+            main,
+            arguments.num_gpus,
+            num_machines=arguments.num_machines,
+            machine_rank=arguments.machine_rank,
+            dist_url=arguments.dist_url,
+            args=(config, arguments),
+        )
     except ConfigError as error:
         sys.exit(f"train_net.py: error: {error}")
-    config.freeze()
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(config, arguments),
-    )

@@ -7,6 +7,7 @@ import os
 import sys
 from typing import Tuple
 
+from wsbcn_d2.analysis.runs import read_run, register_datasets
 from wsbcn_d2.visualization import draw_comparison, draw_predictions, load_predictions
 
 
@@ -14,7 +15,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--dataset", default="digits_val", help="a registered dataset")
+    parser.add_argument(
+        "--dataset", help="a registered dataset; default: that of the first model's run"
+    )
     parser.add_argument(
         "--predictions",
         required=True,
@@ -30,11 +33,12 @@ def main() -> int:
     try:
         labels, files = zip(*map(_split_label, args.predictions))
         predictions = [load_predictions(file) for file in files]
+        dataset = args.dataset or _dataset_of(files[0])
         options = (args.output, args.num_images, args.score_threshold)
         if len(predictions) == 1:
-            path = draw_predictions(args.dataset, predictions[0], *options)
+            path = draw_predictions(dataset, predictions[0], *options)
         else:
-            path = draw_comparison(args.dataset, predictions, labels, *options)
+            path = draw_comparison(dataset, predictions, labels, *options)
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
@@ -47,10 +51,26 @@ def _split_label(argument: str) -> Tuple[str, str]:
     label, _, file = argument.rpartition("=")
     if not label or os.path.exists(argument):
         label, file = "", argument
+    return label or os.path.basename(_folder_of_run(file)), file
+
+
+def _folder_of_run(file: str) -> str:
     folder = os.path.dirname(os.path.abspath(file))
-    if os.path.basename(folder) == "inference":
-        folder = os.path.dirname(folder)
-    return label or os.path.basename(folder), file
+    return os.path.dirname(folder) if os.path.basename(folder) == "inference" else folder
+
+
+def _dataset_of(file: str) -> str:
+    """What the config of the run says that predictions are of."""
+    try:
+        run = read_run(_folder_of_run(file))
+    except ValueError:
+        run = None
+    if run is None or not run.test_datasets:
+        raise ValueError(
+            f"{file!r} is not in the folder of a run whose config names a dataset: give --dataset"
+        )
+    register_datasets(run)
+    return run.test_datasets[-1]
 
 
 if __name__ == "__main__":

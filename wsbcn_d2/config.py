@@ -35,6 +35,9 @@ def add_wsbcn_config(cfg: CN) -> None:
     # Recalibration: the estimates are computed anew from this many training images (over all
     # processes) before every evaluation and at the end, as TEST.PRECISE_BN does for BatchNorm.
     cfg.TEST.PRECISE_BCN = CN({"ENABLED": False, "NUM_IMAGES": 200})
+    # Datasets in COCO's format to register, so that they can be named in DATASETS.TRAIN and TEST:
+    # each a name, the annotation file, and the folder of the images.
+    cfg.DATASETS.COCO_FORMAT = ()
     # Number of batches of SOLVER.IMS_PER_BATCH images whose gradients make one step. Learning rate,
     # schedule and iterations count steps.
     cfg.SOLVER.ACCUMULATE_STEPS = 1

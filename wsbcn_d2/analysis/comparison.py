@@ -29,7 +29,7 @@ from ..engine.checkpoint import atomic_write
 from ..version import __version__
 from .coco import IOU_TYPES, METRICS, CocoEvaluation, resample_images
 from .files import load_kind
-from .runs import Run
+from .runs import Run, register_datasets
 
 Results = Dict[str, Any]  # what is written to JSON
 
@@ -332,6 +332,8 @@ def _find_annotations(
             "no config.yaml says which dataset the predictions are of: name the dataset or its "
             "annotation file"
         )
+    for run in runs:
+        register_datasets(run)
     check_datasets([dataset])
     file = MetadataCatalog.get(dataset).get("json_file")
     if file is None:

@@ -5,13 +5,12 @@ import math
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from ..engine.checkpoint import atomic_write
+from ..engine.checkpoint import CompleteCheckpointer, atomic_write
 from ..engine.statistics import seeded_batches
 from .files import load_kind
 from .norms import analyze_layers, estimate_drift, filter_statistics
@@ -49,7 +48,8 @@ def analyze_checkpoint(
         What :mod:`.norms_page` shows, of types that JSON knows.
 
     Raises:
-        ValueError: if an argument is out of range or the weights are not given.
+        ValueError: if an argument is out of range, or the weights are not given or not those of the
+            model.
     """
     if num_images < 1 or num_probe_images < 0:
         raise ValueError(
@@ -62,7 +62,7 @@ def analyze_checkpoint(
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0  # as `seeded_batches` needs it
     model = build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     per_batch = cfg.SOLVER.IMS_PER_BATCH
     wanted = max(num_images, num_probe_images)
     batches = seeded_batches(

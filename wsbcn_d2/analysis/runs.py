@@ -14,6 +14,7 @@ import yaml
 from detectron2.config import get_cfg
 
 from ..config import add_wsbcn_config, flatten_config
+from ..data import register_coco_format
 
 RESULTS_FILE = "coco_instances_results.json"
 
@@ -24,6 +25,7 @@ _NOT_A_SETTING = (
     "VERSION",
     "VIS_PERIOD",
     "CUDNN_BENCHMARK",
+    "DATASETS.COCO_FORMAT",
     "DATALOADER.NUM_WORKERS",
     "MODEL.DEVICE",
     "SOLVER.CHECKPOINT_PERIOD",
@@ -141,6 +143,15 @@ def read_run(folder: str) -> Run:
             f"metrics.json, inference/{RESULTS_FILE} and a checkpoint"
         )
     return run
+
+
+def register_datasets(run: Run) -> None:
+    """Registers the datasets of ``DATASETS.COCO_FORMAT`` in the config of a run.
+
+    Raises:
+        ValueError: if one of them has the name of another.
+    """
+    register_coco_format(run.settings.get("DATASETS.COCO_FORMAT") or ())
 
 
 def label_by_config(runs: Sequence[Run]) -> List[str]:

@@ -1,8 +1,8 @@
-"""The datasets of this package, and a check that those of a config can be read."""
+"""The datasets of this package and of a config, and a check that they can be read."""
 
 import difflib
 import os
-from typing import Iterable, List, Optional
+from typing import Any, Iterable, List, Optional
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -56,6 +56,39 @@ def register_digits(root: Optional[str] = None) -> None:
             )
 
 
+def register_coco_format(datasets: Iterable[Any]) -> None:
+    """Registers datasets in COCO's format.
+
+    Args:
+        datasets: as in the config key ``DATASETS.COCO_FORMAT``: for each a name, the annotation
+            file and the folder of the images. One that is registered already is left as it is.
+
+    Raises:
+        ValueError: if it is something else, or a name stands for another dataset already.
+    """
+    for dataset in datasets:
+        if (
+            not isinstance(dataset, (list, tuple))
+            or len(dataset) != 3
+            or not all(isinstance(part, str) and part for part in dataset)
+        ):
+            raise ValueError(
+                "DATASETS.COCO_FORMAT: each dataset must be a name, an annotation file and a "
+                f"folder of images, got {dataset!r}"
+            )
+        name, json_file, image_root = dataset
+        if name not in DatasetCatalog:
+            register_coco_instances(name, {}, json_file, image_root)
+            continue
+        metadata = MetadataCatalog.get(name)
+        found = metadata.get("json_file"), metadata.get("image_root")
+        if found != (json_file, image_root):
+            raise ValueError(
+                f"DATASETS.COCO_FORMAT: {name!r} is the name of another dataset, whose files are "
+                f"{found[0]!r} and {found[1]!r}"
+            )
+
+
 def check_datasets(names: Iterable[str]) -> None:
     """Checks that datasets are registered and that their files and folders exist.
 
@@ -83,9 +116,9 @@ def _describe_unknown(name: str, registered: List[str]) -> str:
     close = difflib.get_close_matches(name, registered, n=5)
     hint = f"similar names: {', '.join(close)}" if close else "none has a similar name"
     return (
-        f"no dataset {name!r} is registered; {len(registered)} others are, {hint}. A dataset of "
-        "your own must be registered (detectron2.data.datasets.register_coco_instances) in the "
-        "program that uses it"
+        f"no dataset {name!r} is registered; {len(registered)} others are, {hint}. List one of "
+        "your own in DATASETS.COCO_FORMAT (its name, annotation file and folder of images), or "
+        "register it in the program that uses it"
     )
 
 

@@ -8,10 +8,29 @@ checkpoint of a run that is prolonged is overwritten while ``last_checkpoint`` n
 
 import contextlib
 import os
-from typing import IO, Any, Iterator
+from typing import IO, Any, Dict, Iterator
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
+
+
+def check_output(path: str) -> None:
+    """Finds out, before long work, whether a file can be written later; makes nothing.
+
+    Raises:
+        IsADirectoryError: if ``path`` is a folder.
+        NotADirectoryError: if what should be its folder, or one above, is a file.
+        PermissionError: if the folder must not be written to.
+    """
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path!r} is a folder; give a file to write")
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise NotADirectoryError(f"cannot write {path!r}: {folder!r} is not a folder")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"cannot write {path!r}: {folder!r} must not be written to")
 
 
 @contextlib.contextmanager
@@ -19,6 +38,7 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO[Any]]:
     """Opens a temporary file that takes the place of ``path`` if the context ends without error.
 
     At every moment, and after a crash of the machine too, ``path`` is the old file or the new one.
+    Its folder is made if it is not there.
     The temporary file is ``path`` with ``.tmp`` behind it; one that a killed process has left is
     overwritten by the next.
 
@@ -27,6 +47,7 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO[Any]]:
         mode: "w" or "wb".
     """
     temporary = path + ".tmp"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     try:
         with open(temporary, mode) as file:
             yield file
@@ -65,3 +86,21 @@ class _AtomicPathManager:
         if mode in ("w", "wb") and "://" not in path:
             return atomic_write(path, mode)
         return self._path_manager.open(path, mode, **kwargs)
+
+
+class CompleteCheckpointer(DetectionCheckpointer):
+    """A :class:`detectron2.checkpoint.DetectionCheckpointer` that refuses what it only warns about.
+
+    Loading raises ValueError if entries of the model are missing in the checkpoint or have other
+    shapes there: what is made of such a model would pass for that of the checkpoint.
+    """
+
+    def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        wrong = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
+        if wrong:
+            raise ValueError(
+                f"MODEL.WEIGHTS: {len(wrong)} entries of the model are missing in the checkpoint "
+                f"or have other shapes there, the first of them {', '.join(wrong[:3])}"
+            )
+        return incompatible

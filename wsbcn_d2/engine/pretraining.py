@@ -8,7 +8,6 @@ norm option, so that the second half can be compared between norms without Image
 
 import dataclasses
 import math
-import os
 import time
 from typing import Dict, Iterable, Tuple
 
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from ..data.digit_crops import DigitCrops
 from ..data.digits import CLASSES
 from ..norm_options import NormOption
-from .checkpoint import atomic_write
+from .checkpoint import atomic_write, check_output
 
 # What each option is called when there is one large batch on one device. With estimates instead of
 # batch statistics, or without any, these layers have the same parameters and buffers.
@@ -167,7 +166,7 @@ def pretrain_backbone(
 
     Raises:
         ValueError: if a number is too small, or ``MODEL.RESNETS.NORM`` is no norm option.
-        FileNotFoundError: if the folder of ``output`` does not exist.
+        OSError: if ``output`` cannot be written.
         FloatingPointError: if the loss becomes infinite or NaN.
         ImportError: scikit-learn is not installed.
     """
@@ -176,9 +175,7 @@ def pretrain_backbone(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
-    folder = os.path.dirname(os.path.abspath(output))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"there is no folder {folder!r} to write {output!r} to")
+    check_output(output)
     train_crops = DigitCrops("train", steps * batch_size, crop_size, seed, _EASY_FRACTION)
     val_crops = DigitCrops("val", eval_crops, crop_size, seed)
 

@@ -1,15 +1,13 @@
 """Recalibration of a finished checkpoint."""
 
 import math
-import os
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.modeling import build_model
 
-from .checkpoint import atomic_write
+from .checkpoint import CompleteCheckpointer, atomic_write, check_output
 from .statistics import named_batch_channel_norms, recalibrate_estimates, seeded_batches
 
 
@@ -25,23 +23,22 @@ def recalibrate_checkpoint(
         progress: show a progress bar.
 
     Raises:
-        ValueError: if there is nothing to recalibrate, or nothing to do it with.
-        FileNotFoundError: if the folder of ``output`` does not exist.
+        ValueError: if there is nothing to recalibrate, or nothing to do it with, or the weights are
+            not those of the model.
+        OSError: if ``output`` cannot be written.
     """
     if num_images < 1:
         raise ValueError(f"the number of images must be positive, got {num_images}")
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("MODEL.WEIGHTS is empty; it must name the checkpoint to recalibrate")
-    folder = os.path.dirname(os.path.abspath(output))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"there is no folder {folder!r} to write {output!r} to")
+    check_output(output)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0  # as `seeded_batches` needs it
     model = build_model(cfg)
     if next(named_batch_channel_norms(model), None) is None:
         raise ValueError("the model of the config has no BCN layers")
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     num_batches = math.ceil(num_images / cfg.SOLVER.IMS_PER_BATCH)
     batches = seeded_batches(lambda: build_detection_train_loader(cfg), num_batches)
     recalibrate_estimates(model.train(), batches, progress=progress)

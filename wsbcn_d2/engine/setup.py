@@ -1,6 +1,7 @@
 """From a command line to a checked config."""
 
 import difflib
+import logging
 import os
 import re
 from typing import Iterable
@@ -8,13 +9,20 @@ from typing import Iterable
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
 from ..config import add_wsbcn_config, flatten_config
-from ..data import check_datasets
+from ..data import check_datasets, register_coco_format
 from ..modeling import BACKBONES
 from ..norm_options import NormOption
+from .checkpoint import check_output
 from .hooks import UPDATE_RATE_SCHEDULES
+
+logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
+
+# Where models have their number of classes.
+_CLASSES = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
 
 
 class ConfigError(ValueError):
@@ -22,17 +30,24 @@ class ConfigError(ValueError):
 
 
 def load_config(
-    config_file: str, opts: Iterable[str] = (), *, eval_only: bool = False, resume: bool = False
+    config_file: str,
+    opts: Iterable[str] = (),
+    *,
+    eval_only: bool = False,
+    resume: bool = False,
+    needs_data: bool = True,
 ) -> CfgNode:
     """Reads a config and checks whatever can be checked before a model is built.
 
-    Without a GPU, ``MODEL.DEVICE: "cuda"`` (Detectron2's default) becomes ``"cpu"``.
+    Registers the datasets of ``DATASETS.COCO_FORMAT``. Without a GPU, ``MODEL.DEVICE: "cuda"``
+    (Detectron2's default) becomes ``"cpu"``.
 
     Args:
         config_file: path of a YAML config.
         opts: alternating keys and values that override it.
         eval_only: whether the training data may be absent.
         resume: whether the run continues from a checkpoint in its output folder, if there is one.
+        needs_data: whether any data must be there.
 
     Raises:
         ConfigError: naming the key or file, what was found and what is allowed.
@@ -53,9 +68,12 @@ def load_config(
     _check_norm_options(cfg)
     _check_values(cfg)
     try:
-        check_datasets(cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
+        register_coco_format(cfg.DATASETS.COCO_FORMAT)
+        if needs_data:
+            _check_data(cfg, eval_only)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(str(error)) from error
+    _check_output(cfg.OUTPUT_DIR)
     _check_weights(cfg, eval_only, resume)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -79,6 +97,29 @@ def check_model(cfg: CfgNode) -> None:
         raise ConfigError(f"the model of the config cannot be built: {error}") from error
 
 
+def check_classes(cfg: CfgNode) -> None:
+    """Compares the number of classes of the model with that of the training data, once it is read.
+
+    More classes than there are in the data are allowed, and warned of.
+
+    Raises:
+        ConfigError: if the model has fewer: its loss would fail, far from the cause.
+    """
+    node = _CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
+    if node is None:
+        return
+    key, expected = f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES
+    for name in cfg.DATASETS.TRAIN:
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is None or len(classes) == expected:
+            continue
+        shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        message = f"{key} is {expected}, but {name!r} has {len(classes)} ({shown})"
+        if len(classes) > expected:
+            raise ConfigError(message)
+        logger.warning(message)
+
+
 def _unknown_key(cfg: CfgNode, message: str) -> str:
     """Adds the keys that may have been meant to a message of yacs about an unknown key."""
     match = re.search(r"Non-existent (?:config )?key: (\S+)", message)
@@ -89,8 +130,12 @@ def _unknown_key(cfg: CfgNode, message: str) -> str:
     return (
         f"there is no config key {match[1]}"
         + (f"; close to it are {', '.join(close)}" if close else "")
-        + ". The configs of PointRend, DeepLab and Panoptic-DeepLab are for the train_net.py of "
-        "those projects, as docs/in_your_project.md shows"
+        + (
+            ""
+            if close
+            else ". The configs of PointRend, DeepLab and Panoptic-DeepLab are for the "
+            "train_net.py of those projects, as docs/in_your_project.md shows"
+        )
     )
 
 
@@ -125,6 +170,23 @@ def _check_values(cfg: CfgNode) -> None:
     ):
         if value < least:
             raise ConfigError(f"{key}: must be at least {least}, got {value}")
+
+
+def _check_data(cfg: CfgNode, eval_only: bool) -> None:
+    if not eval_only and not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty, and must name a dataset")
+    check_datasets(cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
+
+
+def _check_output(folder: str) -> None:
+    if not folder:
+        raise ConfigError("OUTPUT_DIR is empty, and must name a folder")
+    if "://" in folder:
+        return
+    try:
+        check_output(os.path.join(folder, "log.txt"))
+    except OSError as error:
+        raise ConfigError(f"OUTPUT_DIR: {error}") from error
 
 
 def _check_weights(cfg: CfgNode, eval_only: bool, resume: bool) -> None:

@@ -17,6 +17,7 @@ from .accumulation import accumulate_gradients
 from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator, inference_folder
 from .hooks import build_hooks
+from .setup import check_classes
 
 
 class Trainer(DefaultTrainer):
@@ -28,6 +29,7 @@ class Trainer(DefaultTrainer):
     - ``SOLVER.ACCUMULATE_STEPS`` accumulates gradients;
     - a checkpoint is complete or not there, whenever the process is killed;
     - :meth:`build_evaluator` chooses by the type of the dataset;
+    - a model with fewer classes than the data is an error that says so;
     - the output folder is made if it is not there;
     - several processes can train without GPUs (Detectron2 newer than 0.6);
     - checkpoints have the state of the optimizer (Detectron2 0.6 forgets it).
@@ -75,6 +77,17 @@ class Trainer(DefaultTrainer):
             """As DefaultTrainer's of newer versions."""
             super().load_state_dict(state_dict)
             self._trainer.load_state_dict(state_dict["_trainer"])
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """DefaultTrainer's, once the model has as many classes as the data.
+
+        Raises:
+            ConfigError: if it has fewer.
+        """
+        loader = super().build_train_loader(cfg)
+        check_classes(cfg)
+        return loader
 
     @classmethod
     def build_evaluator(

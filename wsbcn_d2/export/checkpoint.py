@@ -1,14 +1,10 @@
 """From a config with weights to exported files."""
 
-import os
-from typing import Any, Dict
-
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from ..engine.checkpoint import atomic_write
+from ..engine.checkpoint import CompleteCheckpointer, atomic_write, check_output
 from .fold import fold
 from .stock import CHECKPOINT, CONFIG, LOADER, save_for_detectron2, stock_config
 
@@ -20,8 +16,8 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
 
     Args:
         cfg: names the weights, ``MODEL.WEIGHTS``.
-        output: the folder to write, for "detectron2"; else the file, in an existing folder. Files
-            appear when they are complete.
+        output: the folder to write, for "detectron2"; else the file. Files appear when they are
+            complete, and folders for them are made.
         format: one of ``FORMATS``: files for Detectron2 (see :func:`save_for_detectron2`),
             TorchScript by tracing or scripting, ONNX of the whole model or of its backbone.
 
@@ -30,22 +26,21 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
 
     Raises:
         ValueError: if the weights do not belong to the model, or the format cannot express it.
-        FileNotFoundError: if there is no folder for the output.
+        OSError: if the output cannot be written.
         ImportError: if this Detectron2 cannot write such a file.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; allowed are {', '.join(FORMATS)}")
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("MODEL.WEIGHTS is empty; it must name the checkpoint to export")
-    folder = os.path.dirname(os.path.abspath(output))
-    if format != "detectron2" and not os.path.isdir(folder):
-        raise FileNotFoundError(f"there is no folder {folder!r} to write {output!r} to")
+    if format != "detectron2":
+        check_output(output)
     if format == "detectron2":
         stock_config(cfg)  # raises, before long work, if there is none
     else:  # not where Detectron2 has no working detectron2.export
         from .deployment import export_backbone_onnx, export_onnx, script, trace
     original = build_model(cfg)
-    _CompleteCheckpointer(original).load(cfg.MODEL.WEIGHTS)
+    CompleteCheckpointer(original).load(cfg.MODEL.WEIGHTS)
     model = fold(original)
     if format == "detectron2":
         alone = save_for_detectron2(model, cfg, output)
@@ -67,17 +62,3 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
     with atomic_write(output) as file:
         torch.jit.save(scripted, file)
     return output + names
-
-
-class _CompleteCheckpointer(DetectionCheckpointer):
-    """Refuses what Detectron2 only warns about."""
-
-    def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
-        incompatible = super()._load_model(checkpoint)
-        wrong = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
-        if wrong:
-            raise ValueError(
-                f"MODEL.WEIGHTS: {len(wrong)} entries of the model are missing in the checkpoint "
-                f"or have other shapes there, the first of them {', '.join(wrong[:3])}"
-            )
-        return incompatible
