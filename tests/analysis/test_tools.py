@@ -154,9 +154,15 @@ def test_analyze_norms(folder, monkeypatch):
             "no baseline 'X'; the groups are GN",
         ),
         ("compare.py", ["gn", "--dataset", "digit_val"], "no dataset 'digit_val'"),
+        ("compare.py", ["gn", "A=./gn"], "'./gn' is given twice"),
         ("compare.py", [], "error: give either OUTPUT_DIRs or --from"),
         ("analyze_norms.py", ["stopped"], "analyze_norms.py: 'stopped' has no checkpoint"),
         ("analyze_norms.py", ["gn", "--num-images", "0"], "num_images (0)"),
+        (
+            "analyze_norms.py",
+            ["bcn_ws", "--opts", "MODEL.WEIGHTS", "gn/model_final.pth"],
+            "entries of the model are missing",
+        ),
         ("analyze_norms.py", ["--from", "gn/metrics.json"], "metrics.json is not a JSON file"),
     ],
 )

@@ -37,6 +37,14 @@ def test_device_follows_the_machine(config_file):
         (["SOLVER.ACCUMULATE_STEPS", "0"], "SOLVER.ACCUMULATE_STEPS: must be at least 1, got 0"),
         (["TEST.PRECISE_BCN.NUM_IMAGES", "0"], "NUM_IMAGES: must be at least 1, got 0"),
         (["MODEL.WSBCN.SYNC_PERIOD", "-1"], "SYNC_PERIOD: must be at least 0, got -1"),
+        (["OUTPUT_DIR", ""], "OUTPUT_DIR is empty"),
+        (["OUTPUT_DIR", __file__], "OUTPUT_DIR: cannot write .* is not a folder"),
+        (["DATASETS.COCO_FORMAT", "(('a', 'b'),)"], r"COCO_FORMAT: .*, got \('a', 'b'\)"),
+        (["DATASETS.COCO_FORMAT", "('a', 'b', 'c')"], "COCO_FORMAT: .*, got 'a'"),
+        (
+            ["DATASETS.COCO_FORMAT", "(('digits_val', 'b.json', 'c'),)"],
+            "'digits_val' is the name of another dataset, whose files are '.*instances_val.json'",
+        ),
     ],
 )
 def test_errors_name_what_was_given_and_what_is_allowed(config_file, opts, message):
@@ -95,6 +103,7 @@ def test_missing_datasets(config_file, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="digits_train.*prepare_digits"):
         load_config(config_file, opts)
     load_config(config_file, [*opts, "MODEL.WEIGHTS", config_file], eval_only=True)
+    load_config(config_file, opts, needs_data=False)
 
 
 def test_weights_are_not_needed_to_resume(config_file, tmp_path):
@@ -103,3 +112,19 @@ def test_weights_are_not_needed_to_resume(config_file, tmp_path):
         load_config(config_file, opts, resume=True)
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     load_config(config_file, opts, resume=True)
+
+
+def test_datasets_of_a_config(config_file, tmp_path):
+    files = str(tmp_path / "a.json"), str(tmp_path)
+    opts = ["DATASETS.COCO_FORMAT", [["mine", *files]], "DATASETS.TRAIN", ("mine",)]
+    try:
+        with pytest.raises(ConfigError, match="'mine': its json_file '.*a.json' does not exist"):
+            load_config(config_file, opts)
+        (tmp_path / "a.json").write_text("{}")
+        for _ in range(2):  # a process may read several configs
+            load_config(config_file, opts)
+        metadata = builtin.MetadataCatalog.get("mine")
+        assert (metadata.json_file, metadata.image_root) == files
+    finally:
+        builtin.DatasetCatalog.remove("mine")
+        builtin.MetadataCatalog.remove("mine")

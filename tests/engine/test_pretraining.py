@@ -266,9 +266,10 @@ def test_bad_numbers(tmp_path, change, message):
     assert not any(tmp_path.iterdir())
 
 
-def test_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder '.*nowhere' to write"):
-        pretrain_backbone(config("gn"), str(tmp_path / "nowhere" / "out.pth"), **TINY)
+def test_file_in_place_of_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="cannot write '.*': '.*file' is not a folder"):
+        pretrain_backbone(config("gn"), str(tmp_path / "file" / "out.pth"), **TINY)
 
 
 def test_divergence_is_an_error(tmp_path):

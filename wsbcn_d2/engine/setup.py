@@ -70,7 +70,9 @@ def load_config(
     try:
         register_coco_format(cfg.DATASETS.COCO_FORMAT)
         if needs_data:
-            _check_data(cfg, eval_only)
+            check_datasets(
+                cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST
+            )
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(str(error)) from error
     _check_output(cfg.OUTPUT_DIR)
@@ -170,12 +172,6 @@ def _check_values(cfg: CfgNode) -> None:
     ):
         if value < least:
             raise ConfigError(f"{key}: must be at least {least}, got {value}")
-
-
-def _check_data(cfg: CfgNode, eval_only: bool) -> None:
-    if not eval_only and not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN is empty, and must name a dataset")
-    check_datasets(cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
 
 
 def _check_output(folder: str) -> None:

@@ -17,7 +17,7 @@ from .accumulation import accumulate_gradients
 from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator, inference_folder
 from .hooks import build_hooks
-from .setup import check_classes
+from .setup import ConfigError, check_classes
 
 
 class Trainer(DefaultTrainer):
@@ -83,8 +83,10 @@ class Trainer(DefaultTrainer):
         """DefaultTrainer's, once the model has as many classes as the data.
 
         Raises:
-            ConfigError: if it has fewer.
+            ConfigError: if it has fewer, or there is no data.
         """
+        if not cfg.DATASETS.TRAIN:
+            raise ConfigError("DATASETS.TRAIN is empty, and must name a dataset")
         loader = super().build_train_loader(cfg)
         check_classes(cfg)
         return loader
