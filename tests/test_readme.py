@@ -52,7 +52,7 @@ def test_your_own_dataset(tmp_path):
         one_class_with_polygons(annotations)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     # all detections, as there are hardly good ones after so few steps
-    shorter = "SOLVER.MAX_ITER 2 SOLVER.STEPS '()' MODEL.ROI_HEADS.SCORE_THRESH_TEST 0 OUTPUT_DIR"
+    shorter = "SOLVER.MAX_ITER 2 SOLVER.STEPS '()' MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 OUTPUT_DIR"
     assert len(commands) == 2 and "OUTPUT_DIR" in commands[0]
     script = "".join(commands).replace("OUTPUT_DIR", shorter)
     script = re.sub("^tools/", f"{sys.executable} {ROOT}/tools/", script, flags=re.M)
