@@ -417,13 +417,16 @@ def test_command_with_two_models(content, tmp_path, monkeypatch, capsys):
         ("{", NAME, "not a JSON file"),
         ("{}", NAME, "must be a list"),
         ("[]", "nothing_like_it", "no dataset 'nothing_like_it'"),
+        ("[]", None, "names a dataset: give --dataset"),
     ],
 )
 def test_error_is_one_line(content, tmp_path, monkeypatch, capsys, written, dataset, part):
     predictions = tmp_path / "results.json"
     if written is not None:
         predictions.write_text(written)
-    arguments = ["--dataset", dataset, "--predictions", str(predictions), "--output", "a.png"]
+    arguments = ["--predictions", str(predictions), "--output", "a.png"]
+    if dataset is not None:
+        arguments += ["--dataset", dataset]
     monkeypatch.setattr(sys, "argv", ["visualize.py", *arguments])
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(TOOL), run_name="__main__")

@@ -123,6 +123,9 @@ def test_datasets_of_a_config(config_file, tmp_path):
         (tmp_path / "a.json").write_text("{}")
         for _ in range(2):  # a process may read several configs
             load_config(config_file, opts)
+        opts[1][0][1] = str(tmp_path / "." / "x" / ".." / "a.json")  # the same file
+        (tmp_path / "x").mkdir()
+        load_config(config_file, opts)
         metadata = builtin.MetadataCatalog.get("mine")
         assert (metadata.json_file, metadata.image_root) == files
     finally:

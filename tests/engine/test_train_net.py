@@ -85,6 +85,14 @@ def test_two_processes_without_gpu(datasets, tmp_path):
         opts += ["MODEL.DEVICE", "cpu"]
         if torch.cuda.device_count() < 2:
             pytest.skip("Detectron2's launch wants a GPU for every process where there is one")
+    # every process must know a dataset of the config
+    digits = datasets / "digits"
+    mine = [
+        [f"my_{s}", str(digits / "annotations" / f"instances_{s}.json"), str(digits / s)]
+        for s in ("train", "val")
+    ]
+    opts += ["DATASETS.COCO_FORMAT", mine, "DATASETS.TRAIN", "('my_train',)"]
+    opts += ["DATASETS.TEST", "('my_val',)"]
     train_net(["--num-gpus", "2"], datasets, tmp_path, opts=opts)
     assert "bbox/AP" in metrics(tmp_path / "out")[-1]
     assert (tmp_path / "out" / "log.txt.rank1").exists()

@@ -10,10 +10,9 @@ import sys
 from unittest import mock
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+from wsbcn_d2.benchmark import host
 from wsbcn_d2.ops import batch_channel_norm, set_backend, triton_backend
 
 LAUNCHED = []
@@ -27,27 +26,15 @@ class Launcher:
         LAUNCHED.append((self.name, *(described(a) for a in args)))
 
 
-class Utilities:
+class Utilities(host._Utilities):
     def load_binary(self, name, binary, *_):
-        results = 1, hashlib.sha256(binary).hexdigest(), 32, 0, 1024
-        return results[:4] if triton.__version__.startswith("3.3.") else results
-
-    def get_device_properties(self, _):
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+        module, _, *rest = super().load_binary()
+        return (module, hashlib.sha256(binary).hexdigest(), *rest)
 
 
-class NoDevice:
+class NoDevice(host._NoDevice):
     launcher_cls = Launcher
     utils = Utilities()
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, _):
-        return 7
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
 
 
 def described(argument):

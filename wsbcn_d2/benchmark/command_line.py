@@ -9,6 +9,7 @@ from typing import Any, Dict
 
 import torch
 
+from ..engine.checkpoint import check_output
 from . import report
 
 
@@ -39,14 +40,12 @@ def check(args: argparse.Namespace) -> torch.device:
 
     Raises:
         ValueError: if there is no GPU to run on.
-        FileNotFoundError: if the folder of an output does not exist.
+        OSError: if an output cannot be written.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU that PyTorch can use")
     for path in filter(None, (args.json, args.markdown, args.plot)):
-        folder = os.path.dirname(os.path.abspath(path))
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(f"there is no folder {folder!r} to write {path!r} to")
+        check_output(path)
     return torch.device(args.device)
 
 

@@ -82,7 +82,9 @@ def register_coco_format(datasets: Iterable[Any]) -> None:
             continue
         metadata = MetadataCatalog.get(name)
         found = metadata.get("json_file"), metadata.get("image_root")
-        if found != (json_file, image_root):
+        if [os.path.realpath(path or "") for path in found] != [
+            os.path.realpath(path) for path in (json_file, image_root)
+        ]:
             raise ValueError(
                 f"DATASETS.COCO_FORMAT: {name!r} is the name of another dataset, whose files are "
                 f"{found[0]!r} and {found[1]!r}"
