@@ -148,8 +148,13 @@ class Page:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    # Without the version of matplotlib, so that the same results give the same file.
-    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+    figure.savefig(
+        buffer,
+        format="png",
+        dpi=_DOTS_PER_INCH,
+        bbox_inches="tight",  # nothing is cut off, however long labels are
+        metadata={"Software": None},  # the same results give the same file with any matplotlib
+    )
     # A palette is enough for drawings, and makes pages a third of the size.
     small = io.BytesIO()
     Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
