@@ -6,7 +6,13 @@ import sys
 from pathlib import Path
 from typing import List, Tuple
 
-from wsbcn_d2.analysis.comparison import Results, compare_runs, load_results, write_results
+from wsbcn_d2.analysis.comparison import (
+    Results,
+    compare_runs,
+    load_results,
+    merge_results,
+    write_results,
+)
 from wsbcn_d2.analysis.comparison_page import comparison_page
 from wsbcn_d2.analysis.runs import Run, label_by_config, label_by_folder, read_run
 
@@ -38,7 +44,13 @@ def main() -> int:
     parser.add_argument("--output", default="comparison", help="folder to write to")
     parser.add_argument("--name", default="comparison", help="name of the files, without extension")
     parser.add_argument(
-        "--from", dest="results", metavar="JSON", help="instead of runs: what this tool has written"
+        "--from",
+        dest="files",
+        nargs="+",
+        default=(),
+        metavar="JSON",
+        help="what this tool has written, instead of runs or to add them to; those of several "
+        "files are compared with one another",
     )
     parser.add_argument(
         "--dataset", help="of the predictions; the runs' DATASETS.TEST if not given"
@@ -47,13 +59,16 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap; 0: no intervals")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     args = parser.parse_args()
-    if bool(args.runs) == bool(args.results):
-        parser.error("give either OUTPUT_DIRs or --from a JSON file")
+    if not args.runs and not args.files:
+        parser.error("give OUTPUT_DIRs, --from JSON files, or both")
     try:
-        results = load_results(args.results) if args.results else _compare(args)
+        parts = {file: load_results(file) for file in args.files}
+        if args.runs:
+            parts["the runs given"] = _compare(args)
+        results = merge_results(parts) if len(parts) > 1 else next(iter(parts.values()))
         page = comparison_page(results, args.baseline)
         paths = page.write(args.output, args.name)
-        if not args.results:
+        if args.runs or len(parts) > 1:
             paths.append(str(Path(args.output) / f"{args.name}.json"))
             write_results(results, paths[-1])
     except (OSError, ValueError) as error:

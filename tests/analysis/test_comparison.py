@@ -12,7 +12,13 @@ from pycocotools.coco import COCO
 from wsbcn_d2.analysis import CocoEvaluation, compare_runs
 from wsbcn_d2.analysis import comparison as comparison_module
 from wsbcn_d2.analysis import read_run, resample_images
-from wsbcn_d2.analysis.comparison import difference, load_results, verdict, write_results
+from wsbcn_d2.analysis.comparison import (
+    difference,
+    load_results,
+    merge_results,
+    verdict,
+    write_results,
+)
 from wsbcn_d2.analysis.comparison_page import comparison_page
 
 DRAWS = 40
@@ -135,6 +141,8 @@ def test_student_t():
         (3.0, 1.0, 5.0, 4.0, "within the noise of seeds"),
         (3.0, 1.0, 5.0, None, "better on these images; seeds unknown"),
         (3.0, None, None, None, "no intervals"),
+        (3.0, None, None, 4.0, "within the noise of seeds"),
+        (-3.0, None, None, 2.0, "worse over seeds; images unknown"),
         (None, None, None, None, ""),
     ],
 )
@@ -172,6 +180,43 @@ def test_page_is_rebuilt_from_the_file(results, tmp_path):
     )
     for a, b in zip(first, second):
         assert open(a, "rb").read() == open(b, "rb").read(), a
+
+
+def test_merged_is_as_if_compared_at_once(runs, results, tmp_path):
+    """Runs of one setting in different files; the interval of AP is known to two digits."""
+    options = {"annotations": str(tmp_path / "truth.json"), "num_draws": DRAWS, "seed": 2}
+    parts = {}
+    for name, i, labels in (("x", (0, 2), "AB"), ("y", (1, 3), "AC")):
+        path = str(tmp_path / f"{name}.json")
+        write_results(compare_runs([runs[j] for j in i], list(labels), **options), path)
+        parts[path] = load_results(path)
+    merged = merge_results(parts)
+    assert [(g["label"], g["runs"]) for g in merged["groups"]] == [("A", 2), ("B", 1), ("C", 1)]
+    of_a, of_b = (group["ap"]["bbox"] for group in merged["groups"][:2])
+    at_once = results["groups"][0]["ap"]["bbox"]
+    assert of_b == results["groups"][1]["ap"]["bbox"]  # every metric of a whole group
+    for key, tolerance in (("value", 1e-3), ("sd", 1e-3), ("low", 0.02), ("high", 0.02)):
+        assert of_a["AP"][key] == pytest.approx(at_once["AP"][key], abs=tolerance), key
+    assert of_a["AP50"]["value"] == pytest.approx(at_once["AP50"]["value"], abs=1e-3)
+    assert of_a["AP50"]["low"] is None
+    assert difference(merged, "B", "C") == difference(results, "B", "C")
+    found, expected = (difference(r, "A", "B")["segm"]["AP"] for r in (merged, results))
+    for key in ("value", "low", "high"):
+        assert found[key] == pytest.approx(expected[key], abs=0.02), key
+    assert "| A | 2 |" in comparison_page(merged, "B").markdown("p")
+
+
+def test_comparisons_that_cannot_be_merged(runs, tmp_path):
+    options = {"annotations": str(tmp_path / "truth.json"), "num_draws": DRAWS}
+    one = compare_runs(runs[:1], ["A"], **options)
+    with pytest.raises(ValueError, match="'a_s1' is both in x and in y"):
+        merge_results({"x": one, "y": json.loads(json.dumps(one))})
+    with pytest.raises(ValueError, match=r"x and y differ in the bootstrap: .*'seed': 3"):
+        merge_results({"x": one, "y": compare_runs(runs[1:2], ["A"], seed=3, **options)})
+    for key, value in (("images", 5), ("classes", ["0"]), ("name", "other")):
+        other = {**one, "dataset": {**one["dataset"], key: value}}
+        with pytest.raises(ValueError, match=r"x and y are of different datasets: 'truth' of 12 "):
+            merge_results({"x": one, "y": other})
 
 
 def test_files_that_are_something_else(tmp_path):

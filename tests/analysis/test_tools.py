@@ -4,6 +4,7 @@ own."""
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ def run_here(tool, arguments, folder, monkeypatch):
     return exit_info.value.code
 
 
-def test_compare(folder, monkeypatch):
+def test_compare(folder, monkeypatch, capsys):
     result = run("compare.py", ["gn", "BCN=bcn_ws", "stopped", "--draws", "60"], folder)
     assert result.returncode == 0, result.stdout + result.stderr
     names = ["ap.png", "differences.png", "curves.png"]
@@ -104,6 +105,21 @@ def test_compare(folder, monkeypatch):
     for name in ["comparison.md", "comparison.html", "comparison-ap.png"]:
         first, second = ((folder / where / name).read_bytes() for where in ("comparison", "again"))
         assert first == second
+
+    # and runs are added to them when the others are long gone
+    arguments = ["BCN=stopped", "--draws", "60", "--output", "more"]
+    arguments += ["--from", "comparison/comparison.json"]
+    assert run_here("compare.py", arguments, folder, monkeypatch) == 2  # that one is there already
+    assert "the run 'stopped' is both in" in capsys.readouterr().err
+    shutil.copytree(folder / "bcn_ws", folder / "bcn_ws_s2")
+    arguments[0] = "BCN=bcn_ws_s2"
+    assert run_here("compare.py", arguments, folder, monkeypatch) == 0
+    more = json.loads((folder / "more" / "comparison.json").read_text())
+    assert [(group["label"], group["runs"]) for group in more["groups"]] == [
+        ("GN", 1),
+        ("BCN", 2),
+        ("BCN+WS", 1),
+    ]
 
 
 def test_analyze_norms(folder, monkeypatch):
@@ -155,7 +171,7 @@ def test_analyze_norms(folder, monkeypatch):
         ),
         ("compare.py", ["gn", "--dataset", "digit_val"], "no dataset 'digit_val'"),
         ("compare.py", ["gn", "A=./gn"], "'./gn' is given twice"),
-        ("compare.py", [], "error: give either OUTPUT_DIRs or --from"),
+        ("compare.py", [], "error: give OUTPUT_DIRs, --from JSON files, or both"),
         ("analyze_norms.py", ["stopped"], "analyze_norms.py: 'stopped' has no checkpoint"),
         ("analyze_norms.py", ["gn", "--num-images", "0"], "num_images (0)"),
         (

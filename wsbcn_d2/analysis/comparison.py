@@ -17,7 +17,7 @@ import sys
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.data import MetadataCatalog
@@ -48,6 +48,9 @@ _STUDENT_T = (
 
 # (draws,) of each metric of a run or a group, by type of IoU
 _Draws = Dict[str, Dict[str, np.ndarray]]
+
+# by type of IoU and metric: "value" in percent, "low" and "high"; None where unknown
+_AP = Dict[str, Dict[str, Dict[str, Any]]]
 
 
 def compare_runs(
@@ -109,33 +112,67 @@ def compare_runs(
         if not evaluated[i]:
             evaluated[i] = _last_metrics(run, name)
 
-    members: Dict[str, List[int]] = defaultdict(list)
-    for i, label in enumerate(labels):
-        members[label].append(i)
-    groups = {
-        label: _Group([evaluated[i] for i in m], [draws[i] for i in m])
-        for label, m in members.items()
-    }
-    return {
-        "kind": KIND,
-        "version": __version__,
-        "date": datetime.date.today().isoformat(),
-        "command": _command(),
-        "dataset": description,
-        "bootstrap": {"draws": num_draws, "seed": seed, "confidence": CONFIDENCE},
-        "runs": [
-            _describe(run, label, _with_intervals(values, own), note)
+    return _assemble(
+        description,
+        {"draws": num_draws, "seed": seed, "confidence": CONFIDENCE},
+        [
+            _describe(run, label, values, own, note)
             for run, label, values, own, note in zip(runs, labels, evaluated, draws, notes)
         ],
-        "groups": [
-            {"label": label, "runs": len(members[label]), "ap": group.summary()}
-            for label, group in groups.items()
-        ],
-        "differences": [
-            {"of": a, "minus": b, "ap": _difference(groups[a], groups[b])}
-            for a, b in combinations(groups, 2)
-        ],
-    }
+        draws,
+    )
+
+
+def merge_results(parts: Mapping[str, Results]) -> Results:
+    """Several comparisons on one dataset as one, whose groups are the runs with the same label.
+
+    A group, or a pair of groups, that comes whole from one part is as it is there. Of the others
+    only AP has intervals: a file has the draws of no other metric.
+
+    Args:
+        parts: comparisons by what to call them in errors.
+
+    Raises:
+        ValueError: if they differ in the dataset or the bootstrap, or have a run in common.
+    """
+    first = next(iter(parts))
+    # that of runs without predictions is known by its name only
+    fullest = max(parts, key=lambda name: len(parts[name]["dataset"]))
+    dataset, bootstrap = parts[fullest]["dataset"], parts[first]["bootstrap"]
+    runs: List[Dict[str, Any]] = []
+    found: List[Tuple[Dict[str, Any], str]] = []
+    for name, part in parts.items():
+        if part["dataset"] not in (dataset, {"name": dataset["name"]}):
+            datasets = f"{_dataset(dataset)} and {_dataset(part['dataset'])}"
+            raise ValueError(f"{fullest} and {name} are of different datasets: {datasets}")
+        if part["bootstrap"] != bootstrap:
+            raise ValueError(
+                f"{first} and {name} differ in the bootstrap: {bootstrap} and {part['bootstrap']}"
+            )
+        for run in part["runs"]:
+            same = {**run, "label": None}
+            for other, where in found:
+                if same == other:
+                    raise ValueError(
+                        f"the run {run['name']!r} is both in {where} and in {name}; a run is one "
+                        "seed of its setting"
+                    )
+            runs.append(run)
+            found.append((same, name))
+    draws: List[_Draws] = [
+        {kind: {"AP": np.array(own, dtype=float)} for kind, own in run.get("draws", {}).items()}
+        for run in runs
+    ]
+    merged = _assemble(dataset, bootstrap, runs, draws)
+    size = {group["label"]: group["runs"] for group in merged["groups"]}
+    for part in parts.values():
+        whole = {g["label"]: g["ap"] for g in part["groups"] if g["runs"] == size[g["label"]]}
+        for group in merged["groups"]:
+            group["ap"] = whole.get(group["label"], group["ap"])
+        for pair in merged["differences"]:
+            if pair["of"] in whole and pair["minus"] in whole:
+                pair["ap"] = difference(part, pair["of"], pair["minus"])
+    return merged
 
 
 def write_results(results: Results, path: str) -> None:
@@ -184,43 +221,74 @@ def verdict(entry: Dict[str, Any]) -> str:
     value, low, high, seeds = (entry[key] for key in ("value", "low", "high", "seeds"))
     if value is None:
         return ""
-    if low is None:
+    if low is None and seeds is None:
         return "no intervals"
-    if low <= 0 <= high:
+    if low is not None and low <= 0 <= high:
         return "within the noise of images"
     if seeds is not None and abs(value) <= seeds:
         return "within the noise of seeds"
     word = "better" if value > 0 else "worse"
-    return word if seeds is not None else f"{word} on these images; seeds unknown"
+    if seeds is None:
+        return f"{word} on these images; seeds unknown"
+    return word if low is not None else f"{word} over seeds; images unknown"
+
+
+def _assemble(
+    dataset: Dict[str, Any],
+    bootstrap: Dict[str, Any],
+    runs: Sequence[Dict[str, Any]],
+    draws: Sequence[_Draws],
+) -> Results:
+    """The results of described runs: their groups, and every group against every other."""
+    members: Dict[str, List[int]] = defaultdict(list)
+    for i, run in enumerate(runs):
+        members[run["label"]].append(i)
+    groups = {
+        label: _Group([runs[i]["ap"] for i in m], [draws[i] for i in m])
+        for label, m in members.items()
+    }
+    return {
+        "kind": KIND,
+        "version": __version__,
+        "date": datetime.date.today().isoformat(),
+        "command": _command(),
+        "dataset": dataset,
+        "bootstrap": bootstrap,
+        "runs": list(runs),
+        "groups": [
+            {"label": label, "runs": len(members[label]), "ap": group.summary()}
+            for label, group in groups.items()
+        ],
+        "differences": [
+            {"of": a, "minus": b, "ap": _difference(groups[a], groups[b])}
+            for a, b in combinations(groups, 2)
+        ],
+    }
 
 
 class _Group:
     """Values and draws of the runs of a group, as far as they have any."""
 
-    def __init__(
-        self, values: Sequence[Dict[str, Dict[str, float]]], draws: Sequence[_Draws]
-    ) -> None:
+    def __init__(self, runs: Sequence[_AP], draws: Sequence[_Draws]) -> None:
         self.values: Dict[str, Dict[str, List[float]]] = {}
         self.draws: _Draws = {}
         for kind in IOU_TYPES:
-            having = [i for i, v in enumerate(values) if kind in v]
+            having = [i for i, ap in enumerate(runs) if kind in ap]
             if not having:
                 continue
-            metrics = list(values[having[0]][kind])
-            self.values[kind] = {
-                m: [values[i][kind].get(m, math.nan) for i in having] for m in metrics
+            metrics = list(runs[having[0]][kind])
+            self.values[kind] = {m: [_value(runs[i][kind].get(m)) for i in having] for m in metrics}
+            own = [draws[i].get(kind, {}) for i in having]
+            self.draws[kind] = {
+                m: np.mean([d[m] for d in own], axis=0) for m in metrics if all(m in d for d in own)
             }
-            if all(kind in draws[i] for i in having):
-                self.draws[kind] = {
-                    m: np.mean([draws[i][kind][m] for i in having], axis=0) for m in metrics
-                }
 
-    def summary(self) -> Dict[str, Dict[str, Dict[str, Any]]]:
+    def summary(self) -> _AP:
         """Mean over the runs, its interval over images, and the spread over seeds."""
         return {
             kind: {
                 metric: {
-                    **_ap_interval(float(np.mean(values)), self.draws.get(kind, {}).get(metric)),
+                    **_ap_interval(float(np.mean(values)), self.draws[kind].get(metric)),
                     "sd": _number(np.std(values, ddof=1)) if len(values) > 1 else None,
                     "seeds": [_number(v) for v in values],
                 }
@@ -230,8 +298,8 @@ class _Group:
         }
 
 
-def _difference(a: _Group, b: _Group) -> Dict[str, Dict[str, Dict[str, Any]]]:
-    result: Dict[str, Dict[str, Dict[str, Any]]] = {}
+def _difference(a: _Group, b: _Group) -> _AP:
+    result: _AP = {}
     for kind in IOU_TYPES:
         if kind not in a.values or kind not in b.values:
             continue
@@ -241,7 +309,7 @@ def _difference(a: _Group, b: _Group) -> Dict[str, Dict[str, Dict[str, Any]]]:
             if of is None or minus is None:
                 continue
             draws = None
-            if kind in a.draws and kind in b.draws:
+            if metric in a.draws[kind] and metric in b.draws[kind]:
                 draws = a.draws[kind][metric] - b.draws[kind][metric]
             result[kind][metric] = {
                 **_interval(float(np.mean(of) - np.mean(minus)), draws),
@@ -291,15 +359,27 @@ def _ap_interval(value: float, draws: Optional[np.ndarray]) -> Dict[str, Any]:
     return entry
 
 
+def _dataset(description: Dict[str, Any]) -> str:
+    text = repr(description["name"])
+    if "images" in description:
+        text += " of {images} images, {instances} objects and ".format(**description)
+        text += f"{len(description['classes'])} classes"
+    return text
+
+
 def _command() -> str:
     """The command line, with the last part of paths only: the rest is of no use elsewhere."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     return shlex.join(re.sub(r"[^=,]*/(?=[^=,/])", "", word.rstrip("/")) for word in words)
 
 
-def _number(value: float) -> Optional[float]:
+def _number(value: float, digits: int = 4) -> Optional[float]:
     """For JSON, which has no NaN. Rounding keeps the files small; AP are shown with 1 digit."""
-    return round(float(value), 4) if math.isfinite(value) else None
+    return round(float(value), digits) if math.isfinite(value) else None
+
+
+def _value(entry: Optional[Dict[str, Any]]) -> float:
+    return math.nan if entry is None or entry["value"] is None else entry["value"]
 
 
 def _negative(entry: Dict[str, Any]) -> Dict[str, Any]:
@@ -407,25 +487,20 @@ def _last_metrics(run: Run, dataset: str) -> Dict[str, Dict[str, float]]:
     return values
 
 
-def _with_intervals(
-    values: Dict[str, Dict[str, float]], draws: _Draws
-) -> Dict[str, Dict[str, Dict[str, Any]]]:
-    return {
-        kind: {m: _ap_interval(v, draws.get(kind, {}).get(m)) for m, v in metrics.items()}
-        for kind, metrics in values.items()
-    }
-
-
 def _describe(
-    run: Run, label: str, ap: Dict[str, Dict[str, Dict[str, Any]]], notes: List[str]
+    run: Run,
+    label: str,
+    values: Dict[str, Dict[str, float]],
+    draws: _Draws,
+    notes: List[str],
 ) -> Dict[str, Any]:
     curves = {}
     for key in ("total_loss", "bbox/AP", "segm/AP"):
-        iterations, values = run.curve(key)
-        if values:
-            step = math.ceil(len(values) / _CURVE_POINTS)
+        iterations, points = run.curve(key)
+        if points:
+            step = math.ceil(len(points) / _CURVE_POINTS)
             # from the end, so that the last point is there
-            curves[key] = [iterations[::-step][::-1], [round(v, 4) for v in values[::-step][::-1]]]
+            curves[key] = [iterations[::-step][::-1], [_number(p) for p in points[::-step][::-1]]]
     seconds = run.seconds_per_iteration
     return {
         "name": run.name,
@@ -437,7 +512,12 @@ def _describe(
         "seconds_per_iteration": None if seconds is None else round(seconds, 5),
         "peak_memory_mib": run.peak_memory,
         "checkpoint_numbers": run.parameters,
-        "ap": ap,
+        "ap": {
+            kind: {m: _ap_interval(v, draws.get(kind, {}).get(m)) for m, v in metrics.items()}
+            for kind, metrics in values.items()
+        },
+        # those of AP alone: all would make the file ten times as large
+        "draws": {kind: [_number(v, 2) for v in own["AP"]] for kind, own in draws.items()},
         "curves": curves,
         "notes": notes,
     }
