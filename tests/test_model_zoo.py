@@ -281,16 +281,23 @@ def test_norm_of_a_lazy_config(name):
     assert layers["gn"] == layers["bcn_ws"] >= 53
 
 
+RETINANET = str(CONFIGS / "LazyConfig" / "retinanet_R_50_FPN_1x.py")
+
+
+def run_lazyconfig(arguments, datasets):
+    command = [sys.executable, str(ROOT / "tools" / "lazyconfig_train_net.py"), *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(datasets)}
+    return subprocess.run(command, env=env, text=True, capture_output=True)
+
+
 def test_training_from_a_lazy_config(tmp_path):
     make_digits_dataset(
         str(tmp_path / "digits"), num_train=2, num_val=2, image_size=64, progress=False
     )
     mapper = "mapper.augmentations.0.short_edge_length"
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "lazyconfig_train_net.py"),
+    arguments = [
         "--config-file",
-        str(CONFIGS / "LazyConfig" / "retinanet_R_50_FPN_1x.py"),
+        RETINANET,
         "dataloader.train.dataset.names=digits_train",
         "dataloader.test.dataset.names=digits_val",
         "dataloader.train.total_batch_size=1",
@@ -303,14 +310,37 @@ def test_training_from_a_lazy_config(tmp_path):
         "train.wsbcn.UPDATE_RATE_WARMUP=True",
         f"train.output_dir={tmp_path / 'out'}",
     ]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(tmp_path)}
-    result = subprocess.run(command, env=env, text=True, capture_output=True)
+    result = run_lazyconfig(arguments, tmp_path)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     lines = (tmp_path / "out" / "metrics.json").read_text().splitlines()
     first, second, last = map(json.loads, lines)
     assert (first["bcn_update_rate"], second["bcn_update_rate"]) == (1.0, 0.5)
     assert "bbox/AP" in last
     assert (tmp_path / "out" / "model_final.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "error: --config-file must name a LazyConfig"),
+        (["--config-file", RETINANET], "error: dataloader.train: dataset 'coco_2017_train': its"),
+        (
+            [
+                "--config-file",
+                RETINANET,
+                "--eval-only",
+                "dataloader.test.dataset.names=[]",
+                "train.norm=BNC",
+            ],
+            "error: the model of the config cannot be built: unknown norm option 'BNC'",
+        ),
+    ],
+    ids=["no config", "no data", "no such norm"],
+)
+def test_errors_of_lazy_configs_are_one_line(tmp_path, arguments, message):
+    result = run_lazyconfig(arguments, tmp_path)
+    assert result.returncode == 1
+    assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 
 
 def test_keys_of_a_project_are_named():

@@ -9,10 +9,10 @@ those of ``train.wsbcn``, where the config has them: ``train.wsbcn.UPDATE_RATE_W
 """
 
 import argparse
-from typing import Any, Dict, Optional
+import sys
+from typing import Any, Dict, List, Optional
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.engine import (
     AMPTrainer,
@@ -26,11 +26,13 @@ from detectron2.engine import (
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from omegaconf import DictConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from wsbcn_d2 import add_wsbcn_config
-from wsbcn_d2.engine import AtomicCheckpointer, build_hooks
+from wsbcn_d2.data import check_datasets
+from wsbcn_d2.engine import AtomicCheckpointer, ConfigError, build_hooks
 
 
 def test(cfg: DictConfig, model: nn.Module) -> Optional[Dict[str, Any]]:
@@ -82,15 +84,48 @@ def train(cfg: DictConfig, resume: bool) -> None:
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Runs in every process."""
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+def load(config_file: str, overrides: List[str]) -> DictConfig:
+    """Reads a config; without a GPU, the device "cuda" becomes "cpu".
+
+    Raises:
+        ConfigError: if there is none, or an override is none.
+    """
+    if not config_file:
+        raise ConfigError("--config-file must name a LazyConfig, as those in configs/LazyConfig")
+    try:
+        cfg = LazyConfig.apply_overrides(LazyConfig.load(config_file), overrides)
+    except (HydraException, KeyError, OSError, ValueError) as error:
+        raise ConfigError(f"{config_file}: {error}") from error
     if cfg.train.device == "cuda" and not torch.cuda.is_available():
         cfg.train.device = "cpu"
+    return cfg
+
+
+def check(cfg: DictConfig, eval_only: bool) -> None:
+    """Looks for the data and builds the model before anything else is done.
+
+    Raises:
+        ConfigError: if files of a dataset are missing, or the model cannot be built.
+    """
+    for part in ("test",) if eval_only else ("train", "test"):
+        names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names")
+        try:
+            check_datasets([names] if isinstance(names, str) else names or ())
+        except (FileNotFoundError, ValueError) as error:
+            raise ConfigError(f"dataloader.{part}: {error}") from error
+    try:
+        instantiate(cfg.model)
+    except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"the model of the config cannot be built: {error}") from error
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs in every process."""
+    cfg = load(args.config_file, args.opts)
     default_setup(cfg, args)
     if args.eval_only:
         model = instantiate(cfg.model).to(cfg.train.device)
-        DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+        AtomicCheckpointer(model).load(cfg.train.init_checkpoint)
         test(cfg, model)
     else:
         train(cfg, args.resume)
@@ -98,11 +133,15 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = default_argument_parser().parse_args()
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    try:
+        check(load(arguments.config_file, arguments.opts), arguments.eval_only)
+        launch(
+            main,
+            arguments.num_gpus,
+            num_machines=arguments.num_machines,
+            machine_rank=arguments.machine_rank,
+            dist_url=arguments.dist_url,
+            args=(arguments,),
+        )
+    except ConfigError as error:
+        sys.exit(f"lazyconfig_train_net.py: error: {error}")

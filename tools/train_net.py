@@ -13,7 +13,6 @@ import sys
 from collections import OrderedDict
 from typing import Any, Dict, Optional
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, hooks, launch
 from detectron2.evaluation import verify_results
@@ -22,7 +21,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from wsbcn_d2.data import register_coco_format
-from wsbcn_d2.engine import ConfigError, Trainer, check_model, load_config
+from wsbcn_d2.engine import AtomicCheckpointer, ConfigError, Trainer, check_model, load_config
 
 
 def test_with_augmentation(cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
@@ -39,7 +38,7 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> Optional[Dict[str, Any]]:
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = Trainer.test(cfg, model)

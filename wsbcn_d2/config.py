@@ -5,6 +5,10 @@ from typing import Any, Dict, Mapping
 from detectron2.config import CfgNode as CN
 
 
+class ConfigError(ValueError):
+    """A config that cannot be run, with a message for the person who wrote it."""
+
+
 def add_wsbcn_config(cfg: CN) -> None:
     """Adds the keys of this package to a Detectron2 config, in place.
 

@@ -10,7 +10,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from wsbcn_d2.engine.checkpoint import AtomicCheckpointer, atomic_write
+from wsbcn_d2.engine import ConfigError
+from wsbcn_d2.engine.checkpoint import AtomicCheckpointer, CompleteCheckpointer, atomic_write
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,6 +115,16 @@ def test_same_files_as_detectron2(tmp_path):
     first, second = contents.values()
     assert first[0] == second[0] == ["last_checkpoint", "model_0000001.pth", "model_0000002.pth"]
     torch.testing.assert_close(first[1], second[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"words", b"PK\x03\x04 half"], ids=repr)
+@pytest.mark.parametrize("cls", [AtomicCheckpointer, CompleteCheckpointer])
+def test_file_that_is_no_checkpoint(tmp_path, cls, content):
+    path = tmp_path / "model.pth"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="model.pth' cannot be read as a checkpoint: ") as raised:
+        cls(nn.Linear(1, 1)).load(str(path))
+    assert "\n" not in str(raised.value)
 
 
 def test_an_error_leaves_the_old_file_and_no_other(tmp_path):

@@ -37,6 +37,7 @@ def test_device_follows_the_machine(config_file):
         (["SOLVER.ACCUMULATE_STEPS", "0"], "SOLVER.ACCUMULATE_STEPS: must be at least 1, got 0"),
         (["TEST.PRECISE_BCN.NUM_IMAGES", "0"], "NUM_IMAGES: must be at least 1, got 0"),
         (["MODEL.WSBCN.SYNC_PERIOD", "-1"], "SYNC_PERIOD: must be at least 0, got -1"),
+        (["SEED", "1", "--resume"], "--resume must stand before the keys and values, SEED"),
         (["OUTPUT_DIR", ""], "OUTPUT_DIR is empty"),
         (["OUTPUT_DIR", __file__], "OUTPUT_DIR: cannot write .* is not a folder"),
         (["DATASETS.COCO_FORMAT", "(('a', 'b'),)"], r"COCO_FORMAT: .*, got \('a', 'b'\)"),

@@ -1,11 +1,12 @@
 """Training and evaluation with Detectron2's own loop."""
 
+from ..config import ConfigError
 from .accumulation import accumulate_gradients
 from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator
 from .hooks import build_hooks
 from .recalibration import recalibrate_checkpoint
-from .setup import ConfigError, check_model, load_config
+from .setup import check_model, load_config
 from .statistics import recalibrate_estimates, synchronize_estimates
 from .trainer import Trainer
 

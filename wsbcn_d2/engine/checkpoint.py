@@ -13,6 +13,8 @@ from typing import IO, Any, Dict, Iterator
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from ..config import ConfigError
+
 
 def check_output(path: str) -> None:
     """Finds out, before long work, whether a file can be written later; makes nothing.
@@ -62,7 +64,10 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO[Any]]:
 
 class AtomicCheckpointer(DetectionCheckpointer):
     """A :class:`detectron2.checkpoint.DetectionCheckpointer` whose files appear when they are
-    complete. It reads and writes the same files; only local folders are protected."""
+    complete. It reads and writes the same files; only local folders are protected.
+
+    Loading a file that is no checkpoint, or only a part of one, raises ConfigError.
+    """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any) -> None:
         """
@@ -71,6 +76,15 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, **kwargs)
         self.path_manager = _AtomicPathManager(self.path_manager)
+
+    def _load_file(self, filename: str) -> Any:
+        try:
+            return super()._load_file(filename)
+        except OSError:
+            raise
+        except Exception as error:  # of many kinds: of zip, pickle, torch
+            cause = " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+            raise ConfigError(f"{filename!r} cannot be read as a checkpoint: {cause}") from error
 
 
 class _AtomicPathManager:
@@ -88,10 +102,10 @@ class _AtomicPathManager:
         return self._path_manager.open(path, mode, **kwargs)
 
 
-class CompleteCheckpointer(DetectionCheckpointer):
-    """A :class:`detectron2.checkpoint.DetectionCheckpointer` that refuses what it only warns about.
+class CompleteCheckpointer(AtomicCheckpointer):
+    """A checkpointer that refuses what Detectron2's only warns about.
 
-    Loading raises ValueError if entries of the model are missing in the checkpoint or have other
+    Loading raises ConfigError if entries of the model are missing in the checkpoint or have other
     shapes there: what is made of such a model would pass for that of the checkpoint.
     """
 
@@ -99,7 +113,7 @@ class CompleteCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         wrong = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
         if wrong:
-            raise ValueError(
+            raise ConfigError(
                 f"MODEL.WEIGHTS: {len(wrong)} entries of the model are missing in the checkpoint "
                 f"or have other shapes there, the first of them {', '.join(wrong[:3])}"
             )

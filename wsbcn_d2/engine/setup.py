@@ -4,7 +4,7 @@ import difflib
 import logging
 import os
 import re
-from typing import Iterable
+from typing import Any, Iterable
 
 import torch
 import yaml
@@ -12,7 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
-from ..config import add_wsbcn_config, flatten_config
+from ..config import ConfigError, add_wsbcn_config, flatten_config
 from ..data import check_datasets, register_coco_format
 from ..modeling import BACKBONES
 from ..norm_options import NormOption
@@ -25,13 +25,9 @@ logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where D
 _CLASSES = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
 
 
-class ConfigError(ValueError):
-    """A config that cannot be run, with a message for the person who wrote it."""
-
-
 def load_config(
     config_file: str,
-    opts: Iterable[str] = (),
+    opts: Iterable[Any] = (),
     *,
     eval_only: bool = False,
     resume: bool = False,
@@ -52,11 +48,17 @@ def load_config(
     Raises:
         ConfigError: naming the key or file, what was found and what is allowed.
     """
+    if not config_file:
+        raise ConfigError("--config-file must name a YAML config, as those in configs")
+    opts = list(opts)
+    for option in opts:
+        if str(option).startswith("--"):
+            raise ConfigError(f"{option} must stand before the keys and values, {opts[0]} ...")
     cfg = get_cfg()
     add_wsbcn_config(cfg)
     try:
         cfg.merge_from_file(config_file)
-        cfg.merge_from_list(list(opts))
+        cfg.merge_from_list(opts)
     except KeyError as error:
         raise ConfigError(_unknown_key(cfg, str(error.args[0]))) from error
     except (AssertionError, OSError, ValueError) as error:

@@ -13,11 +13,12 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
+from ..config import ConfigError
 from .accumulation import accumulate_gradients
 from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator, inference_folder
 from .hooks import build_hooks
-from .setup import ConfigError, check_classes
+from .setup import check_classes
 
 
 class Trainer(DefaultTrainer):
