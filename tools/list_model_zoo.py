@@ -52,6 +52,10 @@ backbone, norm and schedule. Each is there for 1 and for 2 images per GPU on 8 G
 number of GPUs add `SOLVER.REFERENCE_WORLD_SIZE 8` to the command, and Detectron2 keeps the images
 per GPU and scales learning rate, steps and iterations itself.
 
+Schedules: `1x`, `3x` and `9x` are Detectron2's; `2x` is the authors', 180,000 batches of 16 images
+with decays at 150,000 and 170,000; `20-23-24e` has 24 epochs, with decays after the 20th and the 23rd; `484e` and
+the like are as many epochs of the dataset, with Detectron2's own decays.
+
 **Nobody has trained these configs with this code yet.** The results are those that others have
 published for the same model, norm and schedule, made with their code: `authors` are those of the
 paper. In brackets: the source, and the images of all GPUs together. Where nothing has been
