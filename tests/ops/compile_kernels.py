@@ -14,7 +14,13 @@ from wsbcn_d2.ops import triton_backend
 from wsbcn_d2.ops import triton_kernels as kernels
 
 HALF = ("x_ptr", "y_ptr", "residual_ptr", "grad_ptr", "grad_x_ptr", "grad_residual_ptr")
-POINTERS = {"starts_ptr": "*i64", "skipped_ptr": "*i64", "eps_ptr": "*fp64", "out_ptr": "*fp32"}
+POINTERS = {
+    "starts_ptr": "*i64",
+    "places_ptr": "*i64",
+    "skipped_ptr": "*i64",
+    "eps_ptr": "*fp64",
+    "out_ptr": "*fp32",
+}
 FLOATS = ("values", "group_values", "update_rate", "eps")
 # Arguments that can be 1, for which Triton compiles a variant with the constant in their place.
 ONES = ("channels", "groups", "pixels", "tiles", "rows", "part", "parts")

@@ -248,6 +248,7 @@ def test_standardize_all_and_its_gradient(dtype, out):
         (gradient,) = torch.autograd.grad(reference, exact, grad.double())
         assert outputs[i].dtype == out and gradients[i].dtype == dtype
         assert mean[i].shape == rstd[i].shape == weight.shape[:1]
+        assert outputs[i].data_ptr() % 16 == 0, "convolutions are slower where it is not aligned"
         for ours, theirs in ((outputs[i], reference), (gradients[i], gradient)):
             # in the memory format of the weight, where it has one
             if weight.is_contiguous() or weight.is_contiguous(memory_format=LAST):

@@ -12,7 +12,7 @@ belongs together is in one tensor.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import triton
@@ -29,6 +29,9 @@ from .tables import new_tables, split_tables
 SAVES_OUTPUT_OF_RELU = False
 
 _TILE = 2048  # elements
+# Standardized weights begin at multiples of so many elements: convolutions of fp16 and bf16 on
+# tensor cores want 16 bytes.
+_ALIGNMENT = 16
 _TABLE_TILE = 2048
 # Moments up to which every program puts together the statistics of all channels by itself, to find
 # out whether all of them are finite, rather than a kernel of their own; and those that all programs
@@ -495,21 +498,22 @@ def standardize_forward(
 ) -> Tuple[List[Tensor], Tensor, Tensor]:
     """See :mod:`.weight_standardization`."""
     flat = _concatenated(weights)
-    rows, starts = _filters(tuple(w.shape for w in weights), flat.device)
+    filters = _filters(tuple(w.shape for w in weights), flat.device)
     compute = torch.promote_types(flat.dtype, torch.float32)
-    out = torch.empty(flat.shape, dtype=dtype, device=flat.device)
-    mean, rstd = (torch.empty(rows, dtype=compute, device=flat.device) for _ in range(2))
-    kernels.standardize_kernel[(rows,)](
+    out = torch.empty(sum(filters.rooms), dtype=dtype, device=flat.device)
+    mean, rstd = (torch.empty(filters.count, dtype=compute, device=flat.device) for _ in range(2))
+    kernels.standardize_kernel[(filters.count,)](
         flat,
         out,
         mean,
         rstd,
-        starts,
+        filters.starts,
+        filters.places,
         _eps_of_filters(tuple(eps), tuple(w.shape[0] for w in weights), flat.device),
         COMPUTE=_COMPUTE[compute],
         BLOCK=1024,
     )
-    return _divided(out, weights), mean, rstd
+    return _divided(out, weights, filters.rooms), mean, rstd
 
 
 def standardize_backward(
@@ -521,19 +525,19 @@ def standardize_backward(
         grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
         for grad, weight in zip(grads, weights)
     ]
-    rows, starts = _filters(tuple(w.shape for w in weights), flat.device)
+    filters = _filters(tuple(w.shape for w in weights), flat.device)
     out = torch.empty_like(flat)
-    kernels.standardize_backward_kernel[(rows,)](
+    kernels.standardize_backward_kernel[(filters.count,)](
         _concatenated(grads),
         flat,
         out,
         mean,
         rstd,
-        starts,
+        filters.starts,
         COMPUTE=_COMPUTE[mean.dtype],
         BLOCK=1024,
     )
-    return _divided(out, weights)
+    return _divided(out, weights, [w.numel() for w in weights])
 
 
 def _concatenated(weights: List[Tensor]) -> Tensor:
@@ -548,21 +552,40 @@ def _row(weight: Tensor) -> Tensor:
     return weight.permute(order).reshape(-1)
 
 
-def _divided(flat: Tensor, weights: List[Tensor]) -> List[Tensor]:
-    """The inverse of :func:`_concatenated`."""
-    parts = flat.split([w.numel() for w in weights])
+def _divided(flat: Tensor, weights: List[Tensor], rooms: Sequence[int]) -> List[Tensor]:
+    """The inverse of :func:`_concatenated`, where each weight lies at the start of its room."""
     return [
         part.as_strided(w.shape, w.stride(), part.storage_offset())
-        for part, w in zip(parts, weights)
+        for part, w in zip(flat.split(list(rooms)), weights)
     ]
 
 
+class _Filters(NamedTuple):
+    """Where the filters of some weights lie.
+
+    Attributes:
+        count: of the filters.
+        starts: (count + 1,), where each begins in the concatenation, and where the last ends.
+        places: (count,), where each begins among those standardized.
+        rooms: the elements that each weight has for itself there.
+    """
+
+    count: int
+    starts: Tensor
+    places: Tensor
+    rooms: Tuple[int, ...]
+
+
 @lru_cache(maxsize=None)
-def _filters(shapes: Tuple[torch.Size, ...], device: torch.device) -> Tuple[int, Tensor]:
-    """Number of filters, and where each begins in the concatenation, and where the last ends."""
-    sizes = torch.cat([torch.full((s[0],), s.numel() // s[0]) for s in shapes])
+def _filters(shapes: Tuple[torch.Size, ...], device: torch.device) -> _Filters:
+    filters = torch.tensor([shape[0] for shape in shapes])
+    numel = torch.tensor([shape.numel() for shape in shapes])
+    rooms = (numel + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
+    sizes = (numel // filters).repeat_interleave(filters)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-    return len(sizes), starts.to(device)
+    added = (rooms - numel).cumsum(0) - (rooms - numel)  # before each weight
+    places = starts[:-1] + added.repeat_interleave(filters)
+    return _Filters(len(sizes), starts.to(device), places.to(device), tuple(rooms.tolist()))
 
 
 @lru_cache(maxsize=None)

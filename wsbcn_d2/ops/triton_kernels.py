@@ -605,6 +605,7 @@ def standardize_kernel(
     mean_ptr,
     rstd_ptr,
     starts_ptr,
+    places_ptr,
     eps_ptr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -613,6 +614,7 @@ def standardize_kernel(
     row = tl.program_id(0)
     first = tl.load(starts_ptr + row)
     last = tl.load(starts_ptr + row + 1)
+    shift = tl.load(places_ptr + row) - first
     size = (last - first).to(COMPUTE)
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], COMPUTE)
@@ -630,7 +632,7 @@ def standardize_kernel(
     for start in range(first, last, BLOCK):
         i = start + lane
         t = tl.load(weight_ptr + i, mask=i < last, other=0.0).to(COMPUTE) - mean
-        tl.store(out_ptr + i, (t * rstd).to(out_ptr.dtype.element_ty), mask=i < last)
+        tl.store(out_ptr + shift + i, (t * rstd).to(out_ptr.dtype.element_ty), mask=i < last)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
 
