@@ -18,7 +18,7 @@ from wsbcn_d2.weights.formulas import FORMULAS
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", required=True, help="the file of the other project")
+    parser.add_argument("--input", required=True, help="the file of the other project, or its address, as detectron2://...")
     parser.add_argument("--config-file", required=True, help="config of the model to convert for")
     parser.add_argument("--output", help="file to write, for MODEL.WEIGHTS")
     parser.add_argument(

@@ -38,6 +38,10 @@ def test_device_follows_the_machine(config_file):
         (["TEST.PRECISE_BCN.NUM_IMAGES", "0"], "NUM_IMAGES: must be at least 1, got 0"),
         (["MODEL.WSBCN.SYNC_PERIOD", "-1"], "SYNC_PERIOD: must be at least 0, got -1"),
         (["SEED", "1", "--resume"], "--resume must stand before the keys and values, SEED"),
+        (
+            ["MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NORM", "CN"],
+            "ROI_BOX_HEAD.NORM: 'CN' has no effect, because NUM_CONV is 0",
+        ),
         (["OUTPUT_DIR", ""], "OUTPUT_DIR is empty"),
         (["OUTPUT_DIR", __file__], "OUTPUT_DIR: cannot write .* is not a folder"),
         (["DATASETS.COCO_FORMAT", "(('a', 'b'),)"], r"COCO_FORMAT: .*, got \('a', 'b'\)"),

@@ -1,11 +1,15 @@
 """Converted weights in a Detectron2 model compute what they did at their source."""
 
+import functools
 import os
 import pickle
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -333,6 +337,27 @@ def test_files_that_are_no_checkpoints(tmp_path):
     torch.save({"something": torch.ones(2)}, empty)
     with pytest.raises(ConversionError, match="something"):
         convert_state_dict(read_checkpoint(str(empty)), nn.Identity())
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address of a folder."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_address_of_a_file(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    weight = np.arange(6.0, dtype=np.float32)
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": {"stem.weight": weight}}))
+    checkpoint = read_checkpoint(f"{server}/model.pkl")
+    np.testing.assert_array_equal(checkpoint.tensors["stem.weight"], weight)
+    for address in (f"{server}/nothing.pkl", "detectron3://model.pkl"):
+        with pytest.raises(CheckpointError, match=f"{address}: "):
+            read_checkpoint(address)
 
 
 def run(*args):

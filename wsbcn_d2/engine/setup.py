@@ -166,6 +166,13 @@ def _check_values(cfg: CfgNode) -> None:
                 f"MODEL.WSBCN.{key}: {cfg.MODEL.BACKBONE.NAME} cannot do it; "
                 f"MODEL.BACKBONE.NAME must be one of {', '.join(names)}"
             )
+    head = cfg.MODEL.ROI_BOX_HEAD
+    if head.NAME == "FastRCNNConvFCHead" and head.NORM and not head.NUM_CONV:
+        raise ConfigError(
+            f"MODEL.ROI_BOX_HEAD.NORM: {head.NORM!r} has no effect, because NUM_CONV is 0: fully "
+            "connected layers have no norm. Set NUM_CONV (models with GN have NUM_CONV 4 and "
+            "NUM_FC 1), or NORM ''"
+        )
     for key, value, least in (
         ("SOLVER.ACCUMULATE_STEPS", cfg.SOLVER.ACCUMULATE_STEPS, 1),
         ("TEST.PRECISE_BCN.NUM_IMAGES", cfg.TEST.PRECISE_BCN.NUM_IMAGES, 1),

@@ -8,6 +8,7 @@ from typing import Any, Dict
 
 import numpy as np
 import torch
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 MAX_BYTES = 8 * 2**30
@@ -51,15 +52,18 @@ def read_checkpoint(path: str) -> Checkpoint:
 
     Args:
         path: a file that ``torch.save`` has written (``.pth``, ``.pt``, ``.pth.tar``), or one of
-            Detectron2's model zoo (``.pkl``).
+            Detectron2's model zoo (``.pkl``). Detectron2 downloads and keeps those with an address
+            (``https://``, ``detectron2://``).
 
     Returns:
         The tensors, without the wrappers (``state_dict``, ``model``, ``module.``) around them.
 
     Raises:
-        CheckpointError: if the file is missing, too large, holds anything but tensors, numbers and
-            text, or no weights, or weights that are not finite.
+        CheckpointError: if the file is missing, cannot be downloaded, is too large, holds anything
+            but tensors, numbers and text, or no weights, or weights that are not finite.
     """
+    if "://" in path:
+        path = _downloaded(path)
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file")
     size = os.path.getsize(path)
@@ -87,6 +91,14 @@ def read_checkpoint(path: str) -> Checkpoint:
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise CheckpointError(f"{path}: {name} has infinite or NaN values")
     return Checkpoint(tensors, text, any(name.endswith("_w") for name in tensors) or caffe2)
+
+
+def _downloaded(address: str) -> str:
+    try:
+        return PathManager.get_local_path(address)
+    except Exception as error:  # of many types, by the kind of address
+        cause = " ".join([type(error).__name__, str(error)])
+        raise CheckpointError(f"{address}: cannot be downloaded ({cause})") from error
 
 
 def _read_tensors(path: str) -> Any:
