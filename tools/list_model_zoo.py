@@ -48,13 +48,13 @@ _HEADER = """\
 # Model zoo
 
 Every config of this repository; `tools/list_model_zoo.py` writes this page. A name says model,
-backbone, norm and schedule. Each is there for 1 and for 2 images per GPU on 8 GPUs; with another
-number of GPUs add `SOLVER.REFERENCE_WORLD_SIZE 8` to the command, and Detectron2 keeps the images
-per GPU and scales learning rate, steps and iterations itself.
+backbone, norm and schedule. All but the digits are there for 1 and for 2 images per GPU on 8 GPUs;
+with another number of GPUs add `SOLVER.REFERENCE_WORLD_SIZE 8` to the command, and Detectron2 keeps
+the images per GPU and scales learning rate, steps and iterations itself.
 
 Schedules: `1x`, `3x` and `9x` are Detectron2's; `2x` is the authors', 180,000 batches of 16 images
-with decays at 150,000 and 170,000; `20-23-24e` has 24 epochs, with decays after the 20th and the 23rd; `484e` and
-the like are as many epochs of the dataset, with Detectron2's own decays.
+with decays at 150,000 and 170,000; `20-23-24e` has 24 epochs, with decays after the 20th and the
+23rd; `484e` and the like are as many epochs of the dataset, with Detectron2's own decays.
 
 **Nobody has trained these configs with this code yet.** The results are those that others have
 published for the same model, norm and schedule, made with their code: `authors` are those of the
@@ -62,12 +62,13 @@ paper. In brackets: the source, and the images of all GPUs together. Where nothi
 published, the cell is empty. Rows in italics are the same model with another norm.
 
 `starts from`: the weights that the config loads. Those that Detectron2 hosts are downloaded; with
-`random`, nothing is frozen. To start from others, convert them if they are not Detectron2's, and
-give `MODEL.WEIGHTS FILE`.
+`random`, nothing is frozen. To start from others, give `MODEL.WEIGHTS FILE`; convert them first,
+unless they were trained with the same norm by Detectron2 or this package.
+[docs/weights.md](docs/weights.md) says how, and what to freeze.
 
 The files are written by `tools/make_configs.py` from the few that people write: `Base-*.yaml` in
-each folder, and `configs/_base_`. For another norm, take any file of the model and give the `NORM`
-options as arguments of the command.
+each folder, and `configs/_base_`. For another norm, take the file of the model whose weights suit it
+(a `_ws` file for an option with `+WS`), and give the `NORM` options as arguments of the command.
 """
 
 
