@@ -318,24 +318,37 @@ def test_training_from_a_lazy_config(tmp_path):
     assert "bbox/AP" in last
     assert (tmp_path / "out" / "model_final.pth").is_file()
 
+    # of the checkpoint of the run, not of random weights
+    result = run_lazyconfig([*arguments[:2], "--eval-only", "--resume", *arguments[2:]], tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "out/model_final.pth" in result.stdout
+
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ([], "error: --config-file must name a LazyConfig"),
+        (
+            ["--config-file", RETINANET, "--eval-only"],
+            "error: train.init_checkpoint is empty, and must name the checkpoint",
+        ),
+        (
+            ["--config-file", RETINANET, "train.wsbcn.ZERO_INIT_RESIDUAL=True"],
+            "error: there is no train.wsbcn.ZERO_INIT_RESIDUAL; allowed are UPDATE_RATE_SCHEDULE",
+        ),
         (["--config-file", RETINANET], "error: dataloader.train: dataset 'coco_2017_train': its"),
         (
             [
                 "--config-file",
                 RETINANET,
-                "--eval-only",
+                "dataloader.train.dataset.names=[]",
                 "dataloader.test.dataset.names=[]",
                 "train.norm=BNC",
             ],
             "error: the model of the config cannot be built: unknown norm option 'BNC'",
         ),
     ],
-    ids=["no config", "no data", "no such norm"],
+    ids=["no config", "no weights", "no such key", "no data", "no such norm"],
 )
 def test_errors_of_lazy_configs_are_one_line(tmp_path, arguments, message):
     result = run_lazyconfig(arguments, tmp_path)

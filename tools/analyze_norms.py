@@ -15,6 +15,8 @@ from wsbcn_d2.analysis.probe import STEPS
 from wsbcn_d2.analysis.runs import read_run
 from wsbcn_d2.engine import load_config
 
+_NEEDS = ("TRAIN", "WEIGHTS")
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -89,7 +91,8 @@ def main() -> int:
 
 def _configs(args: argparse.Namespace) -> Iterator[Tuple[str, CfgNode]]:
     if args.config_file:
-        yield Path(args.config_file).stem, load_config(args.config_file, args.opts)
+        cfg = load_config(args.config_file, args.opts, needs=_NEEDS)
+        yield Path(args.config_file).stem, cfg
     for argument in args.runs:
         label, _, folder = argument.rpartition("=")
         if Path(argument).is_dir():
@@ -98,7 +101,8 @@ def _configs(args: argparse.Namespace) -> Iterator[Tuple[str, CfgNode]]:
         if run.checkpoint is None:
             raise ValueError(f"{folder!r} has no checkpoint")
         opts = ["MODEL.WEIGHTS", str(run.checkpoint), *args.opts]
-        yield label or run.name, load_config(str(run.folder / "config.yaml"), opts)
+        cfg = load_config(str(run.folder / "config.yaml"), opts, needs=_NEEDS)
+        yield label or run.name, cfg
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ import argparse
 import sys
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from yaml import YAMLError
 
-import wsbcn_d2
+from wsbcn_d2.engine import load_config
 from wsbcn_d2.engine.checkpoint import atomic_write, check_output
 from wsbcn_d2.weights import LAYOUTS, convert_state_dict, read_checkpoint
 from wsbcn_d2.weights.formulas import FORMULAS
@@ -18,7 +16,11 @@ from wsbcn_d2.weights.formulas import FORMULAS
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", required=True, help="the file of the other project, or its address, as detectron2://...")
+    parser.add_argument(
+        "--input",
+        required=True,
+        help="the file of the other project, or its address, as detectron2://...",
+    )
     parser.add_argument("--config-file", required=True, help="config of the model to convert for")
     parser.add_argument("--output", help="file to write, for MODEL.WEIGHTS")
     parser.add_argument(
@@ -35,18 +37,16 @@ def main() -> int:
     args = parser.parse_args()
     if not args.dry_run and not args.output:
         parser.error("--output or --dry-run is needed")
-    cfg = get_cfg()
-    wsbcn_d2.add_wsbcn_config(cfg)
     try:
         if not args.dry_run:
             check_output(args.output)
-        cfg.merge_from_file(args.config_file)
-        cfg.merge_from_list([*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+        opts = [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
+        cfg = load_config(args.config_file, opts, needs=())
         checkpoint = read_checkpoint(args.input)
         state, report = convert_state_dict(checkpoint, build_model(cfg), args.layout, args.formula)
-    except (AssertionError, KeyError, OSError, TypeError, ValueError, YAMLError) as error:
+    except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(report)
     if report.missing:
         print(f"{parser.prog}: {len(report.missing)} weights are missing", file=sys.stderr)

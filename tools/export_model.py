@@ -27,7 +27,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
-        cfg = load_config(args.config_file, args.opts, eval_only=True, needs_data=False)
+        cfg = load_config(args.config_file, args.opts, needs=("WEIGHTS",))
         setup_logger(name="fvcore")
         setup_logger()
         print(export_checkpoint(cfg, args.output, args.format))

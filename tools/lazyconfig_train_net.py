@@ -4,8 +4,8 @@
     tools/lazyconfig_train_net.py --config-file CONFIG.py [--num-gpus N] [--resume] [--eval-only]
                                   [KEY=VALUE ...]
 
-The keys of wsbcn_d2/config.py below MODEL.WSBCN, by which the estimates of BCN are treated, are
-those of ``train.wsbcn``, where the config has them: ``train.wsbcn.UPDATE_RATE_WARMUP=True``.
+The keys of wsbcn_d2/config.py below MODEL.WSBCN by which the estimates of BCN are treated are those
+of ``train.wsbcn``, where the config has them: ``train.wsbcn.UPDATE_RATE_WARMUP=True``.
 """
 
 import argparse
@@ -33,6 +33,10 @@ from torch import nn
 from wsbcn_d2 import add_wsbcn_config
 from wsbcn_d2.data import check_datasets
 from wsbcn_d2.engine import AtomicCheckpointer, ConfigError, build_hooks
+from wsbcn_d2.engine.setup import check_values, check_weights
+
+# Of MODEL.WSBCN; the others are for the backbones that YAML configs name.
+HOOK_KEYS = ("UPDATE_RATE_SCHEDULE", "UPDATE_RATE_WARMUP", "SYNC_PERIOD", "MAX_SKIPPED_UPDATES")
 
 
 def test(cfg: DictConfig, model: nn.Module) -> Optional[Dict[str, Any]]:
@@ -46,11 +50,18 @@ def test(cfg: DictConfig, model: nn.Module) -> Optional[Dict[str, Any]]:
 
 
 def hooks_config(cfg: DictConfig) -> CfgNode:
-    """What :func:`wsbcn_d2.engine.build_hooks` has to know."""
+    """What :func:`wsbcn_d2.engine.build_hooks` has to know.
+
+    Raises:
+        ConfigError: if a key of ``train.wsbcn`` is none, or has a value that is not allowed.
+    """
     keys = get_cfg()
     add_wsbcn_config(keys)
     for key, value in cfg.train.get("wsbcn", {}).items():
+        if key not in HOOK_KEYS:
+            raise ConfigError(f"there is no train.wsbcn.{key}; allowed are {', '.join(HOOK_KEYS)}")
         keys.merge_from_list([f"MODEL.WSBCN.{key}", value])
+    check_values(keys)
     keys.SOLVER.BASE_LR = cfg.optimizer.lr
     keys.SOLVER.CHECKPOINT_PERIOD = cfg.train.checkpointer.period
     keys.TEST.EVAL_PERIOD = cfg.train.eval_period
@@ -101,12 +112,16 @@ def load(config_file: str, overrides: List[str]) -> DictConfig:
     return cfg
 
 
-def check(cfg: DictConfig, eval_only: bool) -> None:
-    """Looks for the data and builds the model before anything else is done.
+def check(cfg: DictConfig, eval_only: bool, resume: bool) -> None:
+    """Looks for data and weights and builds the model before anything else is done.
 
     Raises:
-        ConfigError: if files of a dataset are missing, or the model cannot be built.
+        ConfigError: if files are missing, keys are wrong, or the model cannot be built.
     """
+    key, output = "train.init_checkpoint", cfg.train.output_dir
+    check_weights(key, cfg.train.init_checkpoint, output, needed=eval_only, resume=resume)
+    if not eval_only:
+        hooks_config(cfg)
     for part in ("test",) if eval_only else ("train", "test"):
         names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names")
         try:
@@ -125,7 +140,8 @@ def main(args: argparse.Namespace) -> None:
     default_setup(cfg, args)
     if args.eval_only:
         model = instantiate(cfg.model).to(cfg.train.device)
-        AtomicCheckpointer(model).load(cfg.train.init_checkpoint)
+        checkpointer = AtomicCheckpointer(model, cfg.train.output_dir)
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         test(cfg, model)
     else:
         train(cfg, args.resume)
@@ -134,7 +150,8 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = default_argument_parser().parse_args()
     try:
-        check(load(arguments.config_file, arguments.opts), arguments.eval_only)
+        config = load(arguments.config_file, arguments.opts)
+        check(config, arguments.eval_only, arguments.resume)
         launch(
             main,
             arguments.num_gpus,

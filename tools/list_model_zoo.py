@@ -67,8 +67,8 @@ unless they were trained with the same norm by Detectron2 or this package.
 [docs/weights.md](docs/weights.md) says how, and what to freeze.
 
 The files are written by `tools/make_configs.py` from the few that people write: `Base-*.yaml` in
-each folder, and `configs/_base_`. For another norm, take the file of the model whose weights suit it
-(a `_ws` file for an option with `+WS`), and give the `NORM` options as arguments of the command.
+each folder, and `configs/_base_`. For another norm, take the file of the model whose weights suit
+it (a `_ws` file for an option with `+WS`), and give the `NORM` options as arguments of the command.
 """
 
 

@@ -12,9 +12,6 @@ import sys
 from wsbcn_d2.engine import ConfigError, load_config
 from wsbcn_d2.engine.pretraining import pretrain_backbone
 
-# Of the detector: nothing that needs to be there for this.
-_UNUSED = ["DATASETS.TRAIN", (), "DATASETS.TEST", (), "MODEL.WEIGHTS", ""]
-
 
 def main() -> int:
     defaults = {
@@ -41,7 +38,8 @@ def main() -> int:
     )
     args = vars(parser.parse_args())
     try:
-        cfg = load_config(args.pop("config_file"), [*args.pop("opts"), *_UNUSED])
+        opts = [*args.pop("opts"), "MODEL.WEIGHTS", ""]  # those of the detector
+        cfg = load_config(args.pop("config_file"), opts, needs=())
         result = pretrain_backbone(cfg, progress=True, **args)
     except (ConfigError, FloatingPointError, ImportError, OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -25,7 +25,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
-        cfg = load_config(args.config_file, args.opts)
+        cfg = load_config(args.config_file, args.opts, needs=("TRAIN", "WEIGHTS"))
         setup_logger(name="fvcore")
         setup_logger()
         recalibrate_checkpoint(cfg, args.output, args.num_images, progress=True)

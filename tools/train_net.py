@@ -22,6 +22,7 @@ from torch import nn
 
 from wsbcn_d2.data import register_coco_format
 from wsbcn_d2.engine import AtomicCheckpointer, ConfigError, Trainer, check_model, load_config
+from wsbcn_d2.engine.setup import TO_EVALUATE, TO_TRAIN
 
 
 def test_with_augmentation(cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
@@ -63,7 +64,7 @@ if __name__ == "__main__":
         config = load_config(
             arguments.config_file,
             arguments.opts,
-            eval_only=arguments.eval_only,
+            needs=TO_EVALUATE if arguments.eval_only else TO_TRAIN,
             resume=arguments.resume,
         )
         check_model(config)

@@ -37,7 +37,8 @@ def add_wsbcn_config(cfg: CN) -> None:
     # Training stops if a layer has been fed with infinity or NaN for so many iterations. 0: never.
     cfg.MODEL.WSBCN.MAX_SKIPPED_UPDATES = 100
     # Recalibration: the estimates are computed anew from this many training images (over all
-    # processes) before every evaluation and at the end, as TEST.PRECISE_BN does for BatchNorm.
+    # processes) before every evaluation and at the end, as TEST.PRECISE_BN does for BatchNorm. They
+    # are kept in memory meanwhile, an image of COCO in 3 MB.
     cfg.TEST.PRECISE_BCN = CN({"ENABLED": False, "NUM_IMAGES": 200})
     # Datasets in COCO's format to register, so that they can be named in DATASETS.TRAIN and TEST:
     # each a name, the annotation file, and the folder of the images.

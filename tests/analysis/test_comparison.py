@@ -209,8 +209,10 @@ def test_merged_is_as_if_compared_at_once(runs, results, tmp_path):
 def test_comparisons_that_cannot_be_merged(runs, tmp_path):
     options = {"annotations": str(tmp_path / "truth.json"), "num_draws": DRAWS}
     one = compare_runs(runs[:1], ["A"], **options)
-    with pytest.raises(ValueError, match="'a_s1' is both in x and in y"):
-        merge_results({"x": one, "y": json.loads(json.dumps(one))})
+    runs[0].predictions_file, runs[0].notes = None, ["gone in the meantime"]
+    for again in (json.loads(json.dumps(one)), compare_runs(runs[:1], ["B"], **options)):
+        with pytest.raises(ValueError, match="'a_s1' is both in x and in y"):
+            merge_results({"x": one, "y": again})
     with pytest.raises(ValueError, match=r"x and y differ in the bootstrap: .*'seed': 3"):
         merge_results({"x": one, "y": compare_runs(runs[1:2], ["A"], seed=3, **options)})
     for key, value in (("images", 5), ("classes", ["0"]), ("name", "other")):

@@ -3,6 +3,7 @@ import torch
 
 from wsbcn_d2.data import builtin
 from wsbcn_d2.engine import ConfigError, check_model, load_config
+from wsbcn_d2.engine.setup import TO_EVALUATE
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_file_that_is_no_config(tmp_path, text):
 
 def test_evaluation_needs_weights(config_file):
     with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty, and must name the checkpoint"):
-        load_config(config_file, eval_only=True)
+        load_config(config_file, needs=TO_EVALUATE)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +108,8 @@ def test_missing_datasets(config_file, tmp_path, monkeypatch):
     opts = ["DATASETS.TRAIN", "('digits_train',)"]
     with pytest.raises(ConfigError, match="digits_train.*prepare_digits"):
         load_config(config_file, opts)
-    load_config(config_file, [*opts, "MODEL.WEIGHTS", config_file], eval_only=True)
-    load_config(config_file, opts, needs_data=False)
+    load_config(config_file, [*opts, "MODEL.WEIGHTS", config_file], needs=TO_EVALUATE)
+    load_config(config_file, opts, needs=("OUTPUT_DIR",))
 
 
 def test_weights_are_not_needed_to_resume(config_file, tmp_path):

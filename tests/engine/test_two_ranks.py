@@ -147,6 +147,15 @@ def ranks_a_period_weighs_all_its_batches(rank):
     torch.testing.assert_close(norm.running_mean, torch.full((4,), (4.0 + 2 * 5.0) / 3))
 
 
+def ranks_a_large_variance_stays_finite(rank):
+    """Times the number of values behind it, it is beyond float32."""
+    norm = BatchChannelNorm(4, 2)
+    norm.running_var.fill_(1e34)
+    norm.seen_elements.fill_(1e6 * (1 + rank))
+    synchronize_estimates(norm)
+    torch.testing.assert_close(norm.running_var, torch.full((4,), 1e34))
+
+
 def ranks_synchronized_layer_is_one_process_with_all_images(rank):
     torch.manual_seed(0)
     norm = BatchChannelNorm(8, 2, mode="sync", update_rate=0.3).double()

@@ -93,6 +93,17 @@ def test_frozen_layer_uses_and_keeps_its_estimates(mode):
     assert not torch.equal(norm.running_mean, before[0])
 
 
+def test_replica_of_data_parallel_is_not_frozen():
+    """It has copies of the parameters as attributes, in no list of parameters."""
+    norm = randomized(BatchChannelNorm(8, 2))
+    replica = norm._replicate_for_data_parallel()
+    for name, parameter in norm.named_parameters():
+        setattr(replica, name, parameter * 1)
+    x, other = torch.randn(2, 8, 5, 5), copy.deepcopy(norm)
+    torch.testing.assert_close(replica(x), other(x))
+    torch.testing.assert_close(dict(replica.named_buffers()), dict(other.named_buffers()))
+
+
 def test_update_without_gradient():
     norm = BatchChannelNorm(8, 2)
     with torch.no_grad():
@@ -100,17 +111,32 @@ def test_update_without_gradient():
     torch.testing.assert_close(norm.running_mean, torch.full((8,), 0.1))
 
 
+@pytest.mark.parametrize(
+    "compiled",
+    [None, pytest.param("block", marks=needs_compile), pytest.param("all", marks=needs_compile)],
+)
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_updates_once(use_reentrant):
+def test_activation_checkpointing_updates_once(use_reentrant, compiled):
+    if compiled == "all" and use_reentrant:
+        pytest.skip("torch.compile does not trace reentrant checkpoints")
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), BatchChannelNorm(8, 2), nn.Conv2d(8, 8, 3))
     plain.append(randomized(BatchChannelNorm(8, 4)))
     recomputed = copy.deepcopy(plain)
+    block = recomputed
+    if compiled == "block":
+        block = torch.compile(recomputed, backend="aot_eager")
+
+    def run(x):
+        return checkpoint(block, x, use_reentrant=use_reentrant)
+
+    if compiled == "all":
+        run = torch.compile(run, backend="aot_eager")
     for _ in range(3):
         x = torch.randn(1, 3, 9, 9, requires_grad=True)
         x2 = x.detach().clone().requires_grad_()
         y = plain(x)
         y.square().mean().backward()
-        checkpoint(recomputed, x2, use_reentrant=use_reentrant).square().mean().backward()
+        run(x2).square().mean().backward()
         torch.testing.assert_close(x2.grad, x.grad)
     torch.testing.assert_close(dict(recomputed.named_buffers()), dict(plain.named_buffers()))
     for a, b in zip(plain.parameters(), recomputed.parameters()):

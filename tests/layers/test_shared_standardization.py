@@ -721,7 +721,9 @@ def test_tensors_without_data():
         y = model(mode.from_tensor(images()))
     assert y.shape == (1, 4, 7, 6)
     assert_current(model)
-    assert copy.deepcopy(model).to("meta")(images().to("meta")).shape == (1, 4, 7, 6)
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        without = copy.deepcopy(model).to("meta", dtype)
+        assert without(images().to("meta", dtype)).shape == (1, 4, 7, 6)
 
 
 # --------------------------------------------------------------------------- several batches a step

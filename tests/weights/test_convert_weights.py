@@ -389,4 +389,4 @@ def test_tool(tmp_path):
     random.sd["layer3.1.conv2.weight"] = torch.ones(2, 2)
     save(random.sd, path)
     failed = run(*arguments, *SMALL)
-    assert failed.returncode == 1 and "layer3.1.conv2.weight (2, 2)" in failed.stderr
+    assert failed.returncode == 2 and "layer3.1.conv2.weight (2, 2)" in failed.stderr

@@ -140,7 +140,7 @@ def merge_results(parts: Mapping[str, Results]) -> Results:
     fullest = max(parts, key=lambda name: len(parts[name]["dataset"]))
     dataset, bootstrap = parts[fullest]["dataset"], parts[first]["bootstrap"]
     runs: List[Dict[str, Any]] = []
-    found: List[Tuple[Dict[str, Any], str]] = []
+    origin: List[str] = []
     for name, part in parts.items():
         if part["dataset"] not in (dataset, {"name": dataset["name"]}):
             datasets = f"{_dataset(dataset)} and {_dataset(part['dataset'])}"
@@ -150,15 +150,14 @@ def merge_results(parts: Mapping[str, Results]) -> Results:
                 f"{first} and {name} differ in the bootstrap: {bootstrap} and {part['bootstrap']}"
             )
         for run in part["runs"]:
-            same = {**run, "label": None}
-            for other, where in found:
-                if same == other:
+            for other, where in zip(runs, origin):
+                if _is_same(run, other):
                     raise ValueError(
                         f"the run {run['name']!r} is both in {where} and in {name}; a run is one "
                         "seed of its setting"
                     )
             runs.append(run)
-            found.append((same, name))
+            origin.append(name)
     draws: List[_Draws] = [
         {kind: {"AP": np.array(own, dtype=float)} for kind, own in run.get("draws", {}).items()}
         for run in runs
@@ -357,6 +356,14 @@ def _ap_interval(value: float, draws: Optional[np.ndarray]) -> Dict[str, Any]:
         if entry[end] is not None:
             entry[end] = min(max(entry[end], 0.0), 100.0)
     return entry
+
+
+def _is_same(a: Dict[str, Any], b: Dict[str, Any]) -> bool:
+    """Whether two descriptions are of one run, whose files may have gone in part between them."""
+    if (a["name"], a["seed"]) != (b["name"], b["seed"]):
+        return False
+    losses = [run["curves"].get("total_loss") for run in (a, b)]
+    return losses[0] == losses[1] if all(losses) else a["ap"] == b["ap"]
 
 
 def _dataset(description: Dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from ..engine.statistics import (
+    gpus_of,
     named_batch_channel_norms,
     recalibrate_estimates,
     restored_random_state,
@@ -132,7 +133,7 @@ def analyze_layers(
     """
     if len(batches) == 0:
         raise ValueError("there are no batches to analyze the model with")
-    calls = itertools.count()
+    calls, gpus = itertools.count(), gpus_of(model)
     watches = [_Watch(name, layer, calls) for name, layer in _named_norms(model)]
     if not watches:
         raise ValueError(f"{type(model).__name__} has no normalization layers")
@@ -141,7 +142,7 @@ def analyze_layers(
         for watch in watches:
             stack.enter_context(watch)
         for i, batch in enumerate(tqdm(batches, "statistics of channels", disable=not progress)):
-            seed_everything(i)
+            seed_everything(i, gpus)
             with _WatchReLU():
                 model(batch)
     reached = [watch for watch in watches if watch.normalized.count]
@@ -177,7 +178,7 @@ def estimate_drift(
         and not isinstance(layer, (BatchChannelNorm, nn.BatchNorm1d, nn.BatchNorm3d))
     }
     if stock:
-        inputs = {name: _Moments() for name in stock}
+        inputs, gpus = {name: _Moments() for name in stock}, gpus_of(model)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_as_in_evaluation(model, norms))
             for name, layer in stock.items():
@@ -186,7 +187,7 @@ def estimate_drift(
                 )
                 stack.callback(handle.remove)
             for i, batch in enumerate(tqdm(batches, "inputs of BatchNorm", disable=not progress)):
-                seed_everything(i)
+                seed_everything(i, gpus)
                 model(batch)
         for name, layer in stock.items():
             if inputs[name].count:
@@ -231,7 +232,7 @@ def _as_in_evaluation(model: nn.Module, norms: Sequence[nn.Module]) -> Iterator[
     for norm in norms:
         norm.eval()
     try:
-        with EventStorage(), restored_state(model), restored_random_state():
+        with EventStorage(), restored_state(model), restored_random_state(gpus_of(model)):
             yield
     finally:
         for module, mode in modes:

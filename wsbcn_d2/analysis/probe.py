@@ -24,7 +24,13 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..engine.statistics import restored_random_state, restored_state, seed_everything, unwrapped
+from ..engine.statistics import (
+    gpus_of,
+    restored_random_state,
+    restored_state,
+    seed_everything,
+    unwrapped,
+)
 
 # Multiples of a learning rate, around the range of the cited paper.
 STEPS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -94,7 +100,7 @@ def probe_loss(
     start = [p.detach().clone() for p in parameters]
     sizes = np.array([step * learning_rate for step in steps])
     losses, norms, loss_changes, gradient_changes = [], [], [], []
-    with EventStorage(), restored_random_state():
+    with EventStorage(), restored_random_state(gpus_of(model)):
         with tqdm(
             total=len(batches) * (len(sizes) + 1), desc="probing the loss", disable=not progress
         ) as bar:
@@ -142,7 +148,7 @@ def _keep_sampled_proposals(model: nn.Module) -> None:
 def _loss_and_gradient(
     model: nn.Module, parameters: Sequence[nn.Parameter], batch: Any, seed: int
 ) -> Tuple[float, List[Tensor]]:
-    seed_everything(seed)
+    seed_everything(seed, gpus_of(model))
     with restored_state(model):
         losses = model(batch)
         loss = losses if isinstance(losses, Tensor) else sum(losses.values())

@@ -326,7 +326,7 @@ def _configs(
 
     def load(norm: str, *more: str) -> CfgNode:
         path = CONFIGS / f"mask_rcnn_R_50_FPN_{NORMS[norm]}_1x_1img.yaml"
-        return load_config(str(path), [*fixed, *more, *opts])
+        return load_config(str(path), [*fixed, *more, *opts], needs=())
 
     configs = {norm: load(norm) for norm in norms}
     if checkpoint_activations:

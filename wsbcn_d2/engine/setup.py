@@ -4,7 +4,7 @@ import difflib
 import logging
 import os
 import re
-from typing import Any, Iterable
+from typing import Any, Iterable, Sequence
 
 import torch
 import yaml
@@ -21,6 +21,10 @@ from .hooks import UPDATE_RATE_SCHEDULES
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
+# What programs need of a config; see load_config.
+TO_TRAIN = ("TRAIN", "TEST", "OUTPUT_DIR")
+TO_EVALUATE = ("TEST", "WEIGHTS", "OUTPUT_DIR")
+
 # Where models have their number of classes.
 _CLASSES = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
 
@@ -29,9 +33,8 @@ def load_config(
     config_file: str,
     opts: Iterable[Any] = (),
     *,
-    eval_only: bool = False,
+    needs: Sequence[str] = TO_TRAIN,
     resume: bool = False,
-    needs_data: bool = True,
 ) -> CfgNode:
     """Reads a config and checks whatever can be checked before a model is built.
 
@@ -41,9 +44,9 @@ def load_config(
     Args:
         config_file: path of a YAML config.
         opts: alternating keys and values that override it.
-        eval_only: whether the training data may be absent.
+        needs: what must be there: the data of "TRAIN" and "TEST", "WEIGHTS", and an "OUTPUT_DIR"
+            that can be written to.
         resume: whether the run continues from a checkpoint in its output folder, if there is one.
-        needs_data: whether any data must be there.
 
     Raises:
         ConfigError: naming the key or file, what was found and what is allowed.
@@ -68,17 +71,19 @@ def load_config(
             f"{config_file} is not a YAML config of keys and values: {error}"
         ) from error
     _check_norm_options(cfg)
-    _check_values(cfg)
+    check_values(cfg)
     try:
         register_coco_format(cfg.DATASETS.COCO_FORMAT)
-        if needs_data:
-            check_datasets(
-                cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST
-            )
+        for part in ("TRAIN", "TEST"):
+            if part in needs:
+                check_datasets(cfg.DATASETS[part])
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    _check_output(cfg.OUTPUT_DIR)
-    _check_weights(cfg, eval_only, resume)
+    if "OUTPUT_DIR" in needs:
+        _check_output(cfg.OUTPUT_DIR)
+    check_weights(
+        "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, needed="WEIGHTS" in needs, resume=resume
+    )
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
@@ -152,7 +157,12 @@ def _check_norm_options(cfg: CfgNode) -> None:
                 raise ConfigError(f"{key}: {error}") from error
 
 
-def _check_values(cfg: CfgNode) -> None:
+def check_values(cfg: CfgNode) -> None:
+    """Checks the values that no other part of a program checks in time.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
     allowed = UPDATE_RATE_SCHEDULES
     if cfg.MODEL.WSBCN.UPDATE_RATE_SCHEDULE not in allowed:
         raise ConfigError(
@@ -194,17 +204,29 @@ def _check_output(folder: str) -> None:
         raise ConfigError(f"OUTPUT_DIR: {error}") from error
 
 
-def _check_weights(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
-    path = (cfg.MODEL.WEIGHTS or "").partition("?")[0]
-    if resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+def check_weights(key: str, path: str, output_dir: str, *, needed: bool, resume: bool) -> None:
+    """Looks for the weights that a program is to begin with.
+
+    Args:
+        key: of the config, for the message.
+        path: its value, a file or an address; empty for random weights.
+        output_dir: the folder of the run.
+        needed: whether random weights are of no use.
+        resume: whether a checkpoint in ``output_dir`` comes first.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    path = (path or "").partition("?")[0]
+    if resume and os.path.isfile(os.path.join(output_dir, "last_checkpoint")):
         return
-    if eval_only and not path:
+    if needed and not path:
         raise ConfigError(
-            "MODEL.WEIGHTS is empty, and must name the checkpoint (tools/train_net.py --resume "
-            f"takes that of OUTPUT_DIR, {cfg.OUTPUT_DIR!r})"
+            f"{key} is empty, and must name the checkpoint (train_net.py --resume takes that of "
+            f"the output folder, {output_dir!r})"
         )
     if path and "://" not in path and not os.path.isfile(path):
         raise ConfigError(
-            f"MODEL.WEIGHTS: there is no file {path!r}; give an existing file, a URL that "
-            'Detectron2 knows (detectron2://, https://), or "" to start from random weights'
+            f"{key}: there is no file {path!r}; give an existing file, a URL that Detectron2 knows "
+            '(detectron2://, https://), or "" to start from random weights'
         )

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ..layers import BatchChannelNorm
-from ..ops import moments
+from ..ops import moments, several_ranks
 
 
 def named_batch_channel_norms(model: nn.Module) -> Iterator[Tuple[str, BatchChannelNorm]]:
@@ -49,23 +49,23 @@ def synchronize_estimates(
         model: a model, the same on all ranks.
         process_group: the ranks. Default: all.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    if dist.get_world_size(process_group) == 1:
+    if not several_ranks(process_group):
         return
     layers = [layer for _, layer in named_batch_channel_norms(model)]
     if not layers:
         return
     packed: List[Tensor] = []
     for layer in layers:
-        seen = layer.seen_elements.unsqueeze(-1)  # broadcasts over the channels of every level
+        # In float64: a large variance times their number may exceed float32. The new dimension
+        # broadcasts over the channels of every level.
+        seen = layer.seen_elements.double().unsqueeze(-1)
         packed += [layer.running_mean * seen, layer.running_var * seen, seen]
     flat = torch.cat([t.reshape(-1) for t in packed])
     dist.all_reduce(flat, group=process_group)
     sums = [s.view_as(t) for s, t in zip(flat.split([t.numel() for t in packed]), packed)]
     for layer, mean, var, seen in zip(layers, sums[0::3], sums[1::3], sums[2::3]):
         for estimate, weighted in ((layer.running_mean, mean), (layer.running_var, var)):
-            average = weighted / seen.clamp(min=1)
+            average = (weighted / seen.clamp(min=1)).to(estimate.dtype)
             estimate.copy_(torch.where(seen > 0, average, estimate))
         layer.seen_elements.zero_()
 
@@ -122,18 +122,19 @@ def recalibrate_estimates(
     # Without DistributedDataParallel: the ranks may have unequal numbers of batches.
     model = unwrapped(model)
     layers = [layer for _, layer in named_batch_channel_norms(model) if not layer.frozen]
+    gpus = gpus_of(model)
     for number in range(rounds):
         collectors = [_Collector(layer) for layer in layers]
         description = f"recalibrating estimates, round {number + 1} of {rounds}"
         with contextlib.ExitStack() as stack:
             stack.enter_context(EventStorage())  # discards what the model logs
             stack.enter_context(restored_state(model))
-            stack.enter_context(restored_random_state())
+            stack.enter_context(restored_random_state(gpus))
             stack.enter_context(fixed_estimates(model))
             for collector in collectors:
                 stack.enter_context(collector)
             for i, batch in enumerate(tqdm(batches, description, disable=not progress)):
-                seed_everything(i)
+                seed_everything(i, gpus)
                 model(batch)
         for collector in collectors:
             collector.replace_estimates()
@@ -156,19 +157,27 @@ def seeded_batches(
         return list(itertools.islice(build_loader(), num_batches))
 
 
-def seed_everything(seed: int) -> None:
+def gpus_of(model: nn.Module) -> List[int]:
+    """The indices of the GPUs that a model is on."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return sorted({t.device.index for t in tensors if t.is_cuda})
+
+
+def seed_everything(seed: int, gpus: Sequence[int] = ()) -> None:
+    """Seeds the generators of Python, NumPy, PyTorch on the CPU, and PyTorch on some GPUs."""
     np.random.seed(seed)
     random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    for gpu in gpus:
+        torch.cuda.default_generators[gpu].manual_seed(seed)
 
 
 @contextlib.contextmanager
-def restored_random_state() -> Iterator[None]:
-    # Only the GPU in use: asking all of a machine for their states would open a context on each.
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+def restored_random_state(gpus: Sequence[int] = ()) -> Iterator[None]:
+    """Puts back the state of the generators that :func:`seed_everything` seeds."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(gpus):
             yield
     finally:
         np.random.set_state(numpy_state)
@@ -226,7 +235,7 @@ class _Collector:
         self.square_sum[level] += torch.where(finite, square_total, 0.0)
 
     def replace_estimates(self) -> None:
-        if dist.is_available() and dist.is_initialized():
+        if several_ranks():
             for total in (self.count, self.sum, self.square_sum):
                 dist.all_reduce(total)
         seen = self.count > 0

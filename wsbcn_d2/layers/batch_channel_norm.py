@@ -9,11 +9,10 @@ silently drop the channel normalization, leave them alone.
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import batch_channel_norm, in_backward
+from ..ops import batch_channel_norm, in_backward, several_ranks
 from .folded import refuse_folded
 
 MODES = ("estimate", "batch", "sync")
@@ -177,7 +176,13 @@ class BatchChannelNorm(nn.GroupNorm):
     @property
     def frozen(self) -> bool:
         """True if no affine parameter is trainable; the estimates are then constant."""
-        return not any(p.requires_grad for p in self._parameters.values())
+        # Not self.parameters(): a replica of DataParallel, or FSDP, has tensors in their place.
+        return not (
+            self.weight.requires_grad
+            or self.bias.requires_grad
+            or self.group_weight.requires_grad
+            or self.group_bias.requires_grad
+        )
 
     @property
     def num_levels(self) -> int:
@@ -249,7 +254,7 @@ class BatchChannelNorm(nn.GroupNorm):
             update_rate=self.update_rate if training and not in_backward() else None,
             skipped_updates=self.skipped_updates,
             seen_elements=estimates[2],
-            synchronize=self.mode == "sync" and _several_ranks(),
+            synchronize=self.mode == "sync" and several_ranks(),
             residual=residual,
             relu=relu,
         )
@@ -325,7 +330,3 @@ def _channel_norm(x: Tensor, group_weight: Tensor, group_bias: Tensor, eps: floa
     bias = group_bias.repeat_interleave(x.shape[1] // groups)
     # Not F.group_norm, which refuses a group of a single value.
     return torch.group_norm(x, groups, weight, bias, eps)
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -534,7 +534,9 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     if weight.dtype == torch.float64:  # which autocast leaves alone
         return weight.dtype
     if hasattr(torch, "get_autocast_dtype"):
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        known = torch.amp.is_autocast_available(kind)  # not for tensors without data
+        enabled = known and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if enabled else weight.dtype
     # PyTorch 2.0 to 2.3
     if kind == "cuda" and torch.is_autocast_enabled():
         return torch.get_autocast_gpu_dtype()

@@ -264,16 +264,29 @@ _STANDARDIZED: Dict[Type[nn.Module], Type[WeightStandardized]] = {
 # constructed, nor be a base class.
 if issubclass(DeformConv, nn.Module):
 
-    def _with_weight(
-        module: nn.Module, weight: Tensor, forward: Callable[..., Tensor], *args: Any
+    def _convolve(
+        module: nn.Module, filters: Tensor, forward: Callable[..., Tensor], *args: Any
     ) -> Tensor:
-        """``forward(*args)`` of a module with another ``weight``: an instance attribute hides the
-        parameter of the same name."""
-        object.__setattr__(module, "weight", weight)
+        """``forward(*args)`` of a module with other filters, and without its norm and activation.
+
+        Instance attributes hide the parameter and the layer of the same names.
+        """
+        activation = module.activation
+        object.__setattr__(module, "weight", filters)
+        object.__setattr__(module, "norm", None)
+        module.activation = None
         try:
-            return forward(*args)
+            with unsaved(module, filters):
+                return forward(*args)
         finally:
             object.__delattr__(module, "weight")
+            object.__delattr__(module, "norm")
+            module.activation = activation
+
+    def _normalized(module: nn.Module, x: Tensor) -> Tensor:
+        if module.norm is not None:
+            x = module.norm(x)
+        return x if module.activation is None else module.activation(x)
 
     class WSDeformConv(WeightStandardized, DeformConv):
         """A :class:`detectron2.layers.DeformConv` whose filters are standardized before use."""
@@ -281,8 +294,7 @@ if issubclass(DeformConv, nn.Module):
         def forward(self, x: Tensor, offset: Tensor) -> Tensor:
             """The arguments are those of :class:`detectron2.layers.DeformConv`."""
             filters = self.standardized_weight()
-            with unsaved(self, filters):
-                return _with_weight(self, filters, super().forward, x, offset)
+            return _normalized(self, _convolve(self, filters, super().forward, x, offset))
 
     class WSModulatedDeformConv(WeightStandardized, ModulatedDeformConv):
         """A :class:`detectron2.layers.ModulatedDeformConv` with standardized filters."""
@@ -290,8 +302,7 @@ if issubclass(DeformConv, nn.Module):
         def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
             """The arguments are those of :class:`detectron2.layers.ModulatedDeformConv`."""
             filters = self.standardized_weight()
-            with unsaved(self, filters):
-                return _with_weight(self, filters, super().forward, x, offset, mask)
+            return _normalized(self, _convolve(self, filters, super().forward, x, offset, mask))
 
     _STANDARDIZED[DeformConv] = WSDeformConv
     _STANDARDIZED[ModulatedDeformConv] = WSModulatedDeformConv

@@ -2,7 +2,7 @@
 
 from .backend import BACKENDS, backend_name, set_backend
 from .batch_channel_norm import batch_channel_norm, moments
-from .state import in_backward, is_compiling
+from .state import in_backward, is_compiling, several_ranks
 from .weight_standardization import standardize_all, standardize_all_backward, standardize_weight
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "is_compiling",
     "moments",
     "set_backend",
+    "several_ranks",
     "standardize_all",
     "standardize_all_backward",
     "standardize_weight",

@@ -49,7 +49,7 @@ from torch import Tensor
 from .backend import call_on_device_of, kernels_for
 from .library import LIBRARY
 from .memory_format import dense
-from .state import is_compiling, is_observed
+from .state import in_backward, is_compiling, is_observed
 from .tables import new_tables
 
 LIBRARY.define(
@@ -220,8 +220,14 @@ class _BatchChannelNorm(torch.autograd.Function):
 # Of what comes after the parameters in the forward pass.
 _NO_GRADIENTS = (None,) * 9
 
+# Position among the arguments after x.
+_UPDATE_RATE = 9
+
 
 def _forward(x: Tensor, *args: Any) -> Tuple[Tensor, ...]:
+    if in_backward():
+        # Compiled code that activation checkpointing runs again: it was traced when it ran first.
+        args = (*args[:_UPDATE_RATE], None, *args[_UPDATE_RATE + 1 :])
     return call_on_device_of(x, kernels_for(x).batch_channel_norm_forward, x, *args)
 
 

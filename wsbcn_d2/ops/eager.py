@@ -243,11 +243,11 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over H and W, (N, C).
 
     Batched dot products read both operands once, without a temporary, where the memory layout
-    allows. Autocast would run them in half precision, so it is switched off.
+    allows. Autocast would run them in half precision, so it is switched off; a GPU might in TF32.
     """
     quick = a.shape[2] * a.shape[3] <= _SHORT_ROW and a.numel() <= _FEW_VALUES
-    known = a.device.type in ("cpu", "cuda") and a.is_contiguous() and b.is_contiguous()
+    known = a.device.type == "cpu" and a.is_contiguous() and b.is_contiguous()
     if known and not quick:
-        with torch.autocast(a.device.type, enabled=False):
+        with torch.autocast("cpu", enabled=False):
             return torch.einsum("nchw,nchw->nc", a, b)
     return (a * b).sum(dim=(2, 3))

@@ -1,8 +1,10 @@
 """What PyTorch is doing at the moment."""
 
 import sys
+from typing import Optional
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 if hasattr(torch, "compiler") and hasattr(torch.compiler, "is_compiling"):
@@ -33,3 +35,10 @@ def is_observed(x: Tensor) -> bool:
         or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def several_ranks(process_group: Optional["dist.ProcessGroup"] = None) -> bool:
+    """Whether this is one of several processes (of a group; default: of all)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return dist.get_world_size(process_group) > 1
