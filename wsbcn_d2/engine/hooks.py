@@ -33,8 +33,9 @@ class UpdateRateSchedule(HookBase):
     the present learning rate over ``base_lr`` ("lr"), as long as that is below 1, so that
     estimates move slower when weights do. With ``warmup``, batch t (from 0) has at least the rate
     ``1 / (t + 1)``: until that falls below the rate above, the estimates are the plain average of
-    what has been seen, and the (0, 1) that they start from has no part in it. (The first variance
-    is still taken around a mean of 0, so it is the second moment of that batch.)
+    what has been seen, and the (0, 1) that they start from has no part in it, but in a layer that
+    nothing reaches in batch 0. (The first variance is still taken around a mean of 0, so it is the
+    second moment of that batch.)
 
     The rate follows from the iteration and the learning rate, both of which checkpoints restore,
     so it has no state of its own.
