@@ -18,7 +18,10 @@ def main() -> int:
         from wsbcn_d2.benchmark.host import benchmark_host, markdown
 
         print(markdown(benchmark_host(args.repetitions, args.warmup)))
-    except (ImportError, RuntimeError) as error:  # no Triton, an old one, or its interpreter
+    except ImportError as error:
+        print(f"{parser.prog}: Triton 3.3 or newer is needed ({error})", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # Triton's interpreter
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
