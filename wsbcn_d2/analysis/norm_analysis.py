@@ -146,7 +146,9 @@ def write_analyses(analyses: Sequence[Analysis], path: str) -> None:
     """Writes analyses to a JSON file, a line for each layer."""
     models = []
     for analysis in analyses:
-        lines = ",\n   ".join(json.dumps(layer) for layer in analysis["layers"])
+        # without spaces, of which there would be one for each channel
+        compact = [json.dumps(layer, separators=(",", ":")) for layer in analysis["layers"]]
+        lines = ",\n   ".join(compact)
         rest = json.dumps({k: v for k, v in analysis.items() if k != "layers"})
         models.append(f'{rest[:-1]}, "layers": [\n   {lines}\n  ]}}')
     with atomic_write(path, "w") as file:
