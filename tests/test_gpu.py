@@ -6,6 +6,7 @@ from oracles import estimated_bcn, large_batch_bcn, standardized_weight
 from torch import nn
 
 from wsbcn_d2 import BatchChannelNorm, WSConv2d
+from wsbcn_d2.engine import recalibrate_estimates
 from wsbcn_d2.layers import standardize_together
 from wsbcn_d2.ops import backend_name, batch_channel_norm, set_backend
 
@@ -215,3 +216,18 @@ def test_second_gpu():
         y.square().sum().backward()
         results.append([t.cpu() for t in (y.detach(), ours.grad, norm.running_var)])
     torch.testing.assert_close(results[1:], results[:1] * 3, rtol=0, atol=0)
+
+
+def test_recalibration_leaves_the_generator_of_the_model_alone():
+    """Also on a GPU that is not the current one; what the forward pass draws is seeded."""
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    model = nn.Sequential(nn.Dropout(0.5), BatchChannelNorm(8, 2)).to(device).train()
+    batches = [torch.randn(2, 8, 5, 5, device=device) for _ in range(3)]
+    results = []
+    for _ in range(2):
+        torch.randn(3, device=device)  # another state each time
+        before = torch.cuda.get_rng_state(device)
+        recalibrate_estimates(model, batches)
+        assert torch.equal(torch.cuda.get_rng_state(device), before)
+        results.append(model[1].running_var.clone())
+    torch.testing.assert_close(results[0], results[1])

@@ -112,6 +112,15 @@ def test_missing_datasets(config_file, tmp_path, monkeypatch):
     load_config(config_file, opts, needs=("OUTPUT_DIR",))
 
 
+def test_only_what_is_needed_must_be_there(config_file):
+    elsewhere = ["OUTPUT_DIR", __file__, "DATASETS.TEST", "('digits_val',)"]  # of another machine
+    load_config(config_file, elsewhere, needs=("TRAIN",))
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty"):
+        load_config(config_file, elsewhere, needs=("TRAIN", "WEIGHTS"))
+    with pytest.raises(ValueError, match="needs: DATA; allowed are OUTPUT_DIR, TEST, TRAIN, WEI"):
+        load_config(config_file, needs=("DATA",))
+
+
 def test_weights_are_not_needed_to_resume(config_file, tmp_path):
     opts = ["MODEL.WEIGHTS", "nowhere.pth", "OUTPUT_DIR", str(tmp_path)]
     with pytest.raises(ConfigError):

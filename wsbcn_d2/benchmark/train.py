@@ -321,7 +321,7 @@ def _configs(
     norms: Sequence[str], device: torch.device, checkpoint_activations: bool, opts: Sequence[str]
 ) -> Dict[str, CfgNode]:
     fixed = ["MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", "0", "SOLVER.BASE_LR", "0.0"]
-    fixed += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.DEVICE", str(device)]
+    fixed += ["MODEL.DEVICE", str(device)]
     checkpointed = ["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True"]
 
     def load(norm: str, *more: str) -> CfgNode:

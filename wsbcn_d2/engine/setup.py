@@ -50,7 +50,12 @@ def load_config(
 
     Raises:
         ConfigError: naming the key or file, what was found and what is allowed.
+        ValueError: if ``needs`` has another word.
     """
+    unknown = set(needs) - {*TO_TRAIN, *TO_EVALUATE}
+    if unknown:
+        allowed = ", ".join(sorted({*TO_TRAIN, *TO_EVALUATE}))
+        raise ValueError(f"needs: {', '.join(sorted(unknown))}; allowed are {allowed}")
     if not config_file:
         raise ConfigError("--config-file must name a YAML config, as those in configs")
     opts = list(opts)
