@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
-from .detectron2_hooks import complete, feeding_convolution, restart_levels_before_forward
+from .detectron2_hooks import CYCLED, complete, feeding_convolution, restart_levels_before_forward
 from .layers import BatchChannelNorm, ChannelNorm, WeightStandardized, become, standardize_
 from .norm_options import NormOption, weight_standardization_request
 
@@ -23,8 +23,6 @@ logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where D
 _FROZEN = (FrozenBatchNorm2d, TorchvisionFrozenBatchNorm2d)
 _TRAINABLE_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, NaiveSyncBatchNorm)
 _BATCH_NORMS = (*_TRAINABLE_BATCH_NORMS, *_FROZEN, CycleBatchNormList)
-# Those that Detectron2 builds for each level of a feature pyramid, in a CycleBatchNormList.
-_CYCLED = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 # What is converted. Only exact types: a subclass may do more than normalize, which would be lost.
 _CONVERTED: Tuple[Type[nn.Module], ...] = (
@@ -305,7 +303,7 @@ def _successor(
     if isinstance(new, BatchChannelNorm):
         if levels > 1:
             new.set_num_levels(levels)
-    elif kind in _CYCLED and levels > 1:
+    elif kind in CYCLED and levels > 1:
         new = CycleBatchNormList(levels, kind, num_features=channels)
     elif kind in _BATCH_NORMS and own_levels > 1:
         raise ValueError(
@@ -327,7 +325,7 @@ def _is_same_kind(norm: nn.Module, new: nn.Module) -> bool:
 
 def _carry(norm: nn.Module, new: nn.Module, keep_function: bool) -> None:
     """Gives a new layer what the old one has learned. The old one is not changed."""
-    if isinstance(norm, _TRAINABLE_BATCH_NORMS) and type(new) in _CYCLED:
+    if isinstance(norm, _TRAINABLE_BATCH_NORMS) and type(new) in CYCLED:
         vars(new).update(vars(norm))  # with or without affine and statistics
         return
     _carry_arguments(norm, new)

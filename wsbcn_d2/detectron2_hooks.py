@@ -53,7 +53,7 @@ except ImportError:  # Detectron2 0.6
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
 # The layers that RetinaNetHead itself cycles through the levels, if their option is bare.
-_CYCLED = (nn.BatchNorm2d, nn.SyncBatchNorm)
+CYCLED = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 _stock_code: Optional[CodeType] = None
 _handles: List[RemovableHandle] = []
@@ -183,7 +183,7 @@ def _separate_levels(head: RetinaNetHead, subnet: nn.Module) -> None:
         if isinstance(norm, BatchChannelNorm):
             norm.set_num_levels(head._num_features)
             shared = True
-        elif weight_standardization_request(norm) is not None and type(norm) in _CYCLED:
+        elif weight_standardization_request(norm) is not None and type(norm) in CYCLED:
             subnet._modules[name] = CycleBatchNormList(
                 head._num_features, type(norm), num_features=norm.num_features
             )
