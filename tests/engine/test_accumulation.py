@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
@@ -77,12 +78,16 @@ def test_same_step_as_all_images_at_once(clip, tmp_path):
     compare(model, images, whole, make_optimizer, 2, rtol=2e-6, atol=1e-6)
 
 
-def test_mask_rcnn():
+def test_mask_rcnn(monkeypatch):
     """As the docstring says: with as many samples, and as many of them foreground, in each image.
 
     All anchors and all proposals are samples, so none is drawn at random, and only the object
     itself, which is appended to the proposals, is close enough to the object to be foreground.
+    Activations are smooth: at the kink of a ReLU the order of summation would choose between two
+    gradients.
     """
+    monkeypatch.setattr(F, "relu_", F.gelu)
+    monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.gelu(x))
     model = small_model(
         "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
         "GN",
@@ -95,9 +100,9 @@ def test_mask_rcnn():
     images = [a_training_image() for _ in range(3)]
 
     def make_optimizer(m):
-        return torch.optim.SGD(m.parameters(), 0.01)
+        return torch.optim.SGD(m.parameters(), 1.0)
 
-    compare(model, [[i] for i in images], [images], make_optimizer, 1, rtol=1e-4, atol=1e-5)
+    compare(model, [[i] for i in images], [images], make_optimizer, 1, rtol=1e-4, atol=2e-5)
 
 
 def test_estimates_move_with_every_batch():
