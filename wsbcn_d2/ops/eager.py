@@ -171,12 +171,13 @@ def standardize_forward(
     """See :mod:`.weight_standardization`."""
     outputs, means, rstds = [], [], []
     for weight, e in zip(weights, eps):
-        # Batch normalization of a batch of one, whose channels are the filters, is the formula.
-        filters = weight.to(_compute_dtype(weight)).flatten(1).unsqueeze(0)
-        out, mean, rstd = torch.native_batch_norm(filters, None, None, None, None, True, 0.0, e)
+        # Layer normalization of the filters is the formula, and of the operations that are on a CPU
+        # the fastest.
+        filters = weight.to(_compute_dtype(weight)).flatten(1)
+        out, mean, rstd = torch.native_layer_norm(filters, filters.shape[1:], None, None, e)
         outputs.append(_like(out.view(weight.shape).to(dtype), weight))
-        means.append(mean)
-        rstds.append(rstd)
+        means.append(mean.flatten())
+        rstds.append(rstd.flatten())
     return outputs, torch.cat(means), torch.cat(rstds)
 
 
@@ -187,10 +188,10 @@ def standardize_backward(
     sizes = [weight.shape[0] for weight in weights]
     outputs = []
     for grad, weight, m, r in zip(grads, weights, mean.split(sizes), rstd.split(sizes)):
-        filters = weight.to(m.dtype).flatten(1).unsqueeze(0)
-        grad = grad.to(m.dtype).flatten(1).unsqueeze(0)
-        out, _, _ = torch.ops.aten.native_batch_norm_backward(
-            grad, filters, None, None, None, m, r, True, 0.0, [True, False, False]
+        filters, grad = weight.to(m.dtype).flatten(1), grad.to(m.dtype).flatten(1)
+        m, r, shape = m.unsqueeze(1), r.unsqueeze(1), filters.shape[1:]
+        out, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, filters, shape, m, r, None, None, [True, False, False]
         )
         outputs.append(_like(out.view(weight.shape).to(weight.dtype), weight))
     return outputs

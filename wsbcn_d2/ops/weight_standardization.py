@@ -42,10 +42,10 @@ def standardize_weight(weight: Tensor, eps: float = 1e-5) -> Tensor:
     Returns:
         Tensor of the same shape.
     """
-    # Batch normalization of a batch of one, whose channels are the filters, is this formula in one
-    # fused operation, which saves nothing but the weight and two numbers a filter.
-    filters = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(1).unsqueeze(0)
-    out = torch.batch_norm(filters, None, None, None, None, True, 0.0, eps, False)
+    # Layer normalization of the filters is this formula in one fused operation, which saves nothing
+    # but the weight and two numbers a filter.
+    filters = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)
+    out = torch.nn.functional.layer_norm(filters, filters.shape[1:], eps=eps)
     return out.view_as(weight).to(weight.dtype)
 
 
