@@ -90,11 +90,11 @@ def test_fvcore_counts():
     for norm, model in models.items():
         flops[norm] = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).by_operator()
         assert flops[norm].pop("group_norm") > 0
-    # fvcore counts 4 for every value that goes through a batch normalization, of which weight
-    # standardization is one
+    # BCN begins as a batch normalization. Weight standardization is a layer normalization, for each
+    # value of which fvcore counts 4.
+    assert flops["BCN+WS"].pop("batch_norm") > 0
     convs = [m for m in models["BCN+WS"].modules() if isinstance(m, WSConv2d)]
-    batch_norm = flops["BCN+WS"].pop("batch_norm")
-    assert batch_norm > 4 * sum(c.weight.numel() for c in convs)
+    assert flops["BCN+WS"].pop("layer_norm") == 4 * sum(c.weight.numel() for c in convs)
     assert flops["BCN+WS"] == flops["GN"] and flops["GN"]["conv"] > 1e8
 
     bcn, gn = parameter_count(models["BCN+WS"]), parameter_count(models["GN"])
