@@ -19,11 +19,12 @@ POINTERS = {
     "places_ptr": "*i64",
     "skipped_ptr": "*i64",
     "eps_ptr": "*fp64",
+    "flags_ptr": "*i32",
     "out_ptr": "*fp32",
 }
 FLOATS = ("values", "group_values", "update_rate", "eps")
 # Arguments that can be 1, for which Triton compiles a variant with the constant in their place.
-ONES = ("channels", "groups", "pixels", "tiles", "rows", "part", "parts")
+ONES = ("channels", "groups", "pixels", "tiles", "rows", "part", "parts", "work")
 ACTIVATION = [
     {"HAS_RESIDUAL": residual, "FROM_OUTPUT": output, "RELU": relu}
     for residual, output, relu in (
@@ -35,20 +36,33 @@ ACTIVATION = [
     )
 ]
 TABLES = {"BLOCK_D": 8, "BLOCK_S": 64}
+# Whether the tiles find out the tables by themselves: not, or groups of fewer channels than a tile
+# has, or of more.
+GROUPS = [
+    {"FUSED": False, "SIZE": 1, "BLOCK_S": 1},
+    {"FUSED": True, "SIZE": 1, "BLOCK_S": 1},
+    {"FUSED": True, "SIZE": 8, "BLOCK_S": 4},
+]
+STATISTICS = [
+    {"UPDATE": update, "POOL": pool, "BLOCK_R": 4}
+    for update, pool in ((True, True), (True, False), (False, False))
+]
 VARIANTS = {
-    "moments_kernel": [{}],
-    "pool_kernel": [{"AROUND_ESTIMATE": e, "BLOCK_R": 64, "BLOCK_C": 16} for e in (True, False)],
-    "forward_tables_kernel": [
-        {"UPDATE": update, "POOL": pool, "BLOCK_OWN": 16, "BLOCK_R": 8, "BLOCK_ALL": 256, **TABLES}
-        for update, pool in ((True, True), (True, False), (False, False))
+    "moments_kernel": [
+        {"UPDATE": update, "SINGLE": single}
+        for update, single in ((True, True), (True, False), (False, False))
     ],
+    "pool_kernel": [{"AROUND_ESTIMATE": e, "BLOCK_R": 64, "BLOCK_C": 16} for e in (True, False)],
+    "forward_tables_kernel": [{**statistics, **TABLES} for statistics in STATISTICS],
     "apply_kernel": [
-        {**activation, "UPDATE": update}
-        for activation, update in zip(ACTIVATION, (True, False, True, False, True))
+        {"HAS_RESIDUAL": residual, "RELU": relu, "BLOCK_U": 256, **statistics, **groups}
+        for residual, relu in ((False, False), (True, True))
+        for statistics in STATISTICS
+        for groups in GROUPS
     ],
     "sums_kernel": ACTIVATION,
     "backward_tables_kernel": [TABLES],
-    "input_grad_kernel": ACTIVATION,
+    "input_grad_kernel": [{**a, **groups} for a in ACTIVATION for groups in GROUPS],
     "standardize_kernel": [{"BLOCK": 1024}],
     "standardize_backward_kernel": [{"BLOCK": 1024}],
 }
@@ -84,6 +98,9 @@ def main():
                     if tile is not None:
                         constants.update(BLOCK_C=tile[0], BLOCK_P=tile[1])
                         constants["CHANNELS_LAST"] = tile == (128, 16)
+                        constants["ALIGN"] = 8 if tile == (1, 2048) else 1
+                        if "SIZE" in variant:
+                            constants["GROUPS"] = max(tile[0] // variant["SIZE"], 1)
                     ones = ONES if tile in (None, (1, 1)) else ()
                     half = "*fp16" if capability == 70 else "*bf16"
                     ptx = compile_kernel(getattr(kernels, name), constants, half, ones, target)

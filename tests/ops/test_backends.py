@@ -99,25 +99,33 @@ def test_pixels_are_divided_in_two_of_the_cases(backend):
     assert sum(n > 1 for n in parts) >= 2
 
 
-@pytest.mark.parametrize("shape,memory_format", [((3, 12, 5, 4), LAST), ((1, 3, 97, 90), NCHW)])
-def test_many_moments_are_pooled_by_a_kernel_of_their_own(
-    backend, monkeypatch, shape, memory_format
-):
+@pytest.fixture
+def tables_by_launches(backend, monkeypatch):
+    """As if tiles had to read too much to find out the tables by themselves."""
     if backend != "triton":
         pytest.skip("of Triton")
     from wsbcn_d2.ops import triton_backend
 
-    monkeypatch.setattr(triton_backend, "_FEW_MOMENTS", 0)
-    triton_backend._Forward.of.cache_clear()
+    monkeypatch.setattr(triton_backend, "_FEW_PARTS", 0)
+    for launches in (triton_backend._Forward, triton_backend._Backward):
+        launches.of.cache_clear()
+    yield
+    for launches in (triton_backend._Forward, triton_backend._Backward):
+        launches.of.cache_clear()
+
+
+@pytest.mark.parametrize("follows", [{}, RELU])
+@pytest.mark.parametrize("shape,memory_format", [((3, 12, 5, 4), LAST), ((1, 3, 97, 90), NCHW)])
+def test_tables_by_launches_of_their_own(tables_by_launches, shape, memory_format, follows):
     inputs = activation(shape, 3, F32, memory_format)
     grad = random(shape, F32)
-    assert_same(run(inputs, grad, **ESTIMATE), expected(inputs, grad, **ESTIMATE), TOLERANCE[F32])
+    options = {**ESTIMATE, **follows}
+    assert_same(run(inputs, grad, **options), expected(inputs, grad, **options), TOLERANCE[F32])
     inputs[0][0, 1, 2, 3] = float("nan")
-    ours = run(inputs, grad, **ESTIMATE)
+    ours = run(inputs, grad, **options)
     assert ours["skipped"] == 1 and ours["seen"] == 0
     for name, estimate in zip(("mean", "var"), inputs[5:]):
         torch.testing.assert_close(ours[name], estimate.double().cpu(), rtol=0, atol=0)
-    triton_backend._Forward.of.cache_clear()
 
 
 @pytest.mark.parametrize("batch_statistics", [False, True])

@@ -58,9 +58,9 @@ def test_schemas_and_shapes(backend, dtype, memory_format):
         options = (bool(batch), bool(relu), False)
         args = (x, residual, weight, bias, *rest, *counters, rate, 1e-5, *options)
         check(OPS.batch_channel_norm, args)
-        y, tables, shift = OPS.batch_channel_norm(*args)
+        y, tables = OPS.batch_channel_norm(*args)
         grad = torch.randn(shape, dtype=dtype)
-        args = (grad, x, y, weight, rest[0], tables, shift, bool(relu), bool(has_residual), False)
+        args = (grad, x, y, weight, rest[0], tables, bool(relu), bool(has_residual), False)
         check(OPS.batch_channel_norm_backward, args)
 
 

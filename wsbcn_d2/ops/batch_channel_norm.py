@@ -32,13 +32,12 @@ Two operations are known to PyTorch, and so to torch.compile and the profiler:
 ``wsbcn_d2::batch_channel_norm`` and ``wsbcn_d2::batch_channel_norm_backward``. Where nothing looks
 at them by name, what they do is called without them, which takes less time. A backend
 (:mod:`.eager`, :mod:`.triton_backend`) has a function for each with the same arguments. The forward
-one returns ``y``; ``tables`` (:mod:`.tables`), with ``m, v, d`` and ``scale = k a`` for each image
-and channel, ``r`` for each image and group, ``mu`` and ``rstd = 1 / sqrt(s2 + eps)`` for each
-channel, and ``count``, the number of values behind ``mu`` if that is of the batch; and ``shift``,
-(N, C), the constant of the affine map of t. The backward one takes them (``shift`` only where it
-finds out from it what ReLU let through, and y where it does not) and returns the gradients of x, of
-the residual (empty if there is none), and of the parameters, ``weight, bias, group_weight,
-group_bias``, in one tensor.
+one returns ``y`` and ``tables`` (:mod:`.tables`), with ``m, v, d``, ``scale = k a`` and ``shift = k
+d + beta'_g`` for each image and channel, ``r`` for each image and group, ``mu`` and ``rstd = 1 /
+sqrt(s2 + eps)`` for each channel, and ``count``, the number of values behind ``mu`` if that is of
+the batch. The backward one takes them (y only where it does not find out from x what ReLU let
+through) and returns the gradients of x, of the residual (None, or empty, if it is that of y), and of
+the parameters, ``weight, bias, group_weight, group_bias``, in one tensor.
 """
 
 from typing import Any, Optional, Tuple
@@ -56,12 +55,12 @@ LIBRARY.define(
     "batch_channel_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, "
     "Tensor group_weight, Tensor group_bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
     "Tensor(c!)? skipped_updates, Tensor(d!)? seen_elements, Tensor? update_rate, float eps, "
-    "bool use_batch_statistics, bool relu, bool synchronize) -> (Tensor, Tensor, Tensor)"
+    "bool use_batch_statistics, bool relu, bool synchronize) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "batch_channel_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, "
-    "Tensor group_weight, Tensor tables, Tensor? shift, bool relu, bool has_residual, "
-    "bool synchronize) -> (Tensor, Tensor, Tensor)"
+    "Tensor group_weight, Tensor tables, bool relu, bool has_residual, bool synchronize) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -175,7 +174,7 @@ class _BatchChannelNorm(torch.autograd.Function):
                 # A tensor, but on the CPU, where reading it stalls nothing: torch.compile would
                 # take a number for a constant and compile again whenever a schedule changes it.
                 rate = torch.tensor(update_rate, dtype=torch.float64, device="cpu")
-            y, tables, shift = torch.ops.wsbcn_d2.batch_channel_norm(*tensors, rate, *options)
+            y, tables = torch.ops.wsbcn_d2.batch_channel_norm(*tensors, rate, *options)
             # torch.compile does not look for the kernels: it would trace the attempt to run them.
             # Nor does a tensor without data, with which none can run.
             if relu and residual is None and not is_compiling() and type(x) is Tensor:
@@ -183,11 +182,10 @@ class _BatchChannelNorm(torch.autograd.Function):
         else:
             kernels = kernels_for(x)
             forward = kernels.batch_channel_norm_forward
-            y, tables, shift = call_on_device_of(x, forward, *tensors, update_rate, *options)
+            y, tables = call_on_device_of(x, forward, *tensors, update_rate, *options)
             found_again = relu and residual is None and not kernels.SAVES_OUTPUT_OF_RELU
         saved_y = y if relu and not found_again else None
-        saved_shift = shift if found_again else None
-        ctx.save_for_backward(x, saved_y, weight, group_weight, tables, saved_shift)
+        ctx.save_for_backward(x, saved_y, weight, group_weight, tables)
         ctx.options = (relu, residual is not None, synchronize)
         ctx.parameter_dtypes = (weight.dtype, bias.dtype, group_weight.dtype, group_bias.dtype)
         return y
@@ -200,7 +198,8 @@ class _BatchChannelNorm(torch.autograd.Function):
         if is_observed(grad):
             results = torch.ops.wsbcn_d2.batch_channel_norm_backward(grad, *saved, *ctx.options)
         else:
-            results = _backward(grad, *saved, *ctx.options)
+            function = kernels_for(grad).batch_channel_norm_backward
+            results = call_on_device_of(grad, function, grad, *saved, *ctx.options)
         grad_x, grad_residual, parameters = results
         if not has_residual:
             grad_residual = None
@@ -232,7 +231,9 @@ def _forward(x: Tensor, *args: Any) -> Tuple[Tensor, ...]:
 
 
 def _backward(grad: Tensor, *args: Any) -> Tuple[Tensor, ...]:
-    return call_on_device_of(grad, kernels_for(grad).batch_channel_norm_backward, grad, *args)
+    function = kernels_for(grad).batch_channel_norm_backward
+    grad_x, grad_residual, parameters = call_on_device_of(grad, function, grad, *args)
+    return grad_x, grad_x.new_empty(0) if grad_residual is None else grad_residual, parameters
 
 
 def _forward_shapes(
@@ -245,7 +246,7 @@ def _forward_shapes(
 ) -> Tuple[Tensor, ...]:
     use_batch_statistics = args[-3]
     tables = new_tables(x, group_weight.shape[0], use_batch_statistics)
-    return torch.empty_like(dense(x)), tables, tables.new_empty(x.shape[:2])
+    return torch.empty_like(dense(x)), tables
 
 
 def _backward_shapes(

@@ -40,13 +40,13 @@ def batch_channel_norm_forward(
     use_batch_statistics: bool,
     relu: bool,
     synchronize: bool,
-) -> Tuple[Tensor, ...]:
+) -> Tuple[Tensor, Tensor]:
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
     images, channels = x.shape[:2]
     groups = group_weight.numel()
     tables = new_tables(x, groups, use_batch_statistics)
-    mu, rstd, m, v, d, scale, r, count = split_tables(tables, images, channels, groups)
+    mu, rstd, m, v, d, scale, shift, r, count = split_tables(tables, images, channels, groups)
     centered = _moments(x, m, v)
     values = images * x.shape[2] * x.shape[3]
     counters = (skipped_updates, seen_elements)
@@ -84,7 +84,8 @@ def batch_channel_norm_forward(
     torch.mean(torch.addcmul(z_var, d_by_group, d_by_group), dim=2, keepdim=True, out=r)
     k = _cast(group_weight, m.dtype).view(groups, 1) * r.add_(eps).rsqrt_()
     torch.mul(k, a.view(by_group[1:]), out=scale.view(by_group))
-    shift = torch.addcmul(_cast(group_bias, m.dtype).view(groups, 1), k, d_by_group).view(m.shape)
+    group_bias = _cast(group_bias, m.dtype).view(groups, 1)
+    torch.addcmul(group_bias, k, d_by_group, out=shift.view(by_group))
 
     # One after the other: what does both at once is not vectorized for tables, and takes longer.
     y = centered.mul_(_planes(scale)).add_(_planes(shift))
@@ -92,7 +93,7 @@ def batch_channel_norm_forward(
         y = y.add_(residual)
     if relu:
         y = y.relu_()
-    return _cast(y, x.dtype), tables, shift
+    return _cast(y, x.dtype), tables
 
 
 def batch_channel_norm_backward(
@@ -102,19 +103,18 @@ def batch_channel_norm_backward(
     weight: Tensor,
     group_weight: Tensor,
     tables: Tensor,
-    shift: Optional[Tensor],
     relu: bool,
     has_residual: bool,
     synchronize: bool,
-) -> Tuple[Tensor, ...]:
+) -> Tuple[Tensor, Optional[Tensor], Tensor]:
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
     if relu:
         grad = torch.ops.aten.threshold_backward(in_format_of(x, grad), y, 0)
-    grad_residual = grad if has_residual and relu else grad.new_empty(0)
+    grad_residual = grad if has_residual and relu else None
     images, channels = x.shape[:2]
     groups = group_weight.numel()
-    mu, rstd, m, v, d, p, r, count = split_tables(tables, images, channels, groups)
+    mu, rstd, m, v, d, p, _, r, count = split_tables(tables, images, channels, groups)
     by_group = (images, groups, channels // groups)
     pixels = x.shape[2] * x.shape[3]
     size = max(by_group[2] * pixels, 1)

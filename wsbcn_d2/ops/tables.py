@@ -1,9 +1,9 @@
 """What batch-channel normalization finds out about an activation: small tables in one tensor.
 
 One tensor is one allocation, one thing to save for the backward pass, and one argument of a kernel.
-It holds ``mu`` and ``rstd``, then for each image a row of ``m``, ``v``, ``d``, ``scale`` and ``r``,
-and last, with the statistics of the batch, ``count``. :mod:`.batch_channel_norm` says what these
-are.
+It holds ``mu`` and ``rstd``, then for each image a row of ``m``, ``v``, ``d``, ``scale``, ``shift``
+and ``r``, and last, with the statistics of the batch, ``count``. :mod:`.batch_channel_norm` says
+what these are.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class Tables(NamedTuple):
 
     Attributes:
         mu, rstd: (C,).
-        m, v, d, scale: (N, C).
+        m, v, d, scale, shift: (N, C).
         r: (N, G).
         count: (1,) with the statistics of the batch, else (0,).
     """
@@ -28,8 +28,15 @@ class Tables(NamedTuple):
     v: Tensor
     d: Tensor
     scale: Tensor
+    shift: Tensor
     r: Tensor
     count: Tensor
+
+
+def tables_size(shape: torch.Size, groups: int, use_batch_statistics: bool) -> int:
+    """The number of values in the tables of an activation of this shape, (N, C, H, W)."""
+    images, channels = shape[0], shape[1]
+    return 2 * channels + images * (5 * channels + groups) + int(use_batch_statistics)
 
 
 def new_tables(x: Tensor, groups: int, use_batch_statistics: bool) -> Tensor:
@@ -37,17 +44,18 @@ def new_tables(x: Tensor, groups: int, use_batch_statistics: bool) -> Tensor:
 
     It is of the compute dtype, at least float32.
     """
-    images, channels = x.shape[:2]
-    size = 2 * channels + images * (4 * channels + groups) + int(use_batch_statistics)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(size, dtype=dtype)
+    size = tables_size(x.shape, groups, use_batch_statistics)
+    dtype = x.dtype
+    if dtype != torch.float32:
+        dtype = torch.promote_types(dtype, torch.float32)
+    return torch.empty(size, dtype=dtype, device=x.device)
 
 
 def split_tables(tables: Tensor, images: int, channels: int, groups: int) -> Tables:
     """The single tables in what :func:`new_tables` made."""
-    rows = images * (4 * channels + groups)
+    rows = images * (5 * channels + groups)
     sizes = [channels, channels, rows, tables.numel() - 2 * channels - rows]
     mu, rstd, of_images, count = tables.split(sizes)
-    of_images = of_images.view(images, 4 * channels + groups)
-    m, v, d, scale, r = of_images.split([channels] * 4 + [groups], dim=1)
-    return Tables(mu, rstd, m, v, d, scale, r, count)
+    of_images = of_images.view(images, 5 * channels + groups)
+    m, v, d, scale, shift, r = of_images.split([channels] * 5 + [groups], dim=1)
+    return Tables(mu, rstd, m, v, d, scale, shift, r, count)

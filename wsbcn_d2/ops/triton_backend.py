@@ -3,13 +3,16 @@
 An activation is cut into tiles of channels and pixels whose shape follows the memory format, so
 that NCHW and channels_last are both read the way they lie in memory. Work on few images with few
 channels would leave most of a GPU idle, so the pixels are divided too; what the parts yield is put
-together in a fixed order, and results are reproducible. A forward pass is three launches (moments,
-tables, apply), one more where many images or parts are to be put together for new estimates; a
-backward pass is three. With one image a step the host is as busy as the GPU, so whatever follows
-from the shape of an activation is found out once (:class:`_Forward`, :class:`_Backward`), and what
-belongs together is in one tensor.
+together in a fixed order, and results are reproducible. A forward pass is two launches, moments and
+apply, and a backward pass is two, sums and apply, whose tiles find out all tables by themselves.
+Where a tile would have to read too much for that (many parts, or groups of unusual size) there is a
+launch for the tables, and one more where many images or parts are to be put together for new
+estimates. With one image a step the host is as busy as the GPU, so whatever follows from the shape
+of an activation is found out once (:class:`_Forward`, :class:`_Backward`), and what belongs
+together is in one tensor.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -21,26 +24,29 @@ from torch import Tensor
 
 from . import triton_kernels as kernels
 from .estimates import pool_over_ranks, sum_over_ranks, update_with_batch
-from .launch import Launch, signature
+from .launch import Launch, current_stream, pointers, signature
 from .memory_format import dense, in_format_of
-from .tables import new_tables, split_tables
+from .tables import new_tables, split_tables, tables_size
 
 # The sign under a fused ReLU is computed again from x and the tables, if nothing was added.
 SAVES_OUTPUT_OF_RELU = False
 
 _TILE = 2048  # elements
+# Programs for each multiprocessor, at least, where the pixels are divided.
+_WAVES = 4
 # Standardized weights begin at multiples of so many elements: convolutions of fp16 and bf16 on
 # tensor cores want 16 bytes.
 _ALIGNMENT = 16
 _TABLE_TILE = 2048
-# Moments up to which every program puts together the statistics of all channels by itself, to find
-# out whether all of them are finite, rather than a kernel of their own; and those that all programs
-# read together.
-_FEW_MOMENTS = 16384
-_FEW_READS = 4_000_000
+# Parts, of an image or of the batch, up to which tiles put their moments together, and the values
+# that they read for that.
+_FEW_PARTS = 16
+_FEW_VALUES = 512
+_UPDATED = 256  # channels whose estimates one program writes
 # Passes whose launches are remembered: images of all sizes make many, and so do the numbers of
 # objects in them.
 _REMEMBERED = 4096
+_STREAMS = 64
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -54,6 +60,7 @@ class _Tiling:
 
     Attributes:
         channels_last: how it lies in memory.
+        align: a divisor of the pixels of an image, of which the addresses of tiles are multiples.
         block_c, block_p: channels and pixels of a tile.
         rows: images times blocks of channels.
         tiles: blocks of pixels.
@@ -61,6 +68,7 @@ class _Tiling:
     """
 
     channels_last: bool
+    align: int
     block_c: int
     block_p: int
     rows: int
@@ -73,25 +81,28 @@ class _Tiling:
         """The tiling of an activation that is dense, in NCHW (``contiguous``) or channels_last."""
         images, channels, height, width = shape
         pixels = height * width
+        # Of channels_last the channels decide, of which Triton itself finds out.
+        align = math.gcd(pixels, _ALIGNMENT) if contiguous else 1
         if contiguous:
             block_p = min(triton.next_power_of_2(pixels), _TILE)
             block_c = min(triton.next_power_of_2(channels), _TILE // block_p)
         else:
-            block_c = min(triton.next_power_of_2(channels), 128)
+            block_c = min(triton.next_power_of_2(channels), 64)
             block_p = min(triton.next_power_of_2(pixels), _TILE // block_c)
         rows = images * triton.cdiv(channels, block_c)
         tiles = triton.cdiv(pixels, block_p)
-        # Enough programs for several waves on the GPU; at least two tiles for each.
-        wanted = triton.cdiv(8 * _multiprocessors(device), rows)
+        # At least two tiles for each part.
+        wanted = triton.cdiv(_WAVES * _multiprocessors(device), rows)
         part = block_p * triton.cdiv(tiles, max(min(wanted, tiles // 2), 1))
         parts = triton.cdiv(pixels, part)
-        return cls(not contiguous, block_c, block_p, rows, tiles, part, parts)
+        return cls(not contiguous, align, block_c, block_p, rows, tiles, part, parts)
 
     @property
     def tile(self) -> Dict[str, Any]:
         """Arguments of the kernels that work on tiles."""
         return {
             "CHANNELS_LAST": self.channels_last,
+            "ALIGN": self.align,
             "BLOCK_C": self.block_c,
             "BLOCK_P": self.block_p,
         }
@@ -101,6 +112,19 @@ class _Tiling:
         """Arguments of the kernels that work on parts."""
         return {"part": self.part, "parts": self.parts}
 
+    def groups(self, size: int) -> Optional[Dict[str, int]]:
+        """Arguments of the kernels whose tiles find out tables by themselves, for groups of
+        ``size`` channels; None if they are to be found by a launch."""
+        channels = max(self.block_c, size)
+        few = self.parts <= _FEW_PARTS and _block(self.parts) * channels <= _FEW_VALUES
+        if size & (size - 1) or not few:
+            return None
+        return {"GROUPS": channels // size, "SIZE": size, "BLOCK_S": _block(self.parts)}
+
+
+# Of tiles that are given the tables, so that Triton compiles one kernel for all.
+_NO_GROUPS = {"GROUPS": 1, "SIZE": 1, "BLOCK_S": 1}
+
 
 @lru_cache(maxsize=None)
 def _multiprocessors(device: torch.device) -> int:
@@ -109,44 +133,67 @@ def _multiprocessors(device: torch.device) -> int:
     return 4
 
 
+@lru_cache(maxsize=None)
+def _flags_of(device: torch.device) -> Tensor:
+    return torch.zeros(_STREAMS, 4, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=None)
+def _flags(device: torch.device, stream: int) -> Tensor:
+    """What the passes on a stream count; see :mod:`.triton_kernels`.
+
+    Streams get theirs in the order of their first pass, and share them if they are more than
+    there are flags.
+    """
+    return _flags_of(device)[_flags.cache_info().currsize % _STREAMS]
+
+
+def _moments_launch(tiling: _Tiling, shape: torch.Size, compute: torch.dtype, update: bool) -> Launch:
+    """Of the kernel for the moments of the parts, (N, parts, 2, C)."""
+    return Launch(
+        kernels.moments_kernel,
+        (tiling.rows, tiling.parts),
+        channels=shape[1],
+        pixels=shape[2] * shape[3],
+        rows=shape[0] * tiling.parts,
+        UPDATE=update,
+        SINGLE=tiling.part == tiling.block_p,
+        COMPUTE=_COMPUTE[compute],
+        **tiling.partition,
+        **tiling.tile,
+    )
+
+
 @lru_cache(maxsize=_REMEMBERED)
-def _moments_launch(
+def _moments_alone(
     shape: torch.Size,
     contiguous: bool,
     device: torch.device,
     compute: torch.dtype,
     tensors: Tuple[Any, ...],
 ) -> Tuple[Launch, _Tiling]:
-    """Of the kernel for the moments of the parts, (N, parts, 2, C), and their tiling. The arguments
-    are those of :meth:`_Forward.of`; the last distinguishes launches, and nothing else."""
+    """The arguments are those of :meth:`_Forward.of`; the last distinguishes launches, and nothing
+    else."""
     tiling = _Tiling.of(shape, contiguous, device)
-    launch = Launch(
-        kernels.moments_kernel,
-        (tiling.rows, tiling.parts),
-        channels=shape[1],
-        pixels=shape[2] * shape[3],
-        COMPUTE=_COMPUTE[compute],
-        **tiling.partition,
-        **tiling.tile,
-    )
-    return launch, tiling
+    return _moments_launch(tiling, shape, compute, update=False), tiling
 
 
 class _Forward(NamedTuple):
     """The launches of a forward pass.
 
     Attributes:
-        parts: parts of the pixels of an image.
+        scratch: number of values that the launches share and nobody keeps.
         moments: moments of the parts.
-        pool: of the statistics of the batch, or of the estimates after it, if not by ``tables``.
-        tables: all tables.
+        pool: of the statistics of the batch, or of the estimates after it, if the others do not
+            find these out by themselves.
+        tables: all tables, unless ``apply`` finds these out by itself.
         apply: the output, and what it changes of the layer's state.
     """
 
-    parts: int
+    scratch: int
     moments: Launch
     pool: Optional[Launch]
-    tables: Launch
+    tables: Optional[Launch]
     apply: Launch
 
     @classmethod
@@ -160,7 +207,6 @@ class _Forward(NamedTuple):
         groups: int,
         update: bool,
         use_batch_statistics: bool,
-        synchronize: bool,
         has_residual: bool,
         relu: bool,
         tensors: Tuple[Any, ...],
@@ -170,22 +216,32 @@ class _Forward(NamedTuple):
             shape, contiguous, device: of the activation, which is not empty.
             compute: dtype of the tables.
             update: whether the estimates move and are what to normalize by.
-            use_batch_statistics, synchronize, has_residual, relu: see :mod:`.batch_channel_norm`.
-            tensors: :func:`signature` of those that are given to the pass, the activation first.
+            use_batch_statistics, has_residual, relu: see :mod:`.batch_channel_norm`.
+            tensors: :func:`signature` of those that are given to the pass.
         """
-        moments, tiling = _moments_launch(shape, contiguous, device, compute, tensors[:1])
+        tiling = _Tiling.of(shape, contiguous, device)
         images, channels, height, width = shape
-        pixels = height * width
+        size = channels // groups
         rows = images * tiling.parts
-        few_moments = (
-            rows * channels <= _FEW_MOMENTS and images * groups * rows * channels <= _FEW_READS
-        )
-        counts = {"rows": rows, "channels": channels, "pixels": pixels, **tiling.partition}
-        compute_ = {"COMPUTE": _COMPUTE[compute]}
-        values = {"values": float(images * pixels)}
-
+        counts = {
+            "rows": rows,
+            "channels": channels,
+            "pixels": height * width,
+            **tiling.partition,
+            "values": float(images * height * width),
+            "COMPUTE": _COMPUTE[compute],
+        }
+        fused = tiling.groups(size)
+        block_d = triton.next_power_of_2(size)
+        read = block_d if fused is None else fused["GROUPS"] * size
+        pool_there = update and rows <= _FEW_PARTS and _block(rows) * read <= _FEW_VALUES
+        statistics = {
+            "UPDATE": update,
+            "POOL": pool_there,
+            "BLOCK_R": _block(rows) if pool_there else 1,
+        }
         pool = None
-        if use_batch_statistics or (update and not few_moments):
+        if use_batch_statistics or (update and not pool_there):
             block_c = min(triton.next_power_of_2(channels), 16)
             pool = Launch(
                 kernels.pool_kernel,
@@ -194,61 +250,61 @@ class _Forward(NamedTuple):
                 BLOCK_R=_block(rows, _TABLE_TILE // block_c),
                 BLOCK_C=block_c,
                 **counts,
-                **values,
-                **compute_,
             )
-        pool_there = update and few_moments
-        block_d = triton.next_power_of_2(channels // groups)
-        limit = max(_TABLE_TILE // block_d, 1)
-        block_all = min(triton.next_power_of_2(channels), _TABLE_TILE)
-        if pool_there:
-            block_all = min(block_all, max(256, _TABLE_TILE // triton.next_power_of_2(rows)))
-        tables = Launch(
-            kernels.forward_tables_kernel,
-            (images * groups,),
-            groups=groups,
-            UPDATE=update,
-            POOL=pool_there,
-            BLOCK_D=block_d,
-            BLOCK_S=_block(tiling.parts, limit),
-            # What is not used must not make Triton compile another kernel.
-            BLOCK_OWN=_block(rows, limit) if pool_there else 1,
-            BLOCK_R=_block(rows, _TABLE_TILE // block_all) if pool_there else 1,
-            BLOCK_ALL=block_all if update else 1,
-            **counts,
-            **values,
-            **compute_,
-        )
+        tables = None
+        if fused is None:
+            tables = Launch(
+                kernels.forward_tables_kernel,
+                (images * groups,),
+                num_warps=1 if tiling.parts <= _FEW_PARTS else 4,
+                groups=groups,
+                BLOCK_D=block_d,
+                BLOCK_S=_block(tiling.parts, max(_TABLE_TILE // block_d, 1)),
+                **statistics,
+                **counts,
+            )
+        work = tiling.rows * tiling.tiles
+        updates = triton.cdiv(channels, _UPDATED) if update else 0
         apply = Launch(
             kernels.apply_kernel,
-            (tiling.rows * tiling.tiles,),
-            channels=channels,
+            (work + updates,),
             groups=groups,
-            pixels=pixels,
             tiles=tiling.tiles,
-            UPDATE=update,
+            work=work,
+            FUSED=fused is not None,
             HAS_RESIDUAL=has_residual,
             RELU=relu,
-            **values,
-            **compute_,
+            BLOCK_U=_UPDATED if update else 1,
+            **(_NO_GROUPS if fused is None else fused),
+            **statistics,
+            **counts,
             **tiling.tile,
         )
-        return cls(tiling.parts, moments, pool, tables, apply)
+        moments = _moments_launch(tiling, shape, compute, update)
+        # The old estimates, and those that are pooled by a launch.
+        scratch = 2 * channels * (rows + update + (pool is not None))
+        return cls(scratch, moments, pool, tables, apply)
+
+    @property
+    def known(self) -> bool:
+        """Whether all of them have been launched before, so that pointers are enough for them."""
+        return all(launch is None or launch.known for launch in self[1:])
 
 
 class _Backward(NamedTuple):
     """The launches of a backward pass.
 
     Attributes:
-        parts: parts of the pixels of an image.
+        scratch: number of values that the launches share and nobody keeps.
         sums: sums over the parts.
-        tables: the coefficients of the gradient of the activation, and the parameters' gradients.
+        tables: the coefficients of the gradient of the activation, and the parameters' gradients,
+            unless ``apply`` finds these out by itself.
         apply: the gradient of the activation, and of the residual.
     """
 
-    parts: int
+    scratch: int
     sums: Launch
-    tables: Launch
+    tables: Optional[Launch]
     apply: Launch
 
     @classmethod
@@ -260,6 +316,7 @@ class _Backward(NamedTuple):
         device: torch.device,
         compute: torch.dtype,
         groups: int,
+        use_batch_statistics: bool,
         has_residual: bool,
         relu: bool,
         from_output: bool,
@@ -269,9 +326,14 @@ class _Backward(NamedTuple):
         let through is read from its output."""
         tiling = _Tiling.of(shape, contiguous, device)
         images, channels, height, width = shape
-        pixels = height * width
-        counts = {"channels": channels, "groups": groups, "pixels": pixels}
-        compute_ = {"COMPUTE": _COMPUTE[compute]}
+        size = channels // groups
+        counts = {
+            "channels": channels,
+            "groups": groups,
+            "pixels": height * width,
+            "COMPUTE": _COMPUTE[compute],
+        }
+        group_values = float(size * height * width)
         tile = {"FROM_OUTPUT": from_output, "RELU": relu, **tiling.tile}
         sums = Launch(
             kernels.sums_kernel,
@@ -279,35 +341,46 @@ class _Backward(NamedTuple):
             **counts,
             **tiling.partition,
             **tile,
-            **compute_,
         )
-        block_d = triton.next_power_of_2(channels // groups)
-        tables = Launch(
-            kernels.backward_tables_kernel,
-            (images * groups,),
-            parts=tiling.parts,
-            group_values=float(channels // groups * pixels),
-            BLOCK_D=block_d,
-            BLOCK_S=_block(tiling.parts, max(_TABLE_TILE // block_d, 1)),
-            **counts,
-            **compute_,
-        )
+        # Through the statistics of the batch a tile is connected with all others.
+        fused = None if use_batch_statistics else tiling.groups(size)
+        tables = None
+        if fused is None:
+            block_d = triton.next_power_of_2(size)
+            tables = Launch(
+                kernels.backward_tables_kernel,
+                (images * groups,),
+                num_warps=1 if tiling.parts <= _FEW_PARTS else 4,
+                parts=tiling.parts,
+                group_values=group_values,
+                BLOCK_D=block_d,
+                BLOCK_S=_block(tiling.parts, max(_TABLE_TILE // block_d, 1)),
+                **counts,
+            )
         apply = Launch(
             kernels.input_grad_kernel,
             (tiling.rows * tiling.tiles,),
             tiles=tiling.tiles,
+            parts=tiling.parts,
+            group_values=group_values,
+            FUSED=fused is not None,
             HAS_RESIDUAL=has_residual,
+            **(_NO_GROUPS if fused is None else fused),
             **counts,
             **tile,
-            **compute_,
         )
-        return cls(tiling.parts, sums, tables, apply)
+        return cls(2 * channels * images * tiling.parts, sums, tables, apply)
+
+    @property
+    def known(self) -> bool:
+        """As :attr:`_Forward.known`."""
+        return all(launch is None or launch.known for launch in self[1:])
 
 
-def _block(count: int, limit: int) -> int:
+def _block(count: int, limit: int = _TABLE_TILE) -> int:
     """How many of so many things to have at a time, a power of two: of a few, as each makes Triton
     compile another kernel."""
-    return min(next((block for block in (1, 16, 128) if count <= block), limit), limit)
+    return min(next((block for block in (1, 4, 16, 128) if count <= block), limit), limit)
 
 
 def batch_channel_norm_forward(
@@ -326,83 +399,146 @@ def batch_channel_norm_forward(
     use_batch_statistics: bool,
     relu: bool,
     synchronize: bool,
-) -> Tuple[Tensor, ...]:
+) -> Tuple[Tensor, Tensor]:
     """See :mod:`.batch_channel_norm`."""
-    x = dense(x)
+    contiguous = x.is_contiguous()
+    if not contiguous:
+        x = dense(x)
+        contiguous = x.is_contiguous()
     if residual is not None:
         residual = in_format_of(x, residual)
-    images, channels, height, width = x.shape
+    shape, device = x.shape, x.device
     groups = group_weight.shape[0]
-    rate = 0.0 if update_rate is None else float(update_rate)
     tables = new_tables(x, groups, use_batch_statistics)
-    shift = tables.new_empty(images, channels)
     y = torch.empty_like(x)
-    # Whether the kernels move the estimates, and normalize by them.
-    update = update_rate is not None and not use_batch_statistics and x.numel() > 0
-    if update:
-        if skipped_updates is None:
-            skipped_updates = torch.zeros((), dtype=torch.int64, device=x.device)
-        if seen_elements is None:
-            seen_elements = torch.zeros((), device=x.device)
-    parameters = (weight, bias, group_weight, group_bias)
-    counters = (skipped_updates, seen_elements)
-
-    launches, moments_ = None, None
-    if x.numel():
-        launches = _Forward.of(
-            x.shape,
-            x.is_contiguous(),
-            x.device,
-            tables.dtype,
+    if not shape.numel():
+        return y, _tables_of_nothing(
+            tables,
+            x,
             groups,
-            update,
+            running_mean,
+            running_var,
+            skipped_updates,
+            seen_elements,
+            update_rate,
+            eps,
             use_batch_statistics,
             synchronize,
-            residual is not None,
-            relu,
-            signature(x, residual, *parameters, running_mean, running_var, *counters),
         )
-        moments_ = tables.new_empty(images, launches.parts, 2, channels)
-        launches.moments(x, moments_)
+    rate = 0.0 if update_rate is None else float(update_rate)
+    # Whether the kernels move the estimates, and normalize by them.
+    update = update_rate is not None and not use_batch_statistics
+    if update:
+        if skipped_updates is None:
+            skipped_updates = torch.zeros((), dtype=torch.int64, device=device)
+        if seen_elements is None:
+            seen_elements = torch.zeros((), device=device)
 
-    mean, var = running_mean, running_var  # to normalize by, or what they become
-    if launches is not None and launches.pool is not None:
-        pooled = tables.new_empty(2, channels)
-        launches.pool(moments_, running_mean, running_var, pooled, rate)
-        mean, var = pooled
-    elif use_batch_statistics:
-        mean, var = tables.new_zeros(2, channels)
+    parameters = (weight, bias, group_weight, group_bias)
+    counters = (skipped_updates, seen_elements) if update else (None, None)
+    running = (running_mean, running_var)
+    stream = current_stream(device)
+    flags = _flags(device, stream) if update else None
+    tensors = (x, residual, *parameters, *running, *counters, flags)
+    launches = _Forward.of(
+        shape,
+        contiguous,
+        device,
+        tables.dtype,
+        groups,
+        update,
+        use_batch_statistics,
+        residual is not None,
+        relu,
+        signature(*tensors),
+    )
+    scratch = tables.new_empty(launches.scratch)
+    statistics = running  # to normalize by
+    if launches.pool is not None:
+        pooled = scratch[-2 * shape[1] :].view(2, shape[1])
+        statistics = pooled.unbind()
+    tensors = (*tensors, y, tables, scratch, *statistics)
+    if launches.known:
+        tensors = pointers(tensors)
+    (x_, residual_, *parameters_), rest = tensors[:6], tensors[6:]
+    mean_, var_, skipped_, seen_, flags_, y_, tables_, scratch_, *statistics_ = rest
+    launches.moments(stream, x_, scratch_, mean_, var_, flags_)
+    if launches.pool is not None:
+        launches.pool(stream, scratch_, mean_, var_, statistics_[0], rate)
     if use_batch_statistics:
-        count = tables[-1:].fill_(images * height * width)
-        if synchronize:
-            mean, var, total = pool_over_ranks(mean, var, count)
-            count.copy_(total)
-        if update_rate is not None:
-            update_with_batch(
-                running_mean, running_var, mean, var, rate, count.squeeze(0), *counters
-            )
-
-    if launches is None:
-        split = split_tables(tables, images, channels, groups)
-        split.mu.copy_(mean)
-        split.rstd.copy_(torch.rsqrt(var + eps))
-        return y, tables, shift
-    estimates = tables.new_empty(2 * channels + 1) if update else None
-    launches.tables(
-        moments_,
-        mean,
-        var,
-        running_mean,
-        running_var,
-        *parameters,
-        tables,
-        shift,
-        estimates,
+        count = tables[-1:].fill_(shape[0] * shape[2] * shape[3])
+        _use_batch(
+            pooled, count, running, (skipped_updates, seen_elements), update_rate, synchronize
+        )
+    if launches.tables is not None:
+        launches.tables(
+            stream, scratch_, *statistics_, flags_, *parameters_, tables_, rate, float(eps)
+        )
+    launches.apply(
+        stream,
+        x_,
+        residual_,
+        y_,
+        tables_,
+        scratch_,
+        *statistics_,
+        flags_,
+        mean_,
+        var_,
+        skipped_,
+        seen_,
+        *parameters_,
         rate,
         float(eps),
     )
-    launches.apply(x, residual, y, tables, shift, estimates, running_mean, running_var, *counters)
-    return y, tables, shift
+    return y, tables
+
+
+def _use_batch(
+    pooled: Tensor,
+    count: Tensor,
+    running: Tuple[Tensor, Tensor],
+    counters: Tuple[Optional[Tensor], Optional[Tensor]],
+    update_rate: Union[float, Tensor, None],
+    synchronize: bool,
+) -> None:
+    """Takes the statistics of a batch, (2, C), to those of all ranks, in place, as ``count``, (1,);
+    and moves the estimates towards them."""
+    mean, var = pooled
+    if synchronize:
+        mean, var, total = pool_over_ranks(mean, var, count)
+        pooled[0].copy_(mean)
+        pooled[1].copy_(var)
+        count.copy_(total)
+    if update_rate is not None:
+        update_with_batch(*running, mean, var, float(update_rate), count.squeeze(0), *counters)
+
+
+def _tables_of_nothing(
+    tables: Tensor,
+    x: Tensor,
+    groups: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    skipped_updates: Optional[Tensor],
+    seen_elements: Optional[Tensor],
+    update_rate: Union[float, Tensor, None],
+    eps: float,
+    use_batch_statistics: bool,
+    synchronize: bool,
+) -> Tensor:
+    """The tables of an empty activation; the batches of other ranks may not be."""
+    images, channels = x.shape[:2]
+    mean, var = running_mean, running_var
+    if use_batch_statistics:
+        mean, var = pooled = tables.new_zeros(2, channels)
+        counters = (skipped_updates, seen_elements)
+        running = (running_mean, running_var)
+        _use_batch(pooled, tables[-1:].fill_(0), running, counters, update_rate, synchronize)
+    split = split_tables(tables, images, channels, groups)
+    split.mu.copy_(mean)
+    split.rstd.copy_(torch.rsqrt(var + eps))
+    return tables
 
 
 def batch_channel_norm_backward(
@@ -412,44 +548,79 @@ def batch_channel_norm_backward(
     weight: Tensor,
     group_weight: Tensor,
     tables: Tensor,
-    shift: Optional[Tensor],
     relu: bool,
     has_residual: bool,
     synchronize: bool,
-) -> Tuple[Tensor, ...]:
+) -> Tuple[Tensor, Optional[Tensor], Tensor]:
     """See :mod:`.batch_channel_norm`."""
-    x = dense(x)
+    contiguous = x.is_contiguous()
+    if not contiguous:
+        x = dense(x)
+        contiguous = x.is_contiguous()
     grad = in_format_of(x, grad)
-    images, channels = x.shape[:2]
+    shape, device = x.shape, x.device
+    images, channels = shape[:2]
     groups = group_weight.shape[0]
+    use_batch_statistics = tables.shape[0] > tables_size(shape, groups, False)
     grad_x = torch.empty_like(x)
-    grad_residual = torch.empty_like(x) if has_residual and relu else x.new_empty(0)
-    coefficients = tables.new_empty(images, 2, channels)
+    grad_residual = torch.empty_like(x) if has_residual and relu else None
     parameters = tables.new_empty(images, 2 * channels + 2 * groups)
-
-    launches = None
-    if x.numel():
-        launches = _Backward.of(
-            x.shape,
-            x.is_contiguous(),
-            x.device,
-            tables.dtype,
-            groups,
-            has_residual,
-            relu,
-            y is not None,
-            signature(grad, x, y, weight, group_weight, tables, shift),
-        )
-        sums = tables.new_empty(images, launches.parts, 2, channels)
-        launches.sums(grad, x, y, tables, shift, sums)
-        launches.tables(sums, weight, group_weight, tables, coefficients, parameters)
-        parameters = parameters[0] if images == 1 else parameters.sum(dim=0)
-    else:
+    if not shape.numel():
         parameters = parameters.new_zeros(parameters.shape[1])
-    _add_gradient_of_statistics(coefficients, parameters, weight, tables, groups, synchronize)
-    if launches is not None:
-        launches.apply(grad, x, y, grad_x, grad_residual, tables, shift, coefficients)
-    return grad_x, grad_residual, parameters
+        if use_batch_statistics:
+            none = tables.new_empty(images, 2, channels)
+            _add_gradient_of_statistics(none, parameters, weight, tables, groups, synchronize)
+        return grad_x, grad_residual, parameters
+
+    tensors = (grad, x, y, weight, group_weight, tables)
+    launches = _Backward.of(
+        shape,
+        contiguous,
+        device,
+        tables.dtype,
+        groups,
+        use_batch_statistics,
+        has_residual,
+        relu,
+        y is not None,
+        signature(*tensors),
+    )
+    scratch = tables.new_empty(launches.scratch)
+    coefficients = None
+    if launches.tables is not None:
+        coefficients = tables.new_empty(images, 2, channels)
+    tensors = (*tensors, grad_x, grad_residual, parameters, scratch, coefficients)
+    if launches.known:
+        tensors = pointers(tensors)
+    grad_, x_, y_, weight_, group_weight_, tables_ = tensors[:6]
+    grad_x_, grad_residual_, parameters_, scratch_, coefficients_ = tensors[6:]
+    stream = current_stream(device)
+    launches.sums(stream, grad_, x_, y_, tables_, scratch_)
+    if launches.tables is not None:
+        launches.tables(
+            stream, scratch_, weight_, group_weight_, tables_, coefficients_, parameters_
+        )
+    total = parameters
+    if use_batch_statistics:
+        total = parameters.sum(dim=0)
+        _add_gradient_of_statistics(coefficients, total, weight, tables, groups, synchronize)
+    launches.apply(
+        stream,
+        grad_,
+        x_,
+        y_,
+        grad_x_,
+        grad_residual_,
+        tables_,
+        coefficients_,
+        scratch_,
+        weight_,
+        group_weight_,
+        parameters_,
+    )
+    if total.dim() > 1:
+        total = parameters.view(-1) if images == 1 else parameters.sum(dim=0)
+    return grad_x, grad_residual, total
 
 
 def _add_gradient_of_statistics(
@@ -460,10 +631,8 @@ def _add_gradient_of_statistics(
     groups: int,
     synchronize: bool,
 ) -> None:
-    """Adds the gradient through the statistics of the batch, if they were of the batch."""
+    """Adds the gradient through the statistics of the batch."""
     images, _, channels = coefficients.shape
-    if tables.numel() == 2 * channels + images * (4 * channels + groups):
-        return
     split = split_tables(tables, images, channels, groups)
     grad_weight, grad_bias = parameters[: 2 * channels].split(channels)
     sums = (grad_bias, grad_weight)
@@ -481,9 +650,10 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not x.numel():
         return tuple(x.new_zeros(images, channels, dtype=dtype) for _ in range(2))
-    launch, tiling = _moments_launch(x.shape, x.is_contiguous(), x.device, dtype, signature(x))
+    launch, tiling = _moments_alone(x.shape, x.is_contiguous(), x.device, dtype, signature(x))
     moments_ = x.new_empty(images, tiling.parts, 2, channels, dtype=dtype)
-    launch(x, moments_)
+    tensors = (x, moments_, None, None, None)
+    launch(current_stream(x.device), *(pointers(tensors) if launch.known else tensors))
     means, m2s = moments_.unbind(dim=2)
     counts = torch.full((tiling.parts,), tiling.part, dtype=dtype, device=x.device)
     counts[-1] = height * width - tiling.part * (tiling.parts - 1)
