@@ -56,13 +56,17 @@ VARIANTS = {
     "forward_tables_kernel": [{**statistics, **TABLES} for statistics in STATISTICS],
     "apply_kernel": [
         {"HAS_RESIDUAL": residual, "RELU": relu, "BLOCK_U": 256, **statistics, **groups}
-        for residual, relu in ((False, False), (True, True))
-        for statistics in STATISTICS
-        for groups in GROUPS
+        for residual, relu, statistics, groups in (
+            (True, True, STATISTICS[0], GROUPS[1]),
+            (False, False, STATISTICS[0], GROUPS[2]),
+            (False, True, STATISTICS[1], GROUPS[2]),
+            (True, False, STATISTICS[1], GROUPS[0]),
+            (True, True, STATISTICS[2], GROUPS[2]),
+        )
     ],
     "sums_kernel": ACTIVATION,
     "backward_tables_kernel": [TABLES],
-    "input_grad_kernel": [{**a, **groups} for a in ACTIVATION for groups in GROUPS],
+    "input_grad_kernel": [{**a, **g} for a, g in zip(ACTIVATION, GROUPS + GROUPS[1:])],
     "standardize_kernel": [{"BLOCK": 1024}],
     "standardize_backward_kernel": [{"BLOCK": 1024}],
 }

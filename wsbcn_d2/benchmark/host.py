@@ -40,8 +40,9 @@ class _Launcher:
     def launch(self, *_: Any) -> None:
         _Launcher.launches += 1
 
-    def __call__(self, *args: Any) -> None:
-        self.launch(*args)
+    def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+        kind = (self.launch_cooperative_grid, self.launch_pdl)
+        self.launch(x, y, z, stream, function, *kind, None, None, *rest)
 
 
 class _Utilities:

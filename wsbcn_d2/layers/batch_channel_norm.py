@@ -6,7 +6,7 @@ that replace BatchNorm layers (FrozenBN conversion, SyncBN conversion, quantizat
 silently drop the channel normalization, leave them alone.
 """
 
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -236,28 +236,55 @@ class BatchChannelNorm(nn.GroupNorm):
         check_input(x, self.num_channels)
         if residual is not None and residual.shape != x.shape:
             raise ValueError(f"expected a residual of shape {x.shape}, got {residual.shape}")
-        estimates = (self.running_mean, self.running_var, self.seen_elements)
-        if self.running_mean.dim() == 2:
-            estimates = tuple(e[self.level] for e in estimates)
+        weight, bias, group_weight, group_bias, mean, var, skipped, seen = self._tensors()
+        if mean.dim() == 2:
+            mean, var, seen = (estimates[self.level] for estimates in (mean, var, seen))
             self.level = (self.level + 1) % self.num_levels
 
         training = self.training and not self.frozen
         return batch_channel_norm(
             x,
-            self.weight,
-            self.bias,
-            self.group_weight,
-            self.group_bias,
-            *estimates[:2],
+            weight,
+            bias,
+            group_weight,
+            group_bias,
+            mean,
+            var,
             eps=self.eps,
             use_batch_statistics=training and self.mode != "estimate",
             update_rate=self.update_rate if training and not in_backward() else None,
-            skipped_updates=self.skipped_updates,
-            seen_elements=estimates[2],
+            skipped_updates=skipped,
+            seen_elements=seen,
             synchronize=self.mode == "sync" and several_ranks(),
             residual=residual,
             relu=relu,
         )
+
+    def _tensors(self) -> Tuple[Tensor, ...]:
+        """All parameters, then all buffers."""
+        parameters, buffers = self._parameters, self._buffers
+        try:  # as attributes they take more time
+            return (
+                parameters["weight"],
+                parameters["bias"],
+                parameters["group_weight"],
+                parameters["group_bias"],
+                buffers["running_mean"],
+                buffers["running_var"],
+                buffers["skipped_updates"],
+                buffers["seen_elements"],
+            )
+        except KeyError:  # a replica of DataParallel, or FSDP, has tensors in their place
+            return (
+                self.weight,
+                self.bias,
+                self.group_weight,
+                self.group_bias,
+                self.running_mean,
+                self.running_var,
+                self.skipped_updates,
+                self.seen_elements,
+            )
 
     def _exported(self, x: Tensor, residual: Optional[Tensor], relu: bool) -> Tensor:
         """Evaluation by stock operations, for TorchScript, which knows no autograd functions and

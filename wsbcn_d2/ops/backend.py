@@ -4,7 +4,7 @@ import logging
 import os
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Dict, Optional
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ BACKENDS = ("auto", "eager", "triton")
 _VARIABLE = "WSBCN_D2_BACKEND"
 
 _chosen: Optional[str] = None
+# Those found for devices, which is asked for at every call of a layer.
+_kernels: Dict[torch.device, ModuleType] = {}
 
 
 def set_backend(name: Optional[str]) -> None:
@@ -33,6 +35,7 @@ def set_backend(name: Optional[str]) -> None:
         ValueError: if the name is none of these.
     """
     global _chosen
+    _kernels.clear()
     _chosen = None if name is None else _checked(name, "the backend")
 
 
@@ -52,11 +55,14 @@ def backend_name(device: Optional[torch.device] = None) -> str:
 
 def kernels_for(x: Tensor) -> ModuleType:
     """The module with the kernels for a tensor: :mod:`.eager` or :mod:`.triton_backend`."""
-    if x.device.type in ("cpu", "cuda") and backend_name(x.device) == "triton":
-        from . import triton_backend
-
-        return triton_backend
-    return eager
+    device = x.device
+    kernels = _kernels.get(device)
+    if kernels is None:
+        kernels = eager
+        if device.type in ("cpu", "cuda") and backend_name(device) == "triton":
+            from . import triton_backend as kernels
+        _kernels[device] = kernels
+    return kernels
 
 
 def call_on_device_of(x: Tensor, function: Callable[..., Any], *args: Any) -> Any:

@@ -40,7 +40,8 @@ through) and returns the gradients of x, of the residual (None, or empty, if it 
 the parameters, ``weight, bias, group_weight, group_bias``, in one tensor.
 """
 
-from typing import Any, Optional, Tuple
+from types import ModuleType
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -109,28 +110,56 @@ def batch_channel_norm(
     Returns:
         Tensor of the shape, dtype and memory format of x.
     """
-    return _BatchChannelNorm.apply(
-        x,
-        residual,
-        weight,
-        bias,
-        group_weight,
-        group_bias,
-        running_mean,
-        running_var,
-        skipped_updates,
-        seen_elements,
-        update_rate,
-        eps,
-        use_batch_statistics,
-        relu,
-        synchronize and use_batch_statistics,
-    )
+    update = _Update(running_mean, running_var, skipped_updates, seen_elements, update_rate)
+    options = (eps, use_batch_statistics, relu, synchronize and use_batch_statistics)
+    tensors = (x, residual, weight, bias, group_weight, group_bias)
+    if is_observed(x) or torch._C._are_functorch_transforms_active():
+        return _BatchChannelNorm.apply(*tensors, update, options, None)
+    return _apply(*tensors, update, options, kernels_for(x))
+
+
+class _Update(NamedTuple):
+    """What a pass changes of a layer's state, and how; see :func:`batch_channel_norm`."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    skipped_updates: Optional[Tensor]
+    seen_elements: Optional[Tensor]
+    rate: Optional[float]
 
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Mean and biased variance of each image and channel of (N, C, H, W): two tables (N, C)."""
     return call_on_device_of(x, kernels_for(x).moments, x)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    saved = ctx.saved_tensors  # to be asked for only once, for activation checkpointing
+    relu, has_residual, _ = ctx.options
+    if is_observed(grad):
+        results = torch.ops.wsbcn_d2.batch_channel_norm_backward(grad, *saved, *ctx.options)
+    else:
+        function = kernels_for(grad).batch_channel_norm_backward
+        results = call_on_device_of(grad, function, grad, *saved, *ctx.options)
+    grad_x, grad_residual, parameters = results
+    if not has_residual:
+        grad_residual = None
+    elif not relu:
+        grad_residual = grad
+    channels, groups = saved[2].shape[0], saved[3].shape[0]
+    gradients = parameters.split_with_sizes([channels, channels, groups, groups])
+    dtype = parameters.dtype
+    return (
+        grad_x,
+        grad_residual,
+        *[g if d == dtype else g.to(d) for g, d in zip(gradients, ctx.parameter_dtypes)],
+        None,
+        None,
+        None,
+    )
+
+
+_once_differentiable = torch.autograd.function.once_differentiable(_gradients)
 
 
 class _BatchChannelNorm(torch.autograd.Function):
@@ -143,81 +172,43 @@ class _BatchChannelNorm(torch.autograd.Function):
         bias: Tensor,
         group_weight: Tensor,
         group_bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        skipped_updates: Optional[Tensor],
-        seen_elements: Optional[Tensor],
-        update_rate: Optional[float],
-        eps: float,
-        use_batch_statistics: bool,
-        relu: bool,
-        synchronize: bool,
+        update: _Update,
+        options: Tuple[Any, ...],
+        kernels: Optional[ModuleType],
     ) -> Tensor:
-        tensors = (
-            x,
-            residual,
-            weight,
-            bias,
-            group_weight,
-            group_bias,
-            running_mean,
-            running_var,
-            skipped_updates,
-            seen_elements,
-        )
-        options = (eps, use_batch_statistics, relu, synchronize)
+        tensors = (x, residual, weight, bias, group_weight, group_bias, *update[:4])
+        relu = options[2]
         # Where ReLU let through is read from its output, or found again from x.
         found_again = False
-        if is_observed(x):
+        if kernels is None:
             rate = None
-            if update_rate is not None:
+            if update.rate is not None:
                 # A tensor, but on the CPU, where reading it stalls nothing: torch.compile would
                 # take a number for a constant and compile again whenever a schedule changes it.
-                rate = torch.tensor(update_rate, dtype=torch.float64, device="cpu")
+                rate = torch.tensor(update.rate, dtype=torch.float64, device="cpu")
             y, tables = torch.ops.wsbcn_d2.batch_channel_norm(*tensors, rate, *options)
             # torch.compile does not look for the kernels: it would trace the attempt to run them.
             # Nor does a tensor without data, with which none can run.
             if relu and residual is None and not is_compiling() and type(x) is Tensor:
                 found_again = not kernels_for(x).SAVES_OUTPUT_OF_RELU
         else:
-            kernels = kernels_for(x)
             forward = kernels.batch_channel_norm_forward
-            y, tables = call_on_device_of(x, forward, *tensors, update_rate, *options)
+            y, tables = call_on_device_of(x, forward, *tensors, update.rate, *options)
             found_again = relu and residual is None and not kernels.SAVES_OUTPUT_OF_RELU
         saved_y = y if relu and not found_again else None
         ctx.save_for_backward(x, saved_y, weight, group_weight, tables)
-        ctx.options = (relu, residual is not None, synchronize)
+        ctx.options = (relu, residual is not None, options[3])
         ctx.parameter_dtypes = (weight.dtype, bias.dtype, group_weight.dtype, group_bias.dtype)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        saved = ctx.saved_tensors  # to be asked for only once, for activation checkpointing
-        relu, has_residual, _ = ctx.options
-        if is_observed(grad):
-            results = torch.ops.wsbcn_d2.batch_channel_norm_backward(grad, *saved, *ctx.options)
-        else:
-            function = kernels_for(grad).batch_channel_norm_backward
-            results = call_on_device_of(grad, function, grad, *saved, *ctx.options)
-        grad_x, grad_residual, parameters = results
-        if not has_residual:
-            grad_residual = None
-        elif not relu:
-            grad_residual = grad
-        channels, groups = saved[2].shape[0], saved[3].shape[0]
-        gradients = parameters.split_with_sizes([channels, channels, groups, groups])
-        dtype = parameters.dtype
-        return (
-            grad_x,
-            grad_residual,
-            *(g if d == dtype else g.to(d) for g, d in zip(gradients, ctx.parameter_dtypes)),
-            *_NO_GRADIENTS,
-        )
+        # Without a second derivative to be refused there is nothing to watch over.
+        return (_once_differentiable if torch.is_grad_enabled() else _gradients)(ctx, grad)
 
 
-# Of what comes after the parameters in the forward pass.
-_NO_GRADIENTS = (None,) * 9
+# Without what ``apply`` itself adds, which is for transformations of functions.
+_apply = super(torch.autograd.Function, _BatchChannelNorm).apply
 
 # Position among the arguments after x.
 _UPDATE_RATE = 9

@@ -7,7 +7,7 @@ call is put together once, and where the rest is known to be the same as well, t
 found is launched again, with addresses in place of tensors.
 """
 
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 import triton
@@ -22,15 +22,22 @@ _COMPILED_KERNELS_REPEAT = _VERSION >= (3, 3) and torch.version.hip is None
 _LAUNCHERS_ARE_KNOWN = _VERSION == (3, 6)
 
 
-def signature(*tensors: Optional[Tensor]) -> Tuple[Any, ...]:
-    """What Triton's choice of a compiled kernel depends on: the types of tensors, and whether their
-    addresses are multiples of 16."""
-    return tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+def signature(
+    tensors: Sequence[Optional[Tensor]], addresses: Sequence[Optional[int]]
+) -> Tuple[Any, ...]:
+    """What Triton's choice of a compiled kernel depends on: the types of tensors, and which of
+    their addresses are multiples of 16."""
+    any_bit = 0
+    for address in addresses:
+        if address is not None:
+            any_bit |= address
+    aligned = any_bit & 15 == 0 or tuple([a is None or a & 15 == 0 for a in addresses])
+    return tuple([None if t is None else t.dtype for t in tensors]), aligned
 
 
-def pointers(tensors: Sequence[Optional[Tensor]]) -> Tuple[Optional[int], ...]:
-    """The addresses of tensors, which must be kept until the launches are made."""
-    return tuple([None if t is None else t.data_ptr() for t in tensors])
+def addresses_of(tensors: Sequence[Optional[Tensor]]) -> List[Optional[int]]:
+    """Where tensors begin; they must be kept until the launches with these are made."""
+    return [None if t is None else t.data_ptr() for t in tensors]
 
 
 def current_stream(device: torch.device) -> int:
@@ -46,7 +53,7 @@ class Launch:
     To be called with a stream (:func:`current_stream`) and the other arguments, which are the first
     of the kernel's: tensors, None or floats, no integers. On the second and all later calls they
     must agree with those of the first in their :func:`signature`, and the device that is the
-    current one; and with ``known`` tensors may be replaced by :func:`pointers`.
+    current one; and with ``known`` tensors may be replaced by :func:`addresses_of` them.
 
     Attributes:
         known: whether the compiled kernel is.

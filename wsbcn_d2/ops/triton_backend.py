@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import triton_kernels as kernels
 from .estimates import pool_over_ranks, sum_over_ranks, update_with_batch
-from .launch import Launch, current_stream, pointers, signature
+from .launch import Launch, addresses_of, current_stream, signature
 from .memory_format import dense, in_format_of
 from .tables import new_tables, split_tables, tables_size
 
@@ -440,6 +440,7 @@ def batch_channel_norm_forward(
     stream = current_stream(device)
     flags = _flags(device, stream) if update else None
     tensors = (x, residual, *parameters, *running, *counters, flags)
+    addresses = addresses_of(tensors)
     launches = _Forward.of(
         shape,
         contiguous,
@@ -450,16 +451,15 @@ def batch_channel_norm_forward(
         use_batch_statistics,
         residual is not None,
         relu,
-        signature(*tensors),
+        signature(tensors, addresses),
     )
     scratch = tables.new_empty(launches.scratch)
     statistics = running  # to normalize by
     if launches.pool is not None:
         pooled = scratch[-2 * shape[1] :].view(2, shape[1])
         statistics = pooled.unbind()
-    tensors = (*tensors, y, tables, scratch, *statistics)
-    if launches.known:
-        tensors = pointers(tensors)
+    more = (y, tables, scratch, *statistics)
+    tensors = (*addresses, *addresses_of(more)) if launches.known else (*tensors, *more)
     (x_, residual_, *parameters_), rest = tensors[:6], tensors[6:]
     mean_, var_, skipped_, seen_, flags_, y_, tables_, scratch_, *statistics_ = rest
     launches.moments(stream, x_, scratch_, mean_, var_, flags_)
@@ -573,6 +573,7 @@ def batch_channel_norm_backward(
         return grad_x, grad_residual, parameters
 
     tensors = (grad, x, y, weight, group_weight, tables)
+    addresses = addresses_of(tensors)
     launches = _Backward.of(
         shape,
         contiguous,
@@ -583,15 +584,14 @@ def batch_channel_norm_backward(
         has_residual,
         relu,
         y is not None,
-        signature(*tensors),
+        signature(tensors, addresses),
     )
     scratch = tables.new_empty(launches.scratch)
     coefficients = None
     if launches.tables is not None:
         coefficients = tables.new_empty(images, 2, channels)
-    tensors = (*tensors, grad_x, grad_residual, parameters, scratch, coefficients)
-    if launches.known:
-        tensors = pointers(tensors)
+    more = (grad_x, grad_residual, parameters, scratch, coefficients)
+    tensors = (*addresses, *addresses_of(more)) if launches.known else (*tensors, *more)
     grad_, x_, y_, weight_, group_weight_, tables_ = tensors[:6]
     grad_x_, grad_residual_, parameters_, scratch_, coefficients_ = tensors[6:]
     stream = current_stream(device)
@@ -650,10 +650,10 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not x.numel():
         return tuple(x.new_zeros(images, channels, dtype=dtype) for _ in range(2))
-    launch, tiling = _moments_alone(x.shape, x.is_contiguous(), x.device, dtype, signature(x))
+    key = signature((x,), addresses_of((x,)))
+    launch, tiling = _moments_alone(x.shape, x.is_contiguous(), x.device, dtype, key)
     moments_ = x.new_empty(images, tiling.parts, 2, channels, dtype=dtype)
-    tensors = (x, moments_, None, None, None)
-    launch(current_stream(x.device), *(pointers(tensors) if launch.known else tensors))
+    launch(current_stream(x.device), x, moments_, None, None, None)
     means, m2s = moments_.unbind(dim=2)
     counts = torch.full((tiling.parts,), tiling.part, dtype=dtype, device=x.device)
     counts[-1] = height * width - tiling.part * (tiling.parts - 1)
