@@ -60,8 +60,8 @@ def test_memory_of_a_step(options):
         assert memory["peak_bytes"] > it.state_bytes() + memory["saved_bytes"] * 0.9
     filters = sum(c.weight.numel() for c in it.standardized_convolutions())
     assert it.standardize() > 0
-    if "amp" not in options:  # the standardized filters are what WS adds
-        assert 0.95 * 4 * filters <= saved["GN+WS"] - saved["GN"] <= 1.2 * 4 * filters
+    if "amp" not in options:  # the standardized filters are made again as they are needed
+        assert 0 <= saved["GN+WS"] - saved["GN"] <= 0.05 * 4 * filters
 
 
 def test_largest_batch():

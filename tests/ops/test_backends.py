@@ -248,6 +248,7 @@ def test_standardize_all_and_its_gradient(dtype, out):
     outputs, mean, rstd = standardize_all(weights, eps, out)
     grads = [random(w.shape, out) for w in weights]
     gradients = standardize_all_backward(grads, weights, mean, rstd)
+    assert mean.shape == rstd.shape == (sum(len(w) for w in weights),)
     # A constant filter is divided by the root of eps, as are its roundings.
     tolerance = max(5 * TOLERANCE[dtype], TOLERANCE[out])
     for i, (weight, e, grad) in enumerate(zip(weights, eps, grads)):
@@ -255,7 +256,6 @@ def test_standardize_all_and_its_gradient(dtype, out):
         reference = standardized_weight(exact, e)
         (gradient,) = torch.autograd.grad(reference, exact, grad.double())
         assert outputs[i].dtype == out and gradients[i].dtype == dtype
-        assert mean[i].shape == rstd[i].shape == weight.shape[:1]
         assert outputs[i].data_ptr() % 16 == 0, "convolutions are slower where it is not aligned"
         for ours, theirs in ((outputs[i], reference), (gradients[i], gradient)):
             # in the memory format of the weight, where it has one

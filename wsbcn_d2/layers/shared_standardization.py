@@ -14,16 +14,26 @@ The convolutions of one model share the work (:func:`standardize_together`): the
 its filters has those of some megabytes of its neighbours standardized as well, by one operation,
 whose gradient is one operation too.
 
-The graph does not keep standardized filters (:func:`unsaved`), which would be a second copy of the
+The graph does not keep standardized filters (:class:`Kept`), which would be a second copy of the
 weights while memory is fullest. They go with the last call of the forward pass, by the number of
 calls in the one before, and those of some megabytes at a time are made once more as the backward
 pass reaches them.
 """
 
-import contextlib
+import itertools
 import weakref
 from types import TracebackType
-from typing import Any, ContextManager, Dict, Iterable, List, Optional, Tuple, Type
+from typing import (
+    Any,
+    ContextManager,
+    Dict,
+    Iterable,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Type,
+)
 
 import torch
 from torch import Tensor, nn
@@ -60,15 +70,31 @@ if register_optimizer_step_post_hook is not None:
     register_optimizer_step_post_hook(_count_step)
 
 
+class _Statistics(NamedTuple):
+    """Of the filters of several convolutions, one after the other: what their gradients need.
+
+    Attributes:
+        mean, rstd: (number of all filters,).
+        ends: for each convolution, where its filters end there.
+    """
+
+    mean: Tensor
+    rstd: Tensor
+    ends: List[int]
+
+
 class Standardized:
     """The standardized filters of one convolution, and what they were made of.
 
     Attributes:
         value: None while there is no need of them.
+        statistics, index: of all convolutions that were standardized together, and which of these
+            this is.
     """
 
-    def __init__(self, conv: nn.Module, value: Tensor, mean: Tensor, rstd: Tensor) -> None:
-        weight = conv.weight
+    def __init__(
+        self, conv: nn.Module, weight: Tensor, value: Tensor, statistics: "_Statistics", index: int
+    ) -> None:
         self.weight = weight
         self.version = weight._version
         self.address = weight.data_ptr()
@@ -76,8 +102,8 @@ class Standardized:
         self.eps = conv.eps
         self.dtype = value.dtype
         self.hold(value)
-        self.mean = mean
-        self.rstd = rstd
+        self.statistics = statistics
+        self.index = index
         self.scope = None if _scope is None else _scope.token
         # Whether a backward pass has come by: the optimizer may now change the weight.
         self.used = False
@@ -110,6 +136,20 @@ class Standardized:
             and self.address == weight.data_ptr()
             and self.eps == eps
             and self.dtype == dtype
+        )
+
+    def is_at_hand(self, weight: Tensor, eps: float, dtype: torch.dtype) -> bool:
+        """Whether these are the filters to use in one more forward pass of a step of training. What
+        is asked first is what is most often so; otherwise :meth:`holds_for` tells."""
+        value = self.value
+        return (
+            value is not None
+            and self.is_made_of(weight, eps, dtype)
+            and self.value_version == value._version
+            and self.steps == _steps
+            and not self.used
+            and _scope is None
+            and not in_backward()
         )
 
     def holds_for(self, weight: Tensor, eps: float, dtype: torch.dtype) -> bool:
@@ -240,15 +280,28 @@ def shared_standardized_weight(conv: nn.Module) -> Tensor:
     Args:
         conv: a weight-standardized convolution whose filters are the first dimension of its weight.
     """
-    weight = conv.weight
+    weight = conv._parameters.get("weight")
+    if weight is None:  # something stands in the place of the parameter
+        weight = conv.weight
+    dtype = _compute_dtype(weight)
+    record, connected = conv._standardized, conv._connected
+    if (
+        connected is not None
+        and connected[0] is record
+        and torch.is_grad_enabled()
+        and record.is_at_hand(weight, conv.eps, dtype)
+        and not _functorch_is_active()
+    ):
+        conv.__dict__["_in_graph"] = True
+        return connected[1]
     if not weight.is_leaf or weight.is_inference() or _is_transformed(weight):
         return standardize_weight(weight, conv.eps)
-    dtype = _compute_dtype(weight)
-    record = conv._standardized
+    made: List[nn.Module] = []
     if record is None or not record.holds_for(weight, conv.eps, dtype):
-        record = _standardize(conv, dtype)
-        if record is None:
+        made = _standardize(conv, weight, dtype)
+        if not made:
             return standardize_weight(weight, conv.eps)
+        record = conv._standardized
     value = _value_of(record, conv._neighbours)
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return value
@@ -256,20 +309,23 @@ def shared_standardized_weight(conv: nn.Module) -> Tensor:
         return _scope.leaf_of(record, value)
     connected = conv._connected
     if connected is None or connected[0] is not record:
-        connected = _connect(conv, record, value)
+        connected = _connect(conv, record, value, made)
     if not in_backward():
         conv.__dict__["_in_graph"] = True
     return connected[1]
 
 
-def unsaved(conv: nn.Module, filters: Tensor) -> ContextManager[Any]:
-    """Context in which autograd does not keep the standardized filters of a convolution.
+def kept_filters(conv: nn.Module, filters: Tensor) -> Optional["Kept"]:
+    """What autograd is to keep in the place of the standardized filters of a convolution.
 
     It keeps what they are made of, and they are made once more when the backward pass needs them.
 
     Args:
-        conv: a weight-standardized convolution in training, which is called in the context.
+        conv: a weight-standardized convolution, which is going to be called.
         filters: what :func:`shared_standardized_weight` gave for this call.
+
+    Returns:
+        None if it is to keep the filters, or will keep nothing.
     """
     record, connected = conv._standardized, conv._connected
     in_graph = connected is not None and connected[1] is filters
@@ -279,13 +335,13 @@ def unsaved(conv: nn.Module, filters: Tensor) -> ContextManager[Any]:
         or not (_HOOKS_ARE_KNOWN and conv.training and record.weight.requires_grad)
         or _scope is not None  # several passes share them, for each of which they would be made
     ):
-        return contextlib.nullcontext()
+        return None
     if in_backward():  # activation checkpointing repeats a call
         if record.pending:
             _finish_call(conv, record)
         else:
             _unsaved.add(conv)
-        return contextlib.nullcontext()
+        return None
     record.pending += 1
     record.calls += 1
     if record.calls == record.expected_calls:
@@ -293,12 +349,11 @@ def unsaved(conv: nn.Module, filters: Tensor) -> ContextManager[Any]:
     else:
         _unsaved.add(conv)
     if not in_graph or _hooks_of_others():
-        return contextlib.nullcontext()
-    kept = _Kept(conv, record, filters)
-    return torch.autograd.graph.saved_tensors_hooks(kept.pack, _Kept.unpack)
+        return None
+    return Kept(conv, record, filters)
 
 
-class _Kept:
+class Kept:
     """What a graph keeps of the standardized filters that one call of a convolution used."""
 
     def __init__(self, conv: nn.Module, record: Standardized, filters: Tensor) -> None:
@@ -308,6 +363,10 @@ class _Kept:
         self._address, self._shape = filters.data_ptr(), filters.shape
         self._pending = True
 
+    def in_place(self) -> ContextManager[Any]:
+        """Context in which this is kept instead of the filters."""
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+
     def pack(self, saved: Tensor) -> Any:
         if saved.data_ptr() == self._address and saved.shape == self._shape:
             return self
@@ -315,7 +374,7 @@ class _Kept:
 
     @staticmethod
     def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, _Kept):
+        if isinstance(packed, Kept):
             return packed._filters()
         saved, version = packed
         if saved._version != version:  # which autograd does not notice under hooks
@@ -327,7 +386,8 @@ class _Kept:
 
     def _filters(self) -> Tensor:
         record, conv = self._record, self._conv()
-        _let_go(conv, self._neighbours)
+        if len(_unsaved):
+            _let_go(conv, self._neighbours)
         value = _value_of(record, self._neighbours)
         if record.value_version != value._version:
             raise RuntimeError(
@@ -415,63 +475,74 @@ def forget_standardized_weight(conv: nn.Module) -> None:
     conv.__dict__["_connected"] = None
 
 
-def _standardize(conv: nn.Module, dtype: torch.dtype) -> Optional[Standardized]:
+def _standardize(conv: nn.Module, weight: Tensor, dtype: torch.dtype) -> List[nn.Module]:
     """Standardizes the filters of a convolution and of its neighbours, where they are outdated.
 
     Returns:
-        Those of the convolution; None if a mode is active in which tensors have no data.
+        These convolutions; none if a mode is active in which tensors have no data.
     """
-    convs = [conv] + [
-        other
-        for other in conv._neighbours
-        if other is not conv and _matches(other, conv)
-        # Of GPU kernels all results are in one buffer: those of frozen filters would keep it.
-        and other.weight.requires_grad == conv.weight.requires_grad
-        and (
-            other._standardized is None
-            or not other._standardized.holds_for(other.weight, other.eps, dtype)
-        )
-    ]
-    weights, eps = [c.weight for c in convs], [c.eps for c in convs]
+    convs, weights = [conv], [weight]
+    for other in conv._neighbours:
+        if other is conv:
+            continue
+        near, record = other.weight, other._standardized
+        if (
+            _matches(near, weight)
+            # Of GPU kernels all results are in one buffer: those of frozen filters would keep it.
+            and near.requires_grad == weight.requires_grad
+            and (record is None or not record.holds_for(near, other.eps, dtype))
+        ):
+            convs.append(other)
+            weights.append(near)
     with torch.inference_mode(False), torch.no_grad():
-        results = list(zip(*standardize_all(weights, eps, dtype)))
-    if type(results[0][0]) is not Tensor:
-        return None
-    for c, (value, mean, rstd) in zip(convs, results):
+        values, mean, rstd = standardize_all(weights, [c.eps for c in convs], dtype)
+    if type(values[0]) is not Tensor:
+        return []
+    ends = list(itertools.accumulate([w.shape[0] for w in weights]))
+    statistics = _Statistics(mean, rstd, ends)
+    for index, (c, w, value) in enumerate(zip(convs, weights, values)):
         forget_standardized_weight(c)
-        c.__dict__["_standardized"] = Standardized(c, value, mean, rstd)
-    return conv._standardized
+        c.__dict__["_standardized"] = Standardized(c, w, value, statistics, index)
+    return convs
 
 
-def _connect(conv: nn.Module, record: Standardized, value: Tensor) -> Tuple[Standardized, Tensor]:
+def _connect(
+    conv: nn.Module, record: Standardized, value: Tensor, made: List[nn.Module]
+) -> Tuple[Standardized, Tensor]:
     """Gives the standardized filters of a convolution a place in the graph.
 
     Those of its neighbours that the graph of the last pass contained share it. Others must not: a
     backward pass visits every weight behind a node, and DistributedDataParallel would take that of
     a stage under reentrant checkpointing, which has a graph of its own, for done.
+
+    Args:
+        made: convolutions that have just been standardized; the filters of others may be outdated.
     """
     convs, records, values = [conv], [record], [value]
     if not in_backward():
-        for other in conv._neighbours:
+        for other in made or conv._neighbours:
             near = other._standardized
             near_value = None if near is None else near.value
             if (
                 other is not conv
-                and other.weight.requires_grad
-                and _matches(other, conv)
                 and near_value is not None
-                and near.holds_for(other.weight, other.eps, record.dtype)
-                and (other._connected is None or other._connected[0] is not near)
                 and other._in_graph
+                and near.weight.requires_grad
+                and (other._connected is None or other._connected[0] is not near)
+                and (
+                    made
+                    or _matches(other.weight, record.weight)
+                    and near.holds_for(other.weight, other.eps, record.dtype)
+                )
             ):
                 other.__dict__["_in_graph"] = False
                 convs.append(other)
                 records.append(near)
                 values.append(near_value)
-    outputs = _Connect.apply(records, values, *(c.weight for c in convs))
+    outputs = _Connect.apply(records, values, *[r.weight for r in records])
     for c, r, output in zip(convs, records, outputs):
         c.__dict__["_connected"] = (r, output)
-    return record, outputs[0]
+    return conv._connected
 
 
 class _Connect(torch.autograd.Function):
@@ -515,42 +586,65 @@ def _weight_gradients(records: List[Standardized], grads: List[Tensor]) -> List[
         grads = [grad.to(r.weight.dtype) for r, grad in zip(records, grads)]
     if not records:
         return []
-    return standardize_all_backward(
-        grads,
-        [r.weight for r in records],
-        [r.mean for r in records],
-        [r.rstd for r in records],
-    )
+    return standardize_all_backward(grads, [r.weight for r in records], *_statistics_of(records))
 
 
-def _matches(other: nn.Module, conv: nn.Module) -> bool:
-    a, b = other.weight, conv.weight
+def _statistics_of(records: List[Standardized]) -> Tuple[Tensor, Tensor]:
+    """Means and reciprocal deviations of all filters, one convolution after the other."""
+    statistics = records[0].statistics
+    in_order = [r.statistics is statistics and r.index == i for i, r in enumerate(records)]
+    if len(records) == len(statistics.ends) and all(in_order):
+        return statistics.mean, statistics.rstd
+    parts = []
+    for r in records:
+        end = r.statistics.ends[r.index]
+        part = slice(end - r.weight.shape[0], end)
+        parts.append((r.statistics.mean[part], r.statistics.rstd[part]))
+    mean, rstd = zip(*parts)
+    return torch.cat(mean), torch.cat(rstd)
+
+
+def _matches(a: Tensor, b: Tensor) -> bool:
     same = a.dtype == b.dtype and a.device == b.device
     return same and a.is_leaf and not a.is_inference() and not _is_transformed(a)
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    kind = weight.device.type
-    if weight.dtype == torch.float64:  # which autocast leaves alone
+if hasattr(torch, "get_autocast_dtype"):
+
+    def _compute_dtype(weight: Tensor) -> torch.dtype:
+        kind = weight.device.type
+        if weight.dtype == torch.float64:  # which autocast leaves alone
+            return weight.dtype
+        if kind not in ("cuda", "cpu") and not torch.amp.is_autocast_available(kind):
+            return weight.dtype  # tensors without data
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+else:  # PyTorch 2.0 to 2.3
+
+    def _compute_dtype(weight: Tensor) -> torch.dtype:
+        kind = weight.device.type
+        if weight.dtype == torch.float64:
+            return weight.dtype
+        if kind == "cuda" and torch.is_autocast_enabled():
+            return torch.get_autocast_gpu_dtype()
+        if kind == "cpu" and torch.is_autocast_cpu_enabled():
+            return torch.get_autocast_cpu_dtype()
         return weight.dtype
-    if hasattr(torch, "get_autocast_dtype"):
-        known = torch.amp.is_autocast_available(kind)  # not for tensors without data
-        enabled = known and torch.is_autocast_enabled(kind)
-        return torch.get_autocast_dtype(kind) if enabled else weight.dtype
-    # PyTorch 2.0 to 2.3
-    if kind == "cuda" and torch.is_autocast_enabled():
-        return torch.get_autocast_gpu_dtype()
-    if kind == "cpu" and torch.is_autocast_cpu_enabled():
-        return torch.get_autocast_cpu_dtype()
-    return weight.dtype
 
 
 def _is_transformed(weight: Tensor) -> bool:
     """Whether a tensor stands for another one, or torch.func is at work."""
-    if hasattr(torch._C, "_functorch") and torch._C._functorch.peek_interpreter_stack() is not None:
+    if _functorch_is_active():
         return True
     try:
         weight.data_ptr()
         return False
     except RuntimeError:
         return True
+
+
+def _functorch_is_active() -> bool:
+    return _peek_functorch is not None and _peek_functorch() is not None
+
+
+_peek_functorch = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)

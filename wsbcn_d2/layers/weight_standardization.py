@@ -7,6 +7,7 @@ it.) Any constant offset of a filter is lost, and its scale is normalized away, 
 layer should follow; the layers that predict must not be standardized.
 """
 
+import contextlib
 import logging
 from typing import Any, Callable, Dict, List, Optional, Type
 
@@ -18,7 +19,11 @@ from torch import Tensor, nn
 from ..ops import is_compiling, standardize_weight
 from .folded import refuse_folded
 from .fusion import normalize
-from .shared_standardization import forget_standardized_weight, shared_standardized_weight, unsaved
+from .shared_standardization import (
+    forget_standardized_weight,
+    kept_filters,
+    shared_standardized_weight,
+)
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
@@ -199,10 +204,13 @@ class WSConv2d(WeightStandardized, Conv2d):
     @torch.jit.unused
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution alone, without what follows it."""
-        filters = self.standardized_weight()
         if is_compiling() or torch.jit.is_tracing():
+            return self._conv_forward(x, self.standardized_weight(), self.bias)
+        filters = self._adapted(shared_standardized_weight(self))
+        kept = kept_filters(self, filters)
+        if kept is None:
             return self._conv_forward(x, filters, self.bias)
-        with unsaved(self, filters):
+        with kept.in_place():
             return self._conv_forward(x, filters, self.bias)
 
 
@@ -276,7 +284,8 @@ if issubclass(DeformConv, nn.Module):
         object.__setattr__(module, "norm", None)
         module.activation = None
         try:
-            with unsaved(module, filters):
+            kept = kept_filters(module, filters)
+            with contextlib.nullcontext() if kept is None else kept.in_place():
                 return forward(*args)
         finally:
             object.__delattr__(module, "weight")

@@ -36,8 +36,8 @@ one returns ``y`` and ``tables`` (:mod:`.tables`), with ``m, v, d``, ``scale = k
 d + beta'_g`` for each image and channel, ``r`` for each image and group, ``mu`` and ``rstd = 1 /
 sqrt(s2 + eps)`` for each channel, and ``count``, the number of values behind ``mu`` if that is of
 the batch. The backward one takes them (y only where it does not find out from x what ReLU let
-through) and returns the gradients of x, of the residual (None, or empty, if it is that of y), and of
-the parameters, ``weight, bias, group_weight, group_bias``, in one tensor.
+through) and returns the gradients of x, of the residual (None, or empty, if it is that of y), and
+of the parameters, ``weight, bias, group_weight, group_bias``, in one tensor.
 """
 
 from types import ModuleType

@@ -5,7 +5,7 @@ compute dtype. Temporaries of the size of the activation are reused in place: on
 of a new one costs more than the arithmetic on it.
 """
 
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -166,7 +166,7 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def standardize_forward(
-    weights: List[Tensor], eps: List[float], dtype: torch.dtype
+    weights: Sequence[Tensor], eps: Sequence[float], dtype: torch.dtype
 ) -> Tuple[List[Tensor], Tensor, Tensor]:
     """See :mod:`.weight_standardization`."""
     outputs, means, rstds = [], [], []
@@ -182,7 +182,7 @@ def standardize_forward(
 
 
 def standardize_backward(
-    grads: List[Tensor], weights: List[Tensor], mean: Tensor, rstd: Tensor
+    grads: Sequence[Tensor], weights: Sequence[Tensor], mean: Tensor, rstd: Tensor
 ) -> List[Tensor]:
     """See :mod:`.weight_standardization`."""
     sizes = [weight.shape[0] for weight in weights]

@@ -20,6 +20,9 @@ else:  # PyTorch 2.0 to 2.2, which imports what compiles only when it is used
         return "torch._dynamo" in sys.modules and torch._dynamo.is_compiling()
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def in_backward() -> bool:
     """Whether the autograd engine is running this thread; in a forward pass that means that
     activation checkpointing is doing it once more."""
@@ -31,7 +34,7 @@ def is_observed(x: Tensor) -> bool:
     profiler, or what intercepts operations, by a mode or by the type of the tensor."""
     return (
         is_compiling()
-        or type(x) is not Tensor
+        or type(x) not in _PLAIN
         or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
     )

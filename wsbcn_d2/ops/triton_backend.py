@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from . import triton_kernels as kernels
 from .estimates import pool_over_ranks, sum_over_ranks, update_with_batch
@@ -148,7 +149,9 @@ def _flags(device: torch.device, stream: int) -> Tensor:
     return _flags_of(device)[_flags.cache_info().currsize % _STREAMS]
 
 
-def _moments_launch(tiling: _Tiling, shape: torch.Size, compute: torch.dtype, update: bool) -> Launch:
+def _moments_launch(
+    tiling: _Tiling, shape: torch.Size, compute: torch.dtype, update: bool
+) -> Launch:
     """Of the kernel for the moments of the parts, (N, parts, 2, C)."""
     return Launch(
         kernels.moments_kernel,
@@ -664,14 +667,15 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def standardize_forward(
-    weights: List[Tensor], eps: List[float], dtype: torch.dtype
+    weights: Sequence[Tensor], eps: Sequence[float], dtype: torch.dtype
 ) -> Tuple[List[Tensor], Tensor, Tensor]:
     """See :mod:`.weight_standardization`."""
     flat = _concatenated(weights)
-    filters = _filters(tuple(w.shape for w in weights), flat.device)
+    shapes = tuple([w.shape for w in weights])
+    filters = _filters(shapes, flat.device)
     compute = torch.promote_types(flat.dtype, torch.float32)
-    out = torch.empty(sum(filters.rooms), dtype=dtype, device=flat.device)
-    mean, rstd = (torch.empty(filters.count, dtype=compute, device=flat.device) for _ in range(2))
+    out = torch.empty(filters.room, dtype=dtype, device=flat.device)
+    mean, rstd = torch.empty(2, filters.count, dtype=compute, device=flat.device).unbind()
     kernels.standardize_kernel[(filters.count,)](
         flat,
         out,
@@ -679,7 +683,7 @@ def standardize_forward(
         rstd,
         filters.starts,
         filters.places,
-        _eps_of_filters(tuple(eps), tuple(w.shape[0] for w in weights), flat.device),
+        _eps_of_filters(tuple(eps), shapes, flat.device),
         COMPUTE=_COMPUTE[compute],
         BLOCK=1024,
     )
@@ -687,15 +691,17 @@ def standardize_forward(
 
 
 def standardize_backward(
-    grads: List[Tensor], weights: List[Tensor], mean: Tensor, rstd: Tensor
+    grads: Sequence[Tensor], weights: Sequence[Tensor], mean: Tensor, rstd: Tensor
 ) -> List[Tensor]:
     """See :mod:`.weight_standardization`."""
     flat = _concatenated(weights)
     grads = [
-        grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
+        grad
+        if grad.is_contiguous() and weight.is_contiguous() or grad.stride() == weight.stride()
+        else torch.empty_like(weight).copy_(grad)
         for grad, weight in zip(grads, weights)
     ]
-    filters = _filters(tuple(w.shape for w in weights), flat.device)
+    filters = _filters(tuple([w.shape for w in weights]), flat.device)
     out = torch.empty_like(flat)
     kernels.standardize_backward_kernel[(filters.count,)](
         _concatenated(grads),
@@ -707,11 +713,13 @@ def standardize_backward(
         COMPUTE=_COMPUTE[mean.dtype],
         BLOCK=1024,
     )
-    return _divided(out, weights, [w.numel() for w in weights])
+    return _divided(out, weights, filters.numel)
 
 
-def _concatenated(weights: List[Tensor]) -> Tensor:
+def _concatenated(weights: Sequence[Tensor]) -> Tensor:
     """All weights, each in its order in memory, in one row."""
+    if all([w.is_contiguous() for w in weights]):
+        return _flatten_dense_tensors(weights)
     return torch.cat([_row(w) for w in weights])
 
 
@@ -722,8 +730,10 @@ def _row(weight: Tensor) -> Tensor:
     return weight.permute(order).reshape(-1)
 
 
-def _divided(flat: Tensor, weights: List[Tensor], rooms: Sequence[int]) -> List[Tensor]:
+def _divided(flat: Tensor, weights: Sequence[Tensor], rooms: Tuple[int, ...]) -> List[Tensor]:
     """The inverse of :func:`_concatenated`, where each weight lies at the start of its room."""
+    if all([w.is_contiguous() and w.numel() == room for w, room in zip(weights, rooms)]):
+        return list(_unflatten_dense_tensors(flat, weights))
     return [
         part.as_strided(w.shape, w.stride(), part.storage_offset())
         for part, w in zip(flat.split(list(rooms)), weights)
@@ -737,13 +747,17 @@ class _Filters(NamedTuple):
         count: of the filters.
         starts: (count + 1,), where each begins in the concatenation, and where the last ends.
         places: (count,), where each begins among those standardized.
+        numel: of each weight.
         rooms: the elements that each weight has for itself there.
+        room: those of all.
     """
 
     count: int
     starts: Tensor
     places: Tensor
+    numel: Tuple[int, ...]
     rooms: Tuple[int, ...]
+    room: int
 
 
 @lru_cache(maxsize=None)
@@ -755,12 +769,13 @@ def _filters(shapes: Tuple[torch.Size, ...], device: torch.device) -> _Filters:
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
     added = (rooms - numel).cumsum(0) - (rooms - numel)  # before each weight
     places = starts[:-1] + added.repeat_interleave(filters)
-    return _Filters(len(sizes), starts.to(device), places.to(device), tuple(rooms.tolist()))
+    lengths = (tuple(numel.tolist()), tuple(rooms.tolist()), int(rooms.sum()))
+    return _Filters(len(sizes), starts.to(device), places.to(device), *lengths)
 
 
 @lru_cache(maxsize=None)
 def _eps_of_filters(
-    eps: Tuple[float, ...], filters: Tuple[int, ...], device: torch.device
+    eps: Tuple[float, ...], shapes: Tuple[torch.Size, ...], device: torch.device
 ) -> Tensor:
     values = torch.tensor(eps, dtype=torch.float64)
-    return values.repeat_interleave(torch.tensor(filters)).to(device)
+    return values.repeat_interleave(torch.tensor([shape[0] for shape in shapes])).to(device)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .backend import call_on_device_of, kernels_for
 from .library import LIBRARY
+from .state import is_observed
 
 LIBRARY.define(
     "standardize(Tensor[] weights, float[] eps, ScalarType dtype) -> (Tensor[], Tensor, Tensor)"
@@ -51,7 +52,7 @@ def standardize_weight(weight: Tensor, eps: float = 1e-5) -> Tensor:
 
 def standardize_all(
     weights: Sequence[Tensor], eps: Sequence[float], dtype: torch.dtype
-) -> Tuple[List[Tensor], List[Tensor], List[Tensor]]:
+) -> Tuple[List[Tensor], Tensor, Tensor]:
     """Standardizes the weights of several convolutions in few launches, without autograd.
 
     Args:
@@ -61,19 +62,17 @@ def standardize_all(
 
     Returns:
         The standardized weights, in their memory formats, and for
-        :func:`standardize_all_backward` the means and reciprocal deviations of their filters.
+        :func:`standardize_all_backward` the means and reciprocal deviations of all filters, one
+        weight after the other.
     """
     weights = [_dense(weight) for weight in weights]
-    outputs, mean, rstd = torch.ops.wsbcn_d2.standardize(weights, list(eps), dtype)
-    sizes = [weight.shape[0] for weight in weights]
-    return outputs, list(mean.split(sizes)), list(rstd.split(sizes))
+    if is_observed(weights[0]):
+        return torch.ops.wsbcn_d2.standardize(weights, list(eps), dtype)
+    return _forward(weights, eps, dtype)
 
 
 def standardize_all_backward(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    rstd: Sequence[Tensor],
+    grads: Sequence[Tensor], weights: Sequence[Tensor], mean: Tensor, rstd: Tensor
 ) -> List[Tensor]:
     """Gradients of the weights, in their dtype, from those of the standardized weights.
 
@@ -82,23 +81,25 @@ def standardize_all_backward(
         weights, mean, rstd: arguments and results of :func:`standardize_all`.
     """
     weights = [_dense(weight) for weight in weights]
-    return torch.ops.wsbcn_d2.standardize_backward(
-        list(grads), weights, torch.cat(list(mean)), torch.cat(list(rstd))
-    )
+    if is_observed(weights[0]):
+        return torch.ops.wsbcn_d2.standardize_backward(list(grads), weights, mean, rstd)
+    return _backward(grads, weights, mean, rstd)
 
 
 def _dense(weight: Tensor) -> Tensor:
-    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+    if weight.is_contiguous() or (
+        weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    ):
         return weight
     return weight.contiguous()
 
 
-def _forward(weights: List[Tensor], *args: Any) -> Tuple[List[Tensor], Tensor, Tensor]:
+def _forward(weights: Sequence[Tensor], *args: Any) -> Tuple[List[Tensor], Tensor, Tensor]:
     function = kernels_for(weights[0]).standardize_forward
     return call_on_device_of(weights[0], function, weights, *args)
 
 
-def _backward(grads: List[Tensor], *args: Any) -> List[Tensor]:
+def _backward(grads: Sequence[Tensor], *args: Any) -> List[Tensor]:
     function = kernels_for(grads[0]).standardize_backward
     return call_on_device_of(grads[0], function, grads, *args)
 
