@@ -35,7 +35,7 @@ ACTIVATION = [
         (True, False, False),
     )
 ]
-TABLES = {"BLOCK_D": 8, "BLOCK_S": 64}
+TABLES = [{"GROUPS": 1, "SIZE": 8, "BLOCK_S": 64}, {"GROUPS": 32, "SIZE": 8, "BLOCK_S": 1}]
 # Whether the tiles find out the tables by themselves: not, or groups of fewer channels than a tile
 # has, or of more.
 GROUPS = [
@@ -53,7 +53,7 @@ VARIANTS = {
         for update, single in ((True, True), (True, False), (False, False))
     ],
     "pool_kernel": [{"AROUND_ESTIMATE": e, "BLOCK_R": 64, "BLOCK_C": 16} for e in (True, False)],
-    "forward_tables_kernel": [{**statistics, **TABLES} for statistics in STATISTICS],
+    "forward_tables_kernel": [{"UPDATE": u, **t} for u, t in zip((True, False), TABLES)],
     "apply_kernel": [
         {"HAS_RESIDUAL": residual, "RELU": relu, "BLOCK_U": 256, **statistics, **groups}
         for residual, relu, statistics, groups in (
@@ -65,7 +65,7 @@ VARIANTS = {
         )
     ],
     "sums_kernel": ACTIVATION,
-    "backward_tables_kernel": [TABLES],
+    "backward_tables_kernel": TABLES,
     "input_grad_kernel": [{**a, **g} for a, g in zip(ACTIVATION, GROUPS + GROUPS[1:])],
     "standardize_kernel": [{"BLOCK": 1024}],
     "standardize_backward_kernel": [{"BLOCK": 1024}],
@@ -103,7 +103,7 @@ def main():
                         constants.update(BLOCK_C=tile[0], BLOCK_P=tile[1])
                         constants["CHANNELS_LAST"] = tile == (128, 16)
                         constants["ALIGN"] = 8 if tile == (1, 2048) else 1
-                        if "SIZE" in variant:
+                        if "SIZE" in variant:  # else a program is for whole groups
                             constants["GROUPS"] = max(tile[0] // variant["SIZE"], 1)
                     ones = ONES if tile in (None, (1, 1)) else ()
                     half = "*fp16" if capability == 70 else "*bf16"

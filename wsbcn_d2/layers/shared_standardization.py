@@ -25,7 +25,6 @@ import weakref
 from types import TracebackType
 from typing import (
     Any,
-    ContextManager,
     Dict,
     Iterable,
     List,
@@ -354,7 +353,10 @@ def kept_filters(conv: nn.Module, filters: Tensor) -> Optional["Kept"]:
 
 
 class Kept:
-    """What a graph keeps of the standardized filters that one call of a convolution used."""
+    """What a graph keeps of the standardized filters that one call of a convolution used.
+
+    To be the context of that call.
+    """
 
     def __init__(self, conv: nn.Module, record: Standardized, filters: Tensor) -> None:
         self._conv = weakref.ref(conv)  # a graph keeps tensors alive, and no modules
@@ -363,9 +365,13 @@ class Kept:
         self._address, self._shape = filters.data_ptr(), filters.shape
         self._pending = True
 
-    def in_place(self) -> ContextManager[Any]:
-        """Context in which this is kept instead of the filters."""
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+    # As a context of the call; :class:`torch.autograd.graph.saved_tensors_hooks` does the same and
+    # takes more time.
+    def __enter__(self) -> None:
+        torch._C._autograd._push_saved_tensors_default_hooks(self.pack, self.unpack)
+
+    def __exit__(self, *_: Any) -> None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
 
     def pack(self, saved: Tensor) -> Any:
         if saved.data_ptr() == self._address and saved.shape == self._shape:

@@ -210,7 +210,7 @@ class WSConv2d(WeightStandardized, Conv2d):
         kept = kept_filters(self, filters)
         if kept is None:
             return self._conv_forward(x, filters, self.bias)
-        with kept.in_place():
+        with kept:
             return self._conv_forward(x, filters, self.bias)
 
 
@@ -285,7 +285,7 @@ if issubclass(DeformConv, nn.Module):
         module.activation = None
         try:
             kept = kept_filters(module, filters)
-            with contextlib.nullcontext() if kept is None else kept.in_place():
+            with contextlib.nullcontext() if kept is None else kept:
                 return forward(*args)
         finally:
             object.__delattr__(module, "weight")

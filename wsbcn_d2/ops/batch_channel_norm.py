@@ -146,9 +146,11 @@ def _gradients(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         grad_residual = None
     elif not relu:
         grad_residual = grad
+    dtype = ctx.parameter_dtypes[0]
+    if parameters.dtype != dtype:
+        parameters = parameters.to(dtype)
     channels, groups = saved[2].shape[0], saved[3].shape[0]
     gradients = parameters.split_with_sizes([channels, channels, groups, groups])
-    dtype = parameters.dtype
     return (
         grad_x,
         grad_residual,

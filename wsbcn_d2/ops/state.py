@@ -8,10 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if hasattr(torch, "compiler") and hasattr(torch.compiler, "is_compiling"):
-
-    def is_compiling() -> bool:
-        """Whether torch.compile is tracing."""
-        return torch.compiler.is_compiling()
+    is_compiling = torch.compiler.is_compiling
 
 else:  # PyTorch 2.0 to 2.2, which imports what compiles only when it is used
 

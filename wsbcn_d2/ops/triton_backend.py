@@ -43,6 +43,7 @@ _TABLE_TILE = 2048
 # that they read for that.
 _FEW_PARTS = 16
 _FEW_VALUES = 512
+_MOST_CHANNELS = 256  # for whose tables one program looks, where it is a launch of its own
 _UPDATED = 256  # channels whose estimates one program writes
 # Passes whose launches are remembered: images of all sizes make many, and so do the numbers of
 # objects in them.
@@ -60,6 +61,7 @@ class _Tiling:
     """How an activation is divided.
 
     Attributes:
+        device: where it is.
         channels_last: how it lies in memory.
         align: a divisor of the pixels of an image, of which the addresses of tiles are multiples.
         block_c, block_p: channels and pixels of a tile.
@@ -68,6 +70,7 @@ class _Tiling:
         part, parts: pixels of a part and number of parts, for sums over pixels.
     """
 
+    device: torch.device
     channels_last: bool
     align: int
     block_c: int
@@ -96,7 +99,7 @@ class _Tiling:
         wanted = triton.cdiv(_WAVES * _multiprocessors(device), rows)
         part = block_p * triton.cdiv(tiles, max(min(wanted, tiles // 2), 1))
         parts = triton.cdiv(pixels, part)
-        return cls(not contiguous, align, block_c, block_p, rows, tiles, part, parts)
+        return cls(device, not contiguous, align, block_c, block_p, rows, tiles, part, parts)
 
     @property
     def tile(self) -> Dict[str, Any]:
@@ -121,6 +124,23 @@ class _Tiling:
         if size & (size - 1) or not few:
             return None
         return {"GROUPS": channels // size, "SIZE": size, "BLOCK_S": _block(self.parts)}
+
+    def groups_of_a_program(self, shape: torch.Size, groups: int) -> Tuple[Dict[str, int], int]:
+        """Arguments of the kernels that find out tables for the tiles, and how many programs these
+        need for all groups of all images."""
+        size = shape[1] // groups
+        block_s = _block(self.parts, max(_TABLE_TILE // triton.next_power_of_2(size), 1))
+        together = 1
+        if not size & (size - 1):  # otherwise a row of several groups would have gaps
+            room = max(min(_TABLE_TILE // block_s, _MOST_CHANNELS) // size, 1)
+            wanted = triton.cdiv(shape[0] * groups, _WAVES * _multiprocessors(self.device))
+            together = min(triton.next_power_of_2(wanted), room, triton.next_power_of_2(groups))
+        arguments = {
+            "GROUPS": together,
+            "SIZE": triton.next_power_of_2(size),
+            "BLOCK_S": block_s,
+        }
+        return arguments, shape[0] * triton.cdiv(groups, together)
 
 
 # Of tiles that are given the tables, so that Triton compiles one kernel for all.
@@ -235,9 +255,10 @@ class _Forward(NamedTuple):
             "COMPUTE": _COMPUTE[compute],
         }
         fused = tiling.groups(size)
-        block_d = triton.next_power_of_2(size)
-        read = block_d if fused is None else fused["GROUPS"] * size
-        pool_there = update and rows <= _FEW_PARTS and _block(rows) * read <= _FEW_VALUES
+        # Many images are many tiles, and few pixels in each: one launch more takes less time.
+        if rows > _FEW_PARTS:
+            fused = None
+        pool_there = fused is not None and update and _few(rows, fused)
         statistics = {
             "UPDATE": update,
             "POOL": pool_there,
@@ -256,14 +277,13 @@ class _Forward(NamedTuple):
             )
         tables = None
         if fused is None:
+            there, programs = tiling.groups_of_a_program(shape, groups)
             tables = Launch(
                 kernels.forward_tables_kernel,
-                (images * groups,),
-                num_warps=1 if tiling.parts <= _FEW_PARTS else 4,
+                (programs,),
                 groups=groups,
-                BLOCK_D=block_d,
-                BLOCK_S=_block(tiling.parts, max(_TABLE_TILE // block_d, 1)),
-                **statistics,
+                UPDATE=update,
+                **there,
                 **counts,
             )
         work = tiling.rows * tiling.tiles
@@ -347,17 +367,17 @@ class _Backward(NamedTuple):
         )
         # Through the statistics of the batch a tile is connected with all others.
         fused = None if use_batch_statistics else tiling.groups(size)
+        if images * tiling.parts > _FEW_PARTS:
+            fused = None
         tables = None
         if fused is None:
-            block_d = triton.next_power_of_2(size)
+            there, programs = tiling.groups_of_a_program(shape, groups)
             tables = Launch(
                 kernels.backward_tables_kernel,
-                (images * groups,),
-                num_warps=1 if tiling.parts <= _FEW_PARTS else 4,
+                (programs,),
                 parts=tiling.parts,
                 group_values=group_values,
-                BLOCK_D=block_d,
-                BLOCK_S=_block(tiling.parts, max(_TABLE_TILE // block_d, 1)),
+                **there,
                 **counts,
             )
         apply = Launch(
@@ -378,6 +398,12 @@ class _Backward(NamedTuple):
     def known(self) -> bool:
         """As :attr:`_Forward.known`."""
         return all(launch is None or launch.known for launch in self[1:])
+
+
+def _few(rows: int, groups: Dict[str, int]) -> bool:
+    """Whether tiles may read so many rows of moments of their groups."""
+    read = _block(rows) * groups["GROUPS"] * groups["SIZE"]
+    return rows <= _FEW_PARTS and read <= _FEW_VALUES
 
 
 def _block(count: int, limit: int = _TABLE_TILE) -> int:
@@ -676,17 +702,9 @@ def standardize_forward(
     compute = torch.promote_types(flat.dtype, torch.float32)
     out = torch.empty(filters.room, dtype=dtype, device=flat.device)
     mean, rstd = torch.empty(2, filters.count, dtype=compute, device=flat.device).unbind()
-    kernels.standardize_kernel[(filters.count,)](
-        flat,
-        out,
-        mean,
-        rstd,
-        filters.starts,
-        filters.places,
-        _eps_of_filters(tuple(eps), shapes, flat.device),
-        COMPUTE=_COMPUTE[compute],
-        BLOCK=1024,
-    )
+    eps_ = _eps_of_filters(tuple(eps), shapes, flat.device)
+    tensors = (flat, out, mean, rstd, filters.starts, filters.places, eps_)
+    _launch_for_filters(kernels.standardize_kernel, filters.count, compute, tensors)
     return _divided(out, weights, filters.rooms), mean, rstd
 
 
@@ -703,17 +721,25 @@ def standardize_backward(
     ]
     filters = _filters(tuple([w.shape for w in weights]), flat.device)
     out = torch.empty_like(flat)
-    kernels.standardize_backward_kernel[(filters.count,)](
-        _concatenated(grads),
-        flat,
-        out,
-        mean,
-        rstd,
-        filters.starts,
-        COMPUTE=_COMPUTE[mean.dtype],
-        BLOCK=1024,
-    )
+    tensors = (_concatenated(grads), flat, out, mean, rstd, filters.starts)
+    _launch_for_filters(kernels.standardize_backward_kernel, filters.count, mean.dtype, tensors)
     return _divided(out, weights, filters.numel)
+
+
+def _launch_for_filters(
+    kernel: Any, count: int, compute: torch.dtype, tensors: Tuple[Tensor, ...]
+) -> None:
+    """Launches a kernel with a program for each filter."""
+    addresses, device = addresses_of(tensors), tensors[0].device
+    launch = _filters_launch(kernel, count, device, compute, signature(tensors, addresses))
+    launch(current_stream(device), *(addresses if launch.known else tensors))
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _filters_launch(
+    kernel: Any, count: int, device: torch.device, compute: torch.dtype, tensors: Tuple[Any, ...]
+) -> Launch:
+    return Launch(kernel, (count,), COMPUTE=_COMPUTE[compute], BLOCK=1024)
 
 
 def _concatenated(weights: Sequence[Tensor]) -> Tensor:

@@ -396,19 +396,22 @@ def forward_tables_kernel(
     parts,
     values,
     UPDATE: tl.constexpr,
-    POOL: tl.constexpr,
     COMPUTE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_R: tl.constexpr,
 ):
-    """One image and group: its statistics, and the affine map of each channel. For where that is
-    too much to be done for each tile again (``FUSED`` in :func:`apply_kernel`)."""
-    n = (tl.program_id(0) // groups).to(tl.int64)
+    """``GROUPS`` groups of an image: their statistics, and the affine map of each channel. For
+    where that is too much to be done for each tile again (``FUSED`` in :func:`apply_kernel`).
+
+    ``SIZE`` is the number of channels in a group, or a power of two above it and ``GROUPS`` 1.
+    """
+    blocks = tl.cdiv(groups, GROUPS)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
     size = channels // groups
-    k = tl.arange(0, BLOCK_D)
-    inside = k < size
-    c = (tl.program_id(0) % groups) * size + k
+    k = tl.arange(0, GROUPS * SIZE)
+    c = (tl.program_id(0) % blocks) * GROUPS * size + k
+    inside = (k < GROUPS * size) & (c < channels)
     mu, s2 = _statistics(
         scratch_ptr,
         mean_ptr,
@@ -424,10 +427,10 @@ def forward_tables_kernel(
         parts,
         values,
         UPDATE,
-        POOL,
+        False,
         COMPUTE,
-        BLOCK_R,
-        BLOCK_D,
+        1,
+        GROUPS * SIZE,
     )
     m, v, d, scale, shift, r, rstd = _affine_maps(
         scratch_ptr,
@@ -447,8 +450,8 @@ def forward_tables_kernel(
         part,
         parts,
         COMPUTE,
-        1,
-        BLOCK_D,
+        GROUPS,
+        SIZE,
         BLOCK_S,
     )
     _store_tables(
@@ -838,17 +841,20 @@ def backward_tables_kernel(
     parts,
     group_values,
     COMPUTE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One image and group: the coefficients of the gradient of x, a table (N, 2, C), and what the
-    image contributes to those of the parameters, a table (N, 2 C + 2 G). For where the tiles cannot
-    do it by themselves (``FUSED`` in :func:`input_grad_kernel`)."""
-    n = (tl.program_id(0) // groups).to(tl.int64)
+    """``GROUPS`` groups of an image: the coefficients of the gradient of x, a table (N, 2, C), and
+    what the image contributes to those of the parameters, a table (N, 2 C + 2 G). For where the
+    tiles cannot do it by themselves (``FUSED`` in :func:`input_grad_kernel`). ``SIZE`` is that of
+    :func:`forward_tables_kernel`."""
+    blocks = tl.cdiv(groups, GROUPS)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
     size = channels // groups
-    k = tl.arange(0, BLOCK_D)
-    inside = k < size
-    c = (tl.program_id(0) % groups) * size + k
+    k = tl.arange(0, GROUPS * SIZE)
+    c = (tl.program_id(0) % blocks) * GROUPS * size + k
+    inside = (k < GROUPS * size) & (c < channels)
     q, b, grad_weight, grad_bias, grad_group_weight, grad_group_bias = _gradients(
         sums_ptr,
         weight_ptr,
@@ -864,8 +870,8 @@ def backward_tables_kernel(
         parts,
         group_values,
         COMPUTE,
-        1,
-        BLOCK_D,
+        GROUPS,
+        SIZE,
         BLOCK_S,
     )
     out = coefficients_ptr + n * 2 * channels + c
