@@ -147,9 +147,12 @@ class TestLiveBytes:
         assert live.current == 0
 
 
+@pytest.mark.parametrize("guess", [0, 1, 4, 30, 50])
 @pytest.mark.parametrize("limit", [1, 2, 7, 8, 33])
-def test_largest(limit):
+def test_largest(limit, guess):
     for most in range(limit + 3):
         tried = []
-        assert largest(lambda n: tried.append(n) or n <= most, limit) == min(most, limit)
-        assert len(tried) <= 2 * limit.bit_length() + 1 and max(tried) <= limit
+        assert largest(lambda n: tried.append(n) or n <= most, limit, guess) == min(most, limit)
+        assert len(tried) <= 2 * limit.bit_length() + 1 and 1 <= min(tried) <= max(tried) <= limit
+        if most == guess and 1 <= guess < limit:
+            assert tried == [guess, guess + 1]

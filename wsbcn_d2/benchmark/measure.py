@@ -212,18 +212,26 @@ class LiveBytes(TorchDispatchMode):
         self.current -= self._storages.pop(key)
 
 
-def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to ``limit`` that fits, given that all smaller ones do; 0 if none."""
-    good, bad = 0, 1
-    while bad <= limit and fits(bad):
-        good, bad = bad, 2 * bad
-    bad = min(bad, limit + 1)
+def largest(fits: Callable[[int], bool], limit: int, guess: int = 1) -> int:
+    """The largest number up to ``limit`` that fits, given that all smaller ones do; 0 if none.
+
+    Args:
+        fits: tries a number.
+        limit: at least 1.
+        guess: the first to try; the nearer to the result, the fewer have to be.
+    """
+    good, bad = 0, limit + 1
+    number, step = min(max(guess, 1), limit), 1
     while bad - good > 1:
-        middle = (good + bad) // 2
-        if fits(middle):
-            good = middle
+        if not good < number < bad:
+            number = (good + bad) // 2
+        if fits(number):
+            good = number
+            number += step
         else:
-            bad = middle
+            bad = number
+            number -= step
+        step *= 2
     return good
 
 

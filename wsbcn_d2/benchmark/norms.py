@@ -263,9 +263,10 @@ def _tensors(
 def _build(name: str, x: Tensor) -> nn.Module:
     channels = x.shape[1]
     module = CONTENDERS[name](channels, math.gcd(32, channels), x.device).train().to(x.device)
-    # BatchNorm keeps its parameters in float32, as everywhere in training with mixed precision;
+    # In training with mixed precision parameters are of float32, which BatchNorm and BCN take;
     # GroupNorm on a GPU wants them in the dtype of its input.
-    return module if isinstance(module, nn.BatchNorm2d) else module.to(x.dtype)
+    keeps = any(isinstance(m, (nn.BatchNorm2d, BatchChannelNorm)) for m in module.modules())
+    return module if keeps else module.to(x.dtype)
 
 
 def _inputs(module: nn.Module, x: Tensor) -> List[Tensor]:

@@ -98,10 +98,11 @@ def benchmark_train(
     rows, skipped = _measure(make, batches, repetitions, warmup, progress)
     if memory_gib is not None:
         for name in make:
-            most = _largest_batch(make[name], size, memory_gib, name, progress)
-            for row in rows:
-                if row["norm"] == name:
-                    row["largest_batch"] = most
+            own = [row for row in rows if row["norm"] == name]
+            guess = _guessed_batch({row["images"]: row["peak_bytes"] for row in own}, memory_gib)
+            most = _largest_batch(make[name], size, memory_gib, name, progress, guess)
+            for row in own:
+                row["largest_batch"] = most
     return {
         "kind": "train",
         "device": device.type,
@@ -431,18 +432,20 @@ def _largest_batch(
     memory_gib: float,
     title: str,
     progress: bool,
+    guess: int = 1,
 ) -> int:
     """The most images for which two training steps fit into the memory; the second has the state
     of the optimizer."""
     device = torch.device("cuda", torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).total_memory
+    trainee = build()
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(memory_gib * 2**30 / total, 1.0), device)
     with tqdm(desc=f"largest batch, {title}", unit="trial", disable=not progress) as bar:
 
         def train(images: int) -> None:
-            trainee, batch = build(), make_batch(images, size, device)
+            batch = make_batch(images, size, device)
             with fixed_heads(trainee.model, batch):
                 for _ in range(2):
                     trainee.step(batch)
@@ -455,11 +458,19 @@ def _largest_batch(
             except torch.cuda.OutOfMemoryError:
                 return False
             finally:
+                trainee.optimizer.zero_grad(set_to_none=True)
                 gc.collect()
                 torch.cuda.empty_cache()
             return True
 
         try:
-            return largest(fits, _MOST_IMAGES)
+            return largest(fits, _MOST_IMAGES, guess)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _guessed_batch(peaks: Dict[int, int], memory_gib: float) -> int:
+    """How many images may fit, by the peaks of steps with some numbers of them, in bytes."""
+    (few, low), *_, (many, high) = sorted(peaks.items())
+    slope = (high - low) / (many - few) if many > few else high / many
+    return int(few + (memory_gib * 2**30 - low) / slope)

@@ -43,6 +43,8 @@ _TABLE_TILE = 2048
 # that they read for that.
 _FEW_PARTS = 16
 _FEW_VALUES = 512
+# Tiles up to which each finds out the tables by itself: of more, a launch for them takes less time.
+_FEW_TILES = 4096
 _MOST_CHANNELS = 256  # for whose tables one program looks, where it is a launch of its own
 _UPDATED = 256  # channels whose estimates one program writes
 # Passes whose launches are remembered: images of all sizes make many, and so do the numbers of
@@ -121,7 +123,7 @@ class _Tiling:
         ``size`` channels; None if they are to be found by a launch."""
         channels = max(self.block_c, size)
         few = self.parts <= _FEW_PARTS and _block(self.parts) * channels <= _FEW_VALUES
-        if size & (size - 1) or not few:
+        if size & (size - 1) or not few or self.rows * self.tiles > _FEW_TILES:
             return None
         return {"GROUPS": channels // size, "SIZE": size, "BLOCK_S": _block(self.parts)}
 
