@@ -56,8 +56,10 @@ def test_memory_of_a_step(options):
         with fixed_heads(it.model, batch):
             it.step(batch)
             memory = it.memory(batch)
+            profiled = it.kernels(batch)
         saved[norm] = memory["saved_bytes"]
         assert memory["peak_bytes"] > it.state_bytes() + memory["saved_bytes"] * 0.9
+        assert profiled["kernels"] > 100 and profiled["kernels_ms"] > 0
     filters = sum(c.weight.numel() for c in it.standardized_convolutions())
     assert it.standardize() > 0
     if "amp" not in options:  # the standardized filters are made again as they are needed

@@ -233,7 +233,7 @@ BARS = (
     Bar("GPU, BCN, share of the floor, 8 M elements or more: ≥ 75 %", "cuda", _floor),
     Bar("GPU, BCN / GroupNorm, saved for backward: ≤ 1.00 + tables", "cuda", _saved),
     Bar("GPU, step of Mask R-CNN, BCN+WS / GN, time: ≤ 1.02", "cuda", _step(_time_ratio, 1.02)),
-    Bar("GPU, the same, peak memory: ≤ 1.00", "cuda", _step(_memory_ratio, 1.0)),
+    Bar("GPU, the same, peak memory: ≤ 1.00", "cuda", _step(_memory_ratio, 1.0, ".3f")),
     Bar(
         "GPU, WS standardization, share of that step: ≤ 1 %",
         "cuda",

@@ -90,6 +90,8 @@ def _origin(results: Results) -> List[str]:
     settings = results["settings"]
     rounds = f"{settings['repetitions']} rounds after {settings['warmup']} for warming up"
     lines.append(f"- `{results['command']}` ({rounds}; {results['date']})")
+    if "remark" in results:  # added by hand
+        lines.append(f"- {results['remark']}")
     return lines
 
 
@@ -153,6 +155,9 @@ def _train_tables(results: Results) -> List[str]:
     rows = results["rows"]
     header = ["norm", "step ms (quartiles)", "/ GN", "peak GiB", "/ GN", "saved MiB"]
     header += ["WS, ms", "WS, % of step", "inference images/s", "folded images/s"]
+    profiled = any("kernels" in row for row in rows)
+    if profiled:
+        header += ["kernels, ms", "kernels"]
     memory_gib = results["settings"]["memory_gib"]
     if memory_gib is not None:
         header.append(f"largest batch in {memory_gib:g} GiB")
@@ -173,6 +178,8 @@ def _train_tables(results: Results) -> List[str]:
                 _number(_images_per_second(row, "inference")),
                 _number(_images_per_second(row, "inference_folded")),
             ]
+            if profiled:
+                line += [_milliseconds(row["kernels_ms"]), str(row["kernels"])]
             if memory_gib is not None:
                 line.append(str(row["largest_batch"]))
             lines.append(line)

@@ -14,6 +14,8 @@ from detectron2.solver import build_optimizer
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from ..engine import load_config
@@ -77,7 +79,8 @@ def benchmark_train(
     Returns:
         What :mod:`wsbcn_d2.benchmark.report` shows, and JSON can hold: ``machine``, ``settings``,
         ``skipped`` (what -> reason), and ``rows``, one for each batch size and norm, with ``step``
-        (median and quartiles of milliseconds), ``peak_bytes`` and ``saved_bytes`` of a step,
+        (median and quartiles of milliseconds), ``peak_bytes`` and ``saved_bytes`` of a step, on a
+        GPU ``kernels`` and ``kernels_ms`` (:meth:`Trainee.kernels`),
         ``standardization`` (milliseconds, of models with WS), ``inference`` and
         ``inference_folded`` (milliseconds a batch), and ``largest_batch`` if asked for.
 
@@ -211,6 +214,22 @@ class Trainee:
                 self.update(loss)
             peak = live.peak
         return {"saved_bytes": saved, "peak_bytes": self.state_bytes() + peak}
+
+    def kernels(self, batch: List[Dict[str, Any]]) -> Dict[str, float]:
+        """Profiles a step on a GPU.
+
+        Returns:
+            ``kernels``, their number, and ``kernels_ms``, the milliseconds in which one of them ran
+            (they run one after the other): what a step would take if the GPU never waited for the
+            host.
+        """
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            self.step(batch)
+            torch.cuda.synchronize(self._device)
+        on_gpu = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
+        # The name of before PyTorch 2.4 is the second.
+        times = [e.device_time if hasattr(e, "device_time") else e.cuda_time for e in on_gpu]
+        return {"kernels": len(on_gpu), "kernels_ms": sum(times) / 1e3}
 
     def standardize(self) -> Optional[float]:
         """Standardizes all filters that need it, forward and backward.
@@ -364,6 +383,8 @@ def _measure(
                     results[name].update({key: spread(value) for key, value in phases.items()})
             for name, trainee in trainees.items():
                 results[name].update(trainee.memory(batch))
+                if batch[0]["image"].is_cuda:
+                    results[name].update(trainee.kernels(batch))
         rows += [{"norm": name, "images": len(batch), **results[name]} for name in trainees]
     return rows, skipped
 
