@@ -100,7 +100,8 @@ class Standardized:
         self.steps = _steps
         self.eps = conv.eps
         self.dtype = value.dtype
-        self.hold(value)
+        self.value: Optional[Tensor] = value
+        self.value_version = value._version
         self.statistics = statistics
         self.index = index
         self.scope = None if _scope is None else _scope.token
@@ -116,7 +117,7 @@ class Standardized:
 
     def hold(self, value: Tensor) -> None:
         """Takes ``value`` for the standardized filters."""
-        self.value: Optional[Tensor] = value
+        self.value = value
         self.value_version = value._version
 
     def check_weight(self) -> None:
@@ -138,17 +139,23 @@ class Standardized:
         )
 
     def is_at_hand(self, weight: Tensor, eps: float, dtype: torch.dtype) -> bool:
-        """Whether these are the filters to use in one more forward pass of a step of training. What
-        is asked first is what is most often so; otherwise :meth:`holds_for` tells."""
+        """Whether these are the filters to use in one more forward pass of a step of training,
+        which is most often so; otherwise :meth:`holds_for` tells."""
         value = self.value
         return (
             value is not None
-            and self.is_made_of(weight, eps, dtype)
             and self.value_version == value._version
+            and self.weight is weight
+            and self.version == weight._version
+            and self.address == weight.data_ptr()
+            and self.eps == eps
+            and self.dtype == dtype
             and self.steps == _steps
             and not self.used
             and _scope is None
-            and not in_backward()
+            and torch.is_grad_enabled()
+            and torch._C._current_graph_task_id() == -1  # not in a backward pass
+            and (_peek_functorch is None or _peek_functorch() is None)
         )
 
     def holds_for(self, weight: Tensor, eps: float, dtype: torch.dtype) -> bool:
@@ -287,9 +294,7 @@ def shared_standardized_weight(conv: nn.Module) -> Tensor:
     if (
         connected is not None
         and connected[0] is record
-        and torch.is_grad_enabled()
         and record.is_at_hand(weight, conv.eps, dtype)
-        and not _functorch_is_active()
     ):
         conv.__dict__["_in_graph"] = True
         return connected[1]
@@ -301,7 +306,9 @@ def shared_standardized_weight(conv: nn.Module) -> Tensor:
         if not made:
             return standardize_weight(weight, conv.eps)
         record = conv._standardized
-    value = _value_of(record, conv._neighbours)
+    value = record.value
+    if value is None:
+        value = _value_of(record, conv._neighbours)
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return value
     if _scope is not None and not _scope.last:
@@ -394,7 +401,9 @@ class Kept:
         record, conv = self._record, self._conv()
         if len(_unsaved):
             _let_go(conv, self._neighbours)
-        value = _value_of(record, self._neighbours)
+        value = record.value
+        if value is None:
+            value = _value_of(record, self._neighbours)
         if record.value_version != value._version:
             raise RuntimeError(
                 "the standardized filters of a convolution have been modified by an inplace "
@@ -410,8 +419,10 @@ class Kept:
 
 def _finish_call(conv: Optional[nn.Module], record: Standardized) -> None:
     """Notes that the backward pass of a call is there, and drops the filters with the last one."""
-    record.pending = max(record.pending - 1, 0)
-    if not record.pending:
+    if record.pending > 1:
+        record.pending -= 1
+    else:
+        record.pending = 0
         _drop(conv, record)
 
 
@@ -439,14 +450,11 @@ def _drop(conv: Optional[nn.Module], record: Standardized) -> None:
 
 
 def _value_of(record: Standardized, neighbours: Iterable[nn.Module]) -> Tensor:
-    """The standardized filters, which are made once more if they have been dropped.
+    """The standardized filters, made once more after they have been dropped.
 
     With them those of neighbours: in a backward pass those that it will need next, and in a forward
     pass, which calls convolutions more often than was expected, all.
     """
-    value = record.value
-    if value is not None:
-        return value
     record.check_weight()
     only_pending = in_backward() and record.pending > 0
     records = [record]

@@ -204,14 +204,17 @@ class WSConv2d(WeightStandardized, Conv2d):
     @torch.jit.unused
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution alone, without what follows it."""
+        bias = self.bias
         if is_compiling() or torch.jit.is_tracing():
-            return self._conv_forward(x, self.standardized_weight(), self.bias)
-        filters = self._adapted(shared_standardized_weight(self))
+            return self._conv_forward(x, self.standardized_weight(), bias)
+        filters = shared_standardized_weight(self)
+        if self._buffers["ws_scale"] is not None:
+            filters = self._adapted(filters)
         kept = kept_filters(self, filters)
         if kept is None:
-            return self._conv_forward(x, filters, self.bias)
+            return self._conv_forward(x, filters, bias)
         with kept:
-            return self._conv_forward(x, filters, self.bias)
+            return self._conv_forward(x, filters, bias)
 
 
 class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):

@@ -67,7 +67,7 @@ def kernels_for(x: Tensor) -> ModuleType:
 
 def call_on_device_of(x: Tensor, function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)`` with the device of a tensor as the current one: where Triton launches."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+    if x.is_cuda and x.device.index != torch._C._cuda_getDevice():
         with torch.cuda.device(x.device):
             return function(*args)
     return function(*args)

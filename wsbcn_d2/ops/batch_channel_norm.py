@@ -41,7 +41,7 @@ of the parameters, ``weight, bias, group_weight, group_bias``, in one tensor.
 """
 
 from types import ModuleType
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -110,22 +110,22 @@ def batch_channel_norm(
     Returns:
         Tensor of the shape, dtype and memory format of x.
     """
-    update = _Update(running_mean, running_var, skipped_updates, seen_elements, update_rate)
     options = (eps, use_batch_statistics, relu, synchronize and use_batch_statistics)
-    tensors = (x, residual, weight, bias, group_weight, group_bias)
+    tensors = (
+        x,
+        residual,
+        weight,
+        bias,
+        group_weight,
+        group_bias,
+        running_mean,
+        running_var,
+        skipped_updates,
+        seen_elements,
+    )
     if is_observed(x) or torch._C._are_functorch_transforms_active():
-        return _BatchChannelNorm.apply(*tensors, update, options, None)
-    return _apply(*tensors, update, options, kernels_for(x))
-
-
-class _Update(NamedTuple):
-    """What a pass changes of a layer's state, and how; see :func:`batch_channel_norm`."""
-
-    running_mean: Tensor
-    running_var: Tensor
-    skipped_updates: Optional[Tensor]
-    seen_elements: Optional[Tensor]
-    rate: Optional[float]
+        return _BatchChannelNorm.apply(*tensors, update_rate, options, None)
+    return _apply(*tensors, update_rate, options, kernels_for(x))
 
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -155,11 +155,12 @@ def _gradients(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         grad_x,
         grad_residual,
         *[g if d == dtype else g.to(d) for g, d in zip(gradients, ctx.parameter_dtypes)],
-        None,
-        None,
-        None,
+        *_NO_GRADIENTS,
     )
 
+
+# Of what comes after the parameters in the forward pass.
+_NO_GRADIENTS = (None,) * 7
 
 _once_differentiable = torch.autograd.function.once_differentiable(_gradients)
 
@@ -174,20 +175,35 @@ class _BatchChannelNorm(torch.autograd.Function):
         bias: Tensor,
         group_weight: Tensor,
         group_bias: Tensor,
-        update: _Update,
+        running_mean: Tensor,
+        running_var: Tensor,
+        skipped_updates: Optional[Tensor],
+        seen_elements: Optional[Tensor],
+        update_rate: Optional[float],
         options: Tuple[Any, ...],
         kernels: Optional[ModuleType],
     ) -> Tensor:
-        tensors = (x, residual, weight, bias, group_weight, group_bias, *update[:4])
+        tensors = (
+            x,
+            residual,
+            weight,
+            bias,
+            group_weight,
+            group_bias,
+            running_mean,
+            running_var,
+            skipped_updates,
+            seen_elements,
+        )
         relu = options[2]
         # Where ReLU let through is read from its output, or found again from x.
         found_again = False
         if kernels is None:
             rate = None
-            if update.rate is not None:
+            if update_rate is not None:
                 # A tensor, but on the CPU, where reading it stalls nothing: torch.compile would
                 # take a number for a constant and compile again whenever a schedule changes it.
-                rate = torch.tensor(update.rate, dtype=torch.float64, device="cpu")
+                rate = torch.tensor(update_rate, dtype=torch.float64, device="cpu")
             y, tables = torch.ops.wsbcn_d2.batch_channel_norm(*tensors, rate, *options)
             # torch.compile does not look for the kernels: it would trace the attempt to run them.
             # Nor does a tensor without data, with which none can run.
@@ -195,7 +211,7 @@ class _BatchChannelNorm(torch.autograd.Function):
                 found_again = not kernels_for(x).SAVES_OUTPUT_OF_RELU
         else:
             forward = kernels.batch_channel_norm_forward
-            y, tables = call_on_device_of(x, forward, *tensors, update.rate, *options)
+            y, tables = call_on_device_of(x, forward, *tensors, update_rate, *options)
             found_again = relu and residual is None and not kernels.SAVES_OUTPUT_OF_RELU
         saved_y = y if relu and not found_again else None
         ctx.save_for_backward(x, saved_y, weight, group_weight, tables)

@@ -203,7 +203,8 @@ def _moments_alone(
     return _moments_launch(tiling, shape, compute, update=False), tiling
 
 
-class _Forward(NamedTuple):
+@dataclass(eq=False)
+class _Forward:
     """The launches of a forward pass.
 
     Attributes:
@@ -213,6 +214,7 @@ class _Forward(NamedTuple):
             find these out by themselves.
         tables: all tables, unless ``apply`` finds these out by itself.
         apply: the output, and what it changes of the layer's state.
+        known: whether addresses are enough for them (:attr:`.launch.Launch.known`).
     """
 
     scratch: int
@@ -220,6 +222,7 @@ class _Forward(NamedTuple):
     pool: Optional[Launch]
     tables: Optional[Launch]
     apply: Launch
+    known: bool = False
 
     @classmethod
     @lru_cache(maxsize=_REMEMBERED)
@@ -310,13 +313,9 @@ class _Forward(NamedTuple):
         scratch = 2 * channels * (rows + update + (pool is not None))
         return cls(scratch, moments, pool, tables, apply)
 
-    @property
-    def known(self) -> bool:
-        """Whether all of them have been launched before, so that pointers are enough for them."""
-        return all(launch is None or launch.known for launch in self[1:])
 
-
-class _Backward(NamedTuple):
+@dataclass(eq=False)
+class _Backward:
     """The launches of a backward pass.
 
     Attributes:
@@ -325,12 +324,14 @@ class _Backward(NamedTuple):
         tables: the coefficients of the gradient of the activation, and the parameters' gradients,
             unless ``apply`` finds these out by itself.
         apply: the gradient of the activation, and of the residual.
+        known: as for :class:`_Forward`.
     """
 
     scratch: int
     sums: Launch
     tables: Optional[Launch]
     apply: Launch
+    known: bool = False
 
     @classmethod
     @lru_cache(maxsize=_REMEMBERED)
@@ -395,11 +396,6 @@ class _Backward(NamedTuple):
             **tile,
         )
         return cls(2 * channels * images * tiling.parts, sums, tables, apply)
-
-    @property
-    def known(self) -> bool:
-        """As :attr:`_Forward.known`."""
-        return all(launch is None or launch.known for launch in self[1:])
 
 
 def _few(rows: int, groups: Dict[str, int]) -> bool:
@@ -522,6 +518,7 @@ def batch_channel_norm_forward(
         rate,
         float(eps),
     )
+    launches.known = launches.apply.known  # the last: all have been launched
     return y, tables
 
 
@@ -649,6 +646,7 @@ def batch_channel_norm_backward(
         group_weight_,
         parameters_,
     )
+    launches.known = launches.apply.known
     if total.dim() > 1:
         total = parameters.view(-1) if images == 1 else parameters.sum(dim=0)
     return grad_x, grad_residual, total
@@ -707,7 +705,7 @@ def standardize_forward(
     eps_ = _eps_of_filters(tuple(eps), shapes, flat.device)
     tensors = (flat, out, mean, rstd, filters.starts, filters.places, eps_)
     _launch_for_filters(kernels.standardize_kernel, filters.count, compute, tensors)
-    return _divided(out, weights, filters.rooms), mean, rstd
+    return _divided(out, weights, filters.rooms, filters.rooms == filters.numel), mean, rstd
 
 
 def standardize_backward(
@@ -725,7 +723,7 @@ def standardize_backward(
     out = torch.empty_like(flat)
     tensors = (_concatenated(grads), flat, out, mean, rstd, filters.starts)
     _launch_for_filters(kernels.standardize_backward_kernel, filters.count, mean.dtype, tensors)
-    return _divided(out, weights, filters.numel)
+    return _divided(out, weights, filters.numel, True)
 
 
 def _launch_for_filters(
@@ -758,9 +756,11 @@ def _row(weight: Tensor) -> Tensor:
     return weight.permute(order).reshape(-1)
 
 
-def _divided(flat: Tensor, weights: Sequence[Tensor], rooms: Tuple[int, ...]) -> List[Tensor]:
+def _divided(
+    flat: Tensor, weights: Sequence[Tensor], rooms: Tuple[int, ...], without_gaps: bool
+) -> List[Tensor]:
     """The inverse of :func:`_concatenated`, where each weight lies at the start of its room."""
-    if all([w.is_contiguous() and w.numel() == room for w, room in zip(weights, rooms)]):
+    if without_gaps and all([w.is_contiguous() for w in weights]):
         return list(_unflatten_dense_tensors(flat, weights))
     return [
         part.as_strided(w.shape, w.stride(), part.storage_offset())

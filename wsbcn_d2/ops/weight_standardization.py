@@ -65,7 +65,7 @@ def standardize_all(
         :func:`standardize_all_backward` the means and reciprocal deviations of all filters, one
         weight after the other.
     """
-    weights = [_dense(weight) for weight in weights]
+    weights = [w if w.is_contiguous() else _dense(w) for w in weights]
     if is_observed(weights[0]):
         return torch.ops.wsbcn_d2.standardize(weights, list(eps), dtype)
     return _forward(weights, eps, dtype)
@@ -80,16 +80,14 @@ def standardize_all_backward(
         grads: one dtype, which need not be that of the weights.
         weights, mean, rstd: arguments and results of :func:`standardize_all`.
     """
-    weights = [_dense(weight) for weight in weights]
+    weights = [w if w.is_contiguous() else _dense(w) for w in weights]
     if is_observed(weights[0]):
         return torch.ops.wsbcn_d2.standardize_backward(list(grads), weights, mean, rstd)
     return _backward(grads, weights, mean, rstd)
 
 
 def _dense(weight: Tensor) -> Tensor:
-    if weight.is_contiguous() or (
-        weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-    ):
+    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         return weight
     return weight.contiguous()
 
