@@ -90,8 +90,7 @@ def _triton_fails(device_type: str, device_index: Optional[int], choice: str) ->
         device = torch.device(device_type, device_index)
         # Triton launches on the current device, which need not be that of the tensor.
         with torch.cuda.device(device if device_type == "cuda" else -1):
-            for _ in range(2):  # the first launch and its repetition are not the same code
-                triton_backend.moments(torch.ones(1, 1, 2, 2, device=device))
+            triton_backend.try_out(device)
     except Exception as problem:  # a missing package, compiler or driver, an old GPU, ...
         logger.warning(
             f"Triton cannot be used on {device_type}, so normalization runs in plain PyTorch "

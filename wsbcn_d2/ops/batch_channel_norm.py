@@ -146,15 +146,15 @@ def _gradients(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         grad_residual = None
     elif not relu:
         grad_residual = grad
-    dtype = ctx.parameter_dtypes[0]
-    if parameters.dtype != dtype:
-        parameters = parameters.to(dtype)
+    dtypes = ctx.parameter_dtypes
+    if parameters.dtype != dtypes[0] and dtypes.count(dtypes[0]) == len(dtypes):
+        parameters = parameters.to(dtypes[0])
     channels, groups = saved[2].shape[0], saved[3].shape[0]
     gradients = parameters.split_with_sizes([channels, channels, groups, groups])
     return (
         grad_x,
         grad_residual,
-        *[g if d == dtype else g.to(d) for g, d in zip(gradients, ctx.parameter_dtypes)],
+        *[g if g.dtype == d else g.to(d) for g, d in zip(gradients, dtypes)],
         *_NO_GRADIENTS,
     )
 

@@ -158,6 +158,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 @lru_cache(maxsize=None)
 def _flags_of(device: torch.device) -> Tensor:
+    """Made when the device is tried, as a graph that is being captured would own them."""
     return torch.zeros(_STREAMS, 4, dtype=torch.int32, device=device)
 
 
@@ -169,6 +170,16 @@ def _flags(device: torch.device, stream: int) -> Tensor:
     there are flags.
     """
     return _flags_of(device)[_flags.cache_info().currsize % _STREAMS]
+
+
+def try_out(device: torch.device) -> None:
+    """Launches a kernel on a device, which is the current one, and prepares it for others.
+
+    Raises whatever makes that fail.
+    """
+    _flags_of(device)
+    for _ in range(2):  # the first launch and its repetition are not the same code
+        moments(torch.ones(1, 1, 2, 2, device=device))
 
 
 def _moments_launch(
