@@ -59,8 +59,9 @@ def batch_channel_norm_forward(
             count.copy_(total)
         mu.copy_(batch_mean)
         if update_rate is not None:
+            of_all = count.squeeze(0) if synchronize else values
             update_with_batch(
-                running_mean, running_var, mu, s2, float(update_rate), count.squeeze(0), *counters
+                running_mean, running_var, mu, s2, float(update_rate), of_all, *counters
             )
     else:
         if update_rate is not None and values:

@@ -58,18 +58,23 @@ def update_with_batch(
     mean: Tensor,
     var: Tensor,
     rate: float,
-    count: Tensor,
+    count: Union[float, Tensor],
     skipped_updates: Optional[Tensor],
     seen_elements: Optional[Tensor],
 ) -> None:
     """As :func:`update_estimates`, by the rules of :class:`torch.nn.BatchNorm2d`.
 
-    The estimate of the variance is unbiased, and an empty batch (``count``, a tensor, is 0)
-    changes nothing.
+    The estimate of the variance is unbiased, and an empty batch changes nothing. ``count`` is a
+    tensor if it is known to the device only, for which there are more operations.
     """
-    at_least_one = count.clamp(min=1)
-    unbiased = var * (at_least_one / (at_least_one - 1).clamp(min=1))
-    rate = rate * (count > 0).to(mean.dtype)
+    if isinstance(count, Tensor):
+        at_least_one = count.clamp(min=1)
+        unbiased = var * (at_least_one / (at_least_one - 1).clamp(min=1))
+        rate = rate * (count > 0).to(mean.dtype)
+    elif count:
+        unbiased = var * (count / max(count - 1, 1))
+    else:
+        return
     update_estimates(
         running_mean, running_var, mean, unbiased, rate, count, skipped_updates, seen_elements
     )

@@ -504,10 +504,9 @@ def batch_channel_norm_forward(
     if launches.pool is not None:
         launches.pool(stream, scratch_, mean_, var_, statistics_[0], rate)
     if use_batch_statistics:
-        count = tables[-1:].fill_(shape[0] * shape[2] * shape[3])
-        _use_batch(
-            pooled, count, running, (skipped_updates, seen_elements), update_rate, synchronize
-        )
+        values = shape[0] * shape[2] * shape[3]
+        counters = (skipped_updates, seen_elements)
+        _use_batch(pooled, values, tables[-1:], running, counters, update_rate, synchronize)
     if launches.tables is not None:
         launches.tables(
             stream, scratch_, *statistics_, flags_, *parameters_, tables_, rate, float(eps)
@@ -535,14 +534,16 @@ def batch_channel_norm_forward(
 
 def _use_batch(
     pooled: Tensor,
+    values: int,
     count: Tensor,
     running: Tuple[Tensor, Tensor],
     counters: Tuple[Optional[Tensor], Optional[Tensor]],
     update_rate: Union[float, Tensor, None],
     synchronize: bool,
 ) -> None:
-    """Takes the statistics of a batch, (2, C), to those of all ranks, in place, as ``count``, (1,);
-    and moves the estimates towards them."""
+    """Takes the statistics of a batch, (2, C), to those of all ranks, in place; writes the number
+    of values behind them, ``values`` here, to ``count``, (1,); and moves the estimates."""
+    count.fill_(values)
     mean, var = pooled
     if synchronize:
         mean, var, total = pool_over_ranks(mean, var, count)
@@ -550,7 +551,8 @@ def _use_batch(
         pooled[1].copy_(var)
         count.copy_(total)
     if update_rate is not None:
-        update_with_batch(*running, mean, var, float(update_rate), count.squeeze(0), *counters)
+        of_all = count.squeeze(0) if synchronize else values
+        update_with_batch(*running, mean, var, float(update_rate), of_all, *counters)
 
 
 def _tables_of_nothing(
@@ -573,7 +575,7 @@ def _tables_of_nothing(
         mean, var = pooled = tables.new_zeros(2, channels)
         counters = (skipped_updates, seen_elements)
         running = (running_mean, running_var)
-        _use_batch(pooled, tables[-1:].fill_(0), running, counters, update_rate, synchronize)
+        _use_batch(pooled, 0, tables[-1:], running, counters, update_rate, synchronize)
     split = split_tables(tables, images, channels, groups)
     split.mu.copy_(mean)
     split.rstd.copy_(torch.rsqrt(var + eps))
