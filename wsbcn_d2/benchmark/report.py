@@ -1,7 +1,7 @@
 """Tables and pictures of what was measured, from the results alone."""
 
 import json
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -99,6 +99,7 @@ def _norms_tables(results: Results) -> List[str]:
     parts: List[str] = []
     for (dtype, memory_format), layers in cases(results).items():
         names = list(dict.fromkeys(name for rows in layers.values() for name in rows))
+        others = [name for name in (GROUP_NORM, REFERENCE) if name in names]
         times, details = [], []
         for layer, rows in layers.items():
             shape = shape_text(next(iter(rows.values()))["shape"])
@@ -110,44 +111,46 @@ def _norms_tables(results: Results) -> List[str]:
                         _milliseconds(rows[n]["total"]["median"]) if n in rows else ""
                         for n in names
                     ),
-                    _number(ratio(rows, OURS, GROUP_NORM)),
-                    _number(ratio(rows, OURS, REFERENCE)),
+                    *(_number(ratio(rows, OURS, other)) for other in others),
                 ]
             )
             if OURS in rows:
-                details.append([layer, *_details(results, rows)])
+                details.append([layer, *_details(results, rows, others)])
         parts += [
             f"**{dtype}, {memory_format}**: forward + backward, median ms",
             "",
-            table(
-                ["layer", "input", *names, f"{OURS} / {GROUP_NORM}", f"{OURS} / {REFERENCE}"], times
-            ),
+            table(["layer", "input", *names, *(f"{OURS} / {other}" for other in others)], times),
             "",
         ]
         if details:
             header = ["layer", "forward ms (quartiles)", "backward ms (quartiles)"]
             header += [f"of the floor: {phase}" for phase in ("forward", "backward", "both")]
-            header += [f"saved MiB: {name}" for name in (OURS, GROUP_NORM, REFERENCE)]
+            header += [f"saved MiB: {name}" for name in (OURS, *others)]
             if results["device"] == "cuda":
-                header += ["host ms", f"peak MiB: {OURS}", f"peak MiB: {GROUP_NORM}"]
+                compared = [name for name in (OURS, GROUP_NORM) if name in names]
+                header += [f"host ms: {name}" for name in compared]
+                header += [f"peak MiB: {name}" for name in compared]
             title = f"{OURS} in detail, {dtype}, {memory_format}"
             parts += [f"<details><summary>{title}</summary>", "", table(header, details), ""]
             parts += ["</details>", ""]
     return parts
 
 
-def _details(results: Results, rows: Dict[str, Dict[str, Any]]) -> List[str]:
-    """The cells of one layer after its name."""
+def _details(results: Results, rows: Dict[str, Dict[str, Any]], others: Sequence[str]) -> List[str]:
+    """The cells of one layer after its name; ``others`` it is compared with."""
     ours = rows[OURS]
     cells = [_with_quartiles(ours[phase], _milliseconds) for phase in ("forward", "backward")]
     for phase in ("forward", "backward", "total"):
         cells.append(f"{100 * floor_share(results, ours, phase):.0f} %")
-    for name in (OURS, GROUP_NORM, REFERENCE):
-        cells.append(_mebibytes(rows[name]["saved_bytes"]) if name in rows else "")
+
+    def of(name: str, cell: Callable[[Dict[str, Any]], str]) -> str:
+        return cell(rows[name]) if name in rows else ""
+
+    cells += [of(name, lambda row: _mebibytes(row["saved_bytes"])) for name in (OURS, *others)]
     if results["device"] == "cuda":
-        cells.append(_milliseconds(ours["host"]["median"]))
-        for name in (OURS, GROUP_NORM):
-            cells.append(_mebibytes(rows[name]["peak_bytes"]) if name in rows else "")
+        compared = [name for name in (OURS, *others) if name != REFERENCE]
+        cells += [of(name, lambda row: _milliseconds(row["host"]["median"])) for name in compared]
+        cells += [of(name, lambda row: _mebibytes(row["peak_bytes"])) for name in compared]
     return cells
 
 
