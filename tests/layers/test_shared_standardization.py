@@ -266,6 +266,13 @@ def test_frozen_convolution_is_standardized_once():
     assert sizes == [[1, 2], [2], [2]]  # apart from the others, whose memory would stay with it
 
 
+def test_frozen_between_two_calls():
+    conv = net().stem
+    assert conv(images()).requires_grad
+    conv.requires_grad_(False)
+    assert not conv(images()).requires_grad
+
+
 # ------------------------------------------------------------------------------ training, gradients
 
 OPTIMIZERS = {

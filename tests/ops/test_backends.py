@@ -128,6 +128,42 @@ def test_tables_by_launches_of_their_own(tables_by_launches, shape, memory_forma
         torch.testing.assert_close(ours[name], estimate.double().cpu(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("statistics", [ESTIMATE, BATCH])
+@pytest.mark.parametrize(
+    "shape,groups,memory_format",
+    [
+        ((1, 2048, 16, 16), 1, LAST),  # a group of more channels than a program reads parts for
+        ((1, 1030, 12, 11), 1, LAST),
+        ((2, 16, 97, 90), 2, NCHW),
+        ((1, 96, 40, 44), 32, LAST),
+    ],
+)
+def test_as_on_a_large_gpu(backend, monkeypatch, shape, groups, memory_format, statistics):
+    """Where the pixels are divided among as many multiprocessors as an H100 has."""
+    if backend != "triton":
+        pytest.skip("of Triton")
+    from wsbcn_d2.ops import triton_backend
+
+    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 132)
+    inputs = activation(shape, groups, F32, memory_format)
+    x = inputs[0]
+    parts = triton_backend._Tiling.of(x.shape, x.is_contiguous(), x.device).parts
+    assert parts > 1
+    grad = random(shape, F32)
+    ours = run(inputs, grad, **statistics)
+    assert_same(ours, expected(inputs, grad, **statistics), TOLERANCE[F32])
+
+
+def test_not_a_number_lets_gradients_through_relu():
+    inputs = activation((1, 6, 3, 5), 2, F32)
+    inputs[0][0, 1, 2, 3] = float("nan")
+    residual = random((1, 6, 3, 5), F32).requires_grad_()
+    y = batch_channel_norm(*inputs, residual=residual, relu=True)
+    assert y.isnan().any() and not y.isnan().all()
+    (gradient,) = torch.autograd.grad(y, residual, torch.ones_like(y))
+    torch.testing.assert_close(gradient, (~(y <= 0)).to(F32), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("batch_statistics", [False, True])
 def test_far_from_zero(batch_statistics):
     """1000 +- 0.01 in float32, whose steps are 6e-5 there."""

@@ -153,6 +153,7 @@ class Standardized:
             and self.steps == _steps
             and not self.used
             and _scope is None
+            and weight.requires_grad
             and torch.is_grad_enabled()
             and torch._C._current_graph_task_id() == -1  # not in a backward pass
             and (_peek_functorch is None or _peek_functorch() is None)
@@ -286,9 +287,7 @@ def shared_standardized_weight(conv: nn.Module) -> Tensor:
     Args:
         conv: a weight-standardized convolution whose filters are the first dimension of its weight.
     """
-    weight = conv._parameters.get("weight")
-    if weight is None:  # something stands in the place of the parameter
-        weight = conv.weight
+    weight = conv.weight
     dtype = _compute_dtype(weight)
     record, connected = conv._standardized, conv._connected
     if (

@@ -106,8 +106,9 @@ class Launch:
 
 def _watched() -> bool:
     """Whether something wants to be told of launches, which the compiled kernel does."""
-    hooks = triton.knobs.runtime
-    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    # Chains of hooks, which are empty; None, or a hook, if someone replaced them.
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _launcher(compiled: Any, grid: Tuple[int, int, int]) -> Optional[Tuple[Any, ...]]:

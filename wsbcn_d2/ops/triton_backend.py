@@ -131,7 +131,8 @@ class _Tiling:
         """Arguments of the kernels that find out tables for the tiles, and how many programs these
         need for all groups of all images."""
         size = shape[1] // groups
-        block_s = _block(self.parts, max(_TABLE_TILE // triton.next_power_of_2(size), 1))
+        # At least 4, as 1 is for a single part.
+        block_s = _block(self.parts, max(_TABLE_TILE // triton.next_power_of_2(size), 4))
         together = 1
         if not size & (size - 1):  # otherwise a row of several groups would have gaps
             room = max(min(_TABLE_TILE // block_s, _MOST_CHANNELS) // size, 1)
@@ -167,7 +168,8 @@ def _flags(device: torch.device, stream: int) -> Tensor:
     """What the passes on a stream count; see :mod:`.triton_kernels`.
 
     Streams get theirs in the order of their first pass, and share them if they are more than
-    there are flags.
+    there are flags. After a pass that ended halfway, with statistics that were not finite, the next
+    one leaves the estimates as well.
     """
     return _flags_of(device)[_flags.cache_info().currsize % _STREAMS]
 

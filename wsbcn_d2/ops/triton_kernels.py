@@ -320,7 +320,7 @@ def _affine_maps(
     BLOCK_S: tl.constexpr,
 ):
     """The tables of some channels of an image, which are whole groups: m, v, d, scale, shift, r and
-    rstd. Read at a time: the moments of ``BLOCK_S`` parts."""
+    rstd. Read at a time: the moments of ``BLOCK_S`` parts, and 1 only if there is no other."""
     # The statistics of the channels from those of the parts of their pixels.
     first = n.to(tl.int32) * parts
     m = tl.load(scratch_ptr + n * parts * 2 * channels + c, mask=inside, other=0.0)
@@ -689,10 +689,10 @@ def apply_kernel(
 def _under_relu(grad, x, y_ptr, at, mask, m, scale, shift, FROM_OUTPUT: tl.constexpr):
     """The gradient before ReLU, whose output is read if it has been saved."""
     if FROM_OUTPUT:
-        positive = tl.load(y_ptr + at, mask=mask, other=0.0) > 0
+        y = tl.load(y_ptr + at, mask=mask, other=0.0)
     else:
-        positive = scale[:, None] * (x - m[:, None]) + shift[:, None] > 0
-    return tl.where(positive, grad, 0.0)
+        y = scale[:, None] * (x - m[:, None]) + shift[:, None]
+    return tl.where(y <= 0, 0.0, grad)  # NaN lets it through, as in torch.relu
 
 
 @triton.jit(do_not_specialize=["parts"])
