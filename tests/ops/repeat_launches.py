@@ -44,7 +44,7 @@ def described(argument):
     compared too, knows the type."""
     if isinstance(argument, torch.Tensor):
         argument = argument.data_ptr()
-    if isinstance(argument, int) and argument > 2**32:
+    if isinstance(argument, int) and argument > 2**24:  # larger than any count here
         return "address", argument % 16
     return argument
 

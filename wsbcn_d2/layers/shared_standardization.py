@@ -23,16 +23,7 @@ pass reaches them.
 import itertools
 import weakref
 from types import TracebackType
-from typing import (
-    Any,
-    Dict,
-    Iterable,
-    List,
-    NamedTuple,
-    Optional,
-    Tuple,
-    Type,
-)
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple, Type
 
 import torch
 from torch import Tensor, nn
