@@ -10,6 +10,7 @@ from wsbcn_d2 import add_wsbcn_config
 from wsbcn_d2.benchmark.measure import saved_bytes
 from wsbcn_d2.benchmark.train import (
     Trainee,
+    _guessed_batch,
     benchmark_train,
     fixed_heads,
     make_batch,
@@ -150,3 +151,9 @@ def test_options_that_need_a_gpu(option):
         ValueError, match=f"{next(iter(option))} needs a GPU, and the device is cpu"
     ):
         benchmark_train(("GN",), device=CPU, size=(64, 64), **option)
+
+
+def test_guess_of_the_largest_batch():
+    gib = 2**30
+    assert _guessed_batch({1: 4 * gib, 2: 7 * gib}, 16) == 5
+    assert _guessed_batch({2: 6 * gib}, 16) == 5  # 3 GiB an image

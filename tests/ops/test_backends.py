@@ -178,6 +178,16 @@ def test_far_from_zero(batch_statistics):
     torch.testing.assert_close(ours["var"], theirs["var"].double(), rtol=1e-4, atol=0)
 
 
+def test_squares_that_overflow_around_zero_are_noticed():
+    """The mean is finite and small, and what is subtracted from the sum of squares overflows."""
+    inputs = activation((1, 6, 97, 90), 2, F32)
+    inputs[0][0, 4, 0::2], inputs[0][0, 4, 1::2] = 1e30, -1.1e30
+    skipped, before = torch.tensor(0, device=DEVICE), [t.clone() for t in inputs[5:]]
+    batch_channel_norm(*inputs, update_rate=0.1, skipped_updates=skipped)
+    torch.testing.assert_close(inputs[5:], before, rtol=0, atol=0)
+    assert skipped.item() == 1
+
+
 @pytest.mark.parametrize("batch_statistics", [False, True])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 3e38])
 def test_non_finite_batch_is_skipped_and_counted(bad, batch_statistics):

@@ -492,6 +492,6 @@ def _largest_batch(
 
 def _guessed_batch(peaks: Dict[int, int], memory_gib: float) -> int:
     """How many images may fit, by the peaks of steps with some numbers of them, in bytes."""
-    (few, low), *_, (many, high) = sorted(peaks.items())
+    (few, low), (many, high) = min(peaks.items()), max(peaks.items())
     slope = (high - low) / (many - few) if many > few else high / many
     return int(few + (memory_gib * 2**30 - low) / slope)

@@ -118,11 +118,12 @@ class _Tiling:
         """Arguments of the kernels that work on parts."""
         return {"part": self.part, "parts": self.parts}
 
-    def groups(self, size: int) -> Optional[Dict[str, int]]:
+    def groups(self, images: int, size: int) -> Optional[Dict[str, int]]:
         """Arguments of the kernels whose tiles find out tables by themselves, for groups of
         ``size`` channels; None if they are to be found by a launch."""
         channels = max(self.block_c, size)
-        few = self.parts <= _FEW_PARTS and _block(self.parts) * channels <= _FEW_VALUES
+        # Many images are many tiles, too, and few pixels in each.
+        few = images * self.parts <= _FEW_PARTS and _block(self.parts) * channels <= _FEW_VALUES
         if size & (size - 1) or not few or self.rows * self.tiles > _FEW_TILES:
             return None
         return {"GROUPS": channels // size, "SIZE": size, "BLOCK_S": _block(self.parts)}
@@ -277,11 +278,12 @@ class _Forward:
             "values": float(images * height * width),
             "COMPUTE": _COMPUTE[compute],
         }
-        fused = tiling.groups(size)
-        # Many images are many tiles, and few pixels in each: one launch more takes less time.
-        if rows > _FEW_PARTS:
-            fused = None
-        pool_there = fused is not None and update and _few(rows, fused)
+        fused = tiling.groups(images, size)
+        pool_there = (
+            update
+            and fused is not None
+            and _block(rows) * fused["GROUPS"] * fused["SIZE"] <= _FEW_VALUES
+        )
         statistics = {
             "UPDATE": update,
             "POOL": pool_there,
@@ -387,9 +389,7 @@ class _Backward:
             **tile,
         )
         # Through the statistics of the batch a tile is connected with all others.
-        fused = None if use_batch_statistics else tiling.groups(size)
-        if images * tiling.parts > _FEW_PARTS:
-            fused = None
+        fused = None if use_batch_statistics else tiling.groups(images, size)
         tables = None
         if fused is None:
             there, programs = tiling.groups_of_a_program(shape, groups)
@@ -416,12 +416,6 @@ class _Backward:
         return cls(2 * channels * images * tiling.parts, sums, tables, apply)
 
 
-def _few(rows: int, groups: Dict[str, int]) -> bool:
-    """Whether tiles may read so many rows of moments of their groups."""
-    read = _block(rows) * groups["GROUPS"] * groups["SIZE"]
-    return rows <= _FEW_PARTS and read <= _FEW_VALUES
-
-
 def _block(count: int, limit: int = _TABLE_TILE) -> int:
     """How many of so many things to have at a time, a power of two: of a few, as each makes Triton
     compile another kernel."""
@@ -446,10 +440,7 @@ def batch_channel_norm_forward(
     synchronize: bool,
 ) -> Tuple[Tensor, Tensor]:
     """See :mod:`.batch_channel_norm`."""
-    contiguous = x.is_contiguous()
-    if not contiguous:
-        x = dense(x)
-        contiguous = x.is_contiguous()
+    x = dense(x)
     if residual is not None:
         residual = in_format_of(x, residual)
     shape, device = x.shape, x.device
@@ -488,7 +479,7 @@ def batch_channel_norm_forward(
     addresses = addresses_of(tensors)
     launches = _Forward.of(
         shape,
-        contiguous,
+        x.is_contiguous(),
         device,
         tables.dtype,
         groups,
@@ -601,10 +592,7 @@ def batch_channel_norm_backward(
     synchronize: bool,
 ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
     """See :mod:`.batch_channel_norm`."""
-    contiguous = x.is_contiguous()
-    if not contiguous:
-        x = dense(x)
-        contiguous = x.is_contiguous()
+    x = dense(x)
     grad = in_format_of(x, grad)
     shape, device = x.shape, x.device
     images, channels = shape[:2]
@@ -624,7 +612,7 @@ def batch_channel_norm_backward(
     addresses = addresses_of(tensors)
     launches = _Backward.of(
         shape,
-        contiguous,
+        x.is_contiguous(),
         device,
         tables.dtype,
         groups,

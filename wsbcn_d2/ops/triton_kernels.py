@@ -90,7 +90,8 @@ def moments_kernel(
             offset += delta
             square += delta * delta
     total = tl.sum(offset, axis=1)
-    m2 = tl.maximum(tl.sum(square, axis=1) - total * (total / count), 0.0)
+    m2 = tl.sum(square, axis=1) - total * (total / count)
+    m2 = tl.where(m2 < 0.0, 0.0, m2)  # NaN stays NaN, which a maximum would hide
     mean += total / count
     out = (n * parts + tl.program_id(1)) * 2 * channels + c
     tl.store(scratch_ptr + out, mean, mask=inside)
