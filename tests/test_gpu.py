@@ -1,5 +1,7 @@
 """What only a GPU can show: python -m pytest -m gpu"""
 
+import copy
+
 import pytest
 import torch
 from oracles import estimated_bcn, large_batch_bcn, standardized_weight
@@ -7,7 +9,7 @@ from torch import nn
 
 from wsbcn_d2 import BatchChannelNorm, WSConv2d
 from wsbcn_d2.engine import recalibrate_estimates
-from wsbcn_d2.layers import standardize_together
+from wsbcn_d2.layers import run_branch, standardize_together
 from wsbcn_d2.ops import backend_name, batch_channel_norm, set_backend
 
 pytestmark = pytest.mark.gpu
@@ -49,6 +51,43 @@ def test_batch_channel_norm(shape, groups, mode, dtype, memory_format):
     close(norm.running_var, expected.running_var, 1e-5)
     for p, reference in zip(norm.parameters(), affine):
         close(p.grad, reference.grad, 2 * tolerance)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_branch_of_a_block(dtype, memory_format):
+    """To the last bit what single operations compute, and less memory."""
+    torch.backends.cudnn.deterministic = True
+    convs = [
+        WSConv2d(256, 64, 1, bias=False, norm=BatchChannelNorm(64)),
+        WSConv2d(64, 64, 3, padding=1, bias=False, norm=BatchChannelNorm(64)),
+        WSConv2d(64, 256, 1, bias=False, norm=BatchChannelNorm(256)),
+    ]
+    standardize_together(convs)
+    model = nn.ModuleList(convs).cuda().to(memory_format=memory_format)
+    x = torch.randn(2, 256, 50, 67, device="cuda").contiguous(memory_format=memory_format)
+    x = x.to(dtype)
+    results, saved = [], []
+    try:
+        for single in (True, False):
+            module = copy.deepcopy(model)
+            if single:  # what looks between two convolutions makes them single operations
+                module[1].register_forward_hook(lambda m, x, y: None)
+            for _ in range(3):
+                ours = x.detach().requires_grad_()
+                module.zero_grad(set_to_none=True)
+                before = torch.cuda.memory_allocated()
+                with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                    y = run_branch(module, ours, ours)
+                saved.append(torch.cuda.memory_allocated() - before)
+                y.float().square().mean().backward()
+            results.append([y.detach(), ours.grad, *(p.grad for p in module.parameters())])
+            results[-1] += list(module.buffers())
+    finally:
+        torch.backends.cudnn.deterministic = False
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    # Two outputs of 64 channels are not there.
+    assert saved[-1] < saved[2] - 1.5 * x.numel() // 4 * x.element_size()
 
 
 def test_autocast_and_no_synchronization_with_the_host():

@@ -16,6 +16,7 @@ from torch.nn.modules import module as torch_module
 
 import wsbcn_d2
 from wsbcn_d2 import BatchChannelNorm, WSConv2d
+from wsbcn_d2.export import fold
 
 BACKBONES = {
     "build_wsbcn_resnet_backbone",
@@ -210,11 +211,17 @@ def test_config_keys_and_backbones_through_a_config():
     small.MODEL.BACKBONE.NAME = "build_wsbcn_resnet_fpn_backbone"
     stock = small_model("Base-RCNN-FPN.yaml", "BCN+WS")
     torch.manual_seed(0)
-    model = build_model(small)
-    for module in model.modules():
-        if type(module).__module__ == "wsbcn_d2.modeling.blocks":
-            module.__class__ = type(module).__base__
-    assert describe(model) == describe(stock)
+    assert describe(build_model(small)) == describe(stock)
+
+
+@pytest.mark.parametrize("norm", ["BCN+WS", "GN+WS"])
+def test_blocks_and_heads_with_bcn_get_faster_classes(norm):
+    model = small_model("Base-RCNN-FPN.yaml", norm)
+    ours = {type(m) for m in model.modules() if type(m).__module__.startswith("wsbcn_d2.modeling")}
+    names = {"FusedBasicStem", "FusedBottleneckBlock", "FusedConvFCHead", "FusedConvUpsampleHead"}
+    assert {kind.__name__ for kind in ours} == (names if norm == "BCN+WS" else set())
+    folded = {type(m) for m in fold(model).modules()}
+    assert {kind.__base__ for kind in ours} <= folded and not ours & folded
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@
    of estimates a level, as Detectron2 does for the literal options "BN" and "SyncBN" only.
 
 3. A hook of PyTorch, called whenever a module gets a buffer. Meta-architectures register
-   ``pixel_mean`` when their parts are in place, which is the moment to let the standardized
-   convolutions share their work, and to say in the log which they are.
+   ``pixel_mean`` when their parts are in place, which is the moment to give blocks and heads with
+   BCN their faster classes, to let the standardized convolutions share their work, and to say in
+   the log which they are.
 
 4. The backbones of :mod:`wsbcn_d2.modeling` in Detectron2's BACKBONE_REGISTRY.
 """
@@ -41,7 +42,7 @@ from .layers import (
     standardize_,
     standardize_together,
 )
-from .modeling import BACKBONES
+from .modeling import BACKBONES, fuse_
 from .norm_options import NormOption, get_norm, weight_standardization_request
 from .summary import summarize
 
@@ -204,8 +205,9 @@ def _restart_levels(head: nn.Module, inputs: Any) -> None:
 
 
 def complete(module: nn.Module, name: str) -> None:
-    """To be called when all parts of a model are there: its convolutions share their
-    standardization, and the log says what it is made of."""
+    """To be called when all parts of a model are there: blocks and heads are fused, convolutions
+    share their standardization, and the log says what the model is made of."""
+    fuse_(module)
     standardize_together(m for m in module.modules() if isinstance(m, WeightStandardized))
     text = summarize(module)
     if text:

@@ -36,6 +36,10 @@ def test_launches_of_a_step(tmp_path):
         "BCN+ReLU": "4.0",
         "Conv2d": "0.0",
         "WSConv2d": "0.1",  # forward, once more for the backward pass, backward, of 30 together
+        "bottleneck block, GN": "0.0",
+        "bottleneck block, GN+WS": "0.3",
+        "bottleneck block, BCN": "14.0",  # two outputs are made once more
+        "bottleneck block, BCN+WS": "14.3",
     }
     assert "kernels of wsbcn_d2: triton" in result.stdout
 

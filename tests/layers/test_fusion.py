@@ -56,12 +56,16 @@ def test_same_as_one_after_the_other(norm, activation):
         )
 
 
-def test_in_one_pass():
+def test_in_one_pass(monkeypatch):
     """The output of the norm layer is already that of what follows."""
     norm = BatchChannelNorm(8, 2)
     calls = []
-    forward = norm.forward
-    norm.forward = lambda *args, **kwargs: calls.append(kwargs) or forward(*args, **kwargs)
+    forward = BatchChannelNorm.forward
+    monkeypatch.setattr(
+        BatchChannelNorm,
+        "forward",
+        lambda *args, **kwargs: calls.append(kwargs) or forward(*args, **kwargs),
+    )
     x, residual = torch.randn(2, 2, 8, 5, 4)
     y = normalize(x, norm, residual, F.relu_)
     assert calls[0]["relu"] and calls[0]["residual"] is residual and (y >= 0).all()
@@ -69,6 +73,13 @@ def test_in_one_pass():
     assert (conv(x) >= 0).all() and calls[1]["relu"] and calls[1]["residual"] is None
     normalize(x, norm, None, F.gelu)
     assert not calls[2]
+
+
+def test_replaced_forward_is_what_the_layer_does():
+    norm = BatchChannelNorm(8, 2)
+    norm.forward = lambda x: x - 1
+    x, residual = torch.randn(2, 2, 8, 5, 4)
+    torch.testing.assert_close(normalize(x, norm, residual, F.relu), F.relu(x - 1 + residual))
 
 
 HOOKS = {

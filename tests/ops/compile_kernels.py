@@ -62,6 +62,7 @@ VARIANTS = {
             (False, True, STATISTICS[1], GROUPS[2]),
             (True, False, STATISTICS[1], GROUPS[0]),
             (True, True, STATISTICS[2], GROUPS[2]),
+            (False, True, STATISTICS[2], GROUPS[0]),  # an output once more
         )
     ],
     "sums_kernel": ACTIVATION,

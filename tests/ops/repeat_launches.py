@@ -13,7 +13,7 @@ import torch
 from triton.runtime import JITFunction, driver
 
 from wsbcn_d2.benchmark import host
-from wsbcn_d2.ops import batch_channel_norm, set_backend, triton_backend
+from wsbcn_d2.ops import Link, batch_channel_norm, branch, set_backend, triton_backend
 
 LAUNCHED = []
 
@@ -82,6 +82,22 @@ def step(shape, dtype, last, parameters, offset, level, options):
     y.backward(at(offset, torch.ones_like(y)))
 
 
+def step_of_a_branch(shape, dtype, last, parameters, level):
+    """The same of two convolutions, whose backward pass makes an output again."""
+    links = []
+    for _ in range(2):
+        (*affine, mean, var), counters = layer(shape[1], 2, parameters, level)
+        filters = torch.randn(shape[1], shape[1], 1, 1, dtype=dtype, requires_grad=True)
+        geometry = ((1, 1), (0, 0), (1, 1), 1)
+        state = (mean, var, counters["skipped_updates"], counters["seen_elements"])
+        links.append(Link(filters, None, geometry, affine, state, 0.1, 1e-5, False, False))
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    y = branch(x, links)
+    y.backward(torch.ones_like(y))
+
+
 UPDATE = {"update_rate": 0.1}
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CASES = [
@@ -108,12 +124,18 @@ CASES = [
     ((1, 16, 100, 100), F32, False, F32, 0, 0, UPDATE),  # the pixels are divided
     ((64, 512, 2, 2), F32, False, F32, 0, 0, UPDATE),  # a kernel of its own pools the moments
 ]
+BRANCHES = [
+    ((1, 8, 6, 5), F32, False, F32, 0),
+    ((1, 8, 6, 5), BF16, True, F32, 1),
+    ((2, 16, 16, 16), F32, False, F32, 0),
+    ((1, 16, 100, 100), F16, False, F16, 0),
+]
 
 
 def launches(case, repeated):
     del LAUNCHED[:]
     with mock.patch("wsbcn_d2.ops.launch._COMPILED_KERNELS_REPEAT", repeated):
-        step(*case)
+        (step_of_a_branch if case in BRANCHES else step)(*case)
     return list(LAUNCHED)
 
 
@@ -123,15 +145,16 @@ def main():
         driver.set_active(NoDevice())
         stack.enter_context(mock.patch("wsbcn_d2.ops.backend._triton_fails", lambda *_: False))
         set_backend("triton")
-        expected = [launches(case, repeated=False) for case in CASES]
+        cases = CASES + BRANCHES
+        expected = [launches(case, repeated=False) for case in cases]
         run = stack.enter_context(
             mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run)
         )
         total = 0
         # All once to find the kernels, then in other orders.
-        for case in CASES + CASES[::-1] + CASES:
+        for case in cases + cases[::-1] + cases:
             got = launches(case, repeated=True)
-            assert got == expected[CASES.index(case)], (case, got)
+            assert got == expected[cases.index(case)], (case, got)
             total += len(got)
     print(f"{total - run.call_count} of {total} launches repeated")
 

@@ -62,6 +62,7 @@ def test_schemas_and_shapes(backend, dtype, memory_format):
         grad = torch.randn(shape, dtype=dtype)
         args = (grad, x, y, weight, rest[0], tables, bool(relu), bool(has_residual), False)
         check(OPS.batch_channel_norm_backward, args)
+        check(OPS.batch_channel_norm_again, (x, tables, groups, bool(relu)))
 
 
 def test_profiler_shows_the_names():

@@ -13,17 +13,20 @@ from unittest import mock
 
 import torch
 import triton
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..layers import BatchChannelNorm, WSConv2d, standardize_together
+from ..layers import BatchChannelNorm, WSConv2d, is_convolution, standardize_, standardize_together
+from ..modeling import fuse_
 from ..ops import backend, set_backend, triton_backend
 from .machine import describe_machine
 from .measure import Times, interleaved, spread
 
 # Convolutions of a model, more or less, that are standardized together.
 _CONVOLUTIONS = 30
+_BLOCKS = 10  # of 3 convolutions each
 _MULTIPROCESSORS = 132  # of an H100
 
 
@@ -113,6 +116,24 @@ def _convolutions(conv: Callable[..., nn.Module]) -> nn.Module:
     return nn.Sequential(*convs)
 
 
+def _blocks(norm: Callable[[int], nn.Module], standardized: bool) -> nn.Module:
+    blocks = [BottleneckBlock(16, 16, bottleneck_channels=16, norm=norm) for _ in range(_BLOCKS)]
+    model = nn.Sequential(*blocks)
+    if standardized:
+        convs = [m for m in model.modules() if is_convolution(m)]
+        standardize_together([standardize_(conv) for conv in convs])
+    fuse_(model)
+    return model
+
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(4, channels)
+
+
+def _batch_channel_norm(channels: int) -> nn.Module:
+    return BatchChannelNorm(channels, 4)
+
+
 def benchmark_host(repetitions: int = 300, warmup: int = 30) -> Dict[str, Any]:
     """Measures the host's time for layers in training.
 
@@ -143,6 +164,10 @@ def _measure(repetitions: int, warmup: int) -> Dict[str, Any]:
         "BCN+ReLU": (_Activated(BatchChannelNorm(256)), 1),
         "Conv2d": (_convolutions(nn.Conv2d), _CONVOLUTIONS),
         "WSConv2d": (_convolutions(WSConv2d), _CONVOLUTIONS),
+        "bottleneck block, GN": (_blocks(_group_norm, standardized=False), _BLOCKS),
+        "bottleneck block, GN+WS": (_blocks(_group_norm, standardized=True), _BLOCKS),
+        "bottleneck block, BCN": (_blocks(_batch_channel_norm, standardized=False), _BLOCKS),
+        "bottleneck block, BCN+WS": (_blocks(_batch_channel_norm, standardized=True), _BLOCKS),
     }
     launches: Dict[str, List[int]] = {}
     runs = {}

@@ -1,8 +1,9 @@
 """Layers: modules with state and modes. They know nothing of configs."""
 
 from .batch_channel_norm import BatchChannelNorm, ChannelNorm
+from .branch import run_branch
 from .exchange import become
-from .fusion import is_hooked, normalize
+from .fusion import is_hooked, is_relu, normalize
 from .shared_standardization import StandardizeOnce, standardize_together
 from .weight_standardization import (
     WeightStandardized,
@@ -22,7 +23,9 @@ __all__ = [
     "become",
     "is_convolution",
     "is_hooked",
+    "is_relu",
     "normalize",
+    "run_branch",
     "standardize_",
     "standardize_together",
 ]

@@ -236,12 +236,9 @@ class BatchChannelNorm(nn.GroupNorm):
         check_input(x, self.num_channels)
         if residual is not None and residual.shape != x.shape:
             raise ValueError(f"expected a residual of shape {x.shape}, got {residual.shape}")
-        weight, bias, group_weight, group_bias, mean, var, skipped, seen = self._tensors()
-        if mean.dim() == 2:
-            mean, var, seen = (estimates[self.level] for estimates in (mean, var, seen))
-            self.level = (self.level + 1) % self.num_levels
-
-        training = self.training and not self.frozen
+        (weight, bias, group_weight, group_bias), state, options = self.arguments()
+        mean, var, skipped, seen = state
+        update_rate, eps, use_batch_statistics, synchronize = options
         return batch_channel_norm(
             x,
             weight,
@@ -250,15 +247,34 @@ class BatchChannelNorm(nn.GroupNorm):
             group_bias,
             mean,
             var,
-            eps=self.eps,
-            use_batch_statistics=training and self.mode != "estimate",
-            update_rate=self.update_rate if training and not in_backward() else None,
+            eps=eps,
+            use_batch_statistics=use_batch_statistics,
+            update_rate=update_rate,
             skipped_updates=skipped,
             seen_elements=seen,
-            synchronize=self.mode == "sync" and several_ranks(),
+            synchronize=synchronize,
             residual=residual,
             relu=relu,
         )
+
+    @torch.jit.unused
+    def arguments(self) -> Tuple[Tuple[Tensor, ...], Tuple[Tensor, ...], Tuple[Any, ...]]:
+        """What the operation is to be called with, for one call, which it counts as one.
+
+        Returns:
+            ``weight, bias, group_weight, group_bias``; ``running_mean, running_var,
+            skipped_updates, seen_elements``; ``update_rate, eps, use_batch_statistics,
+            synchronize``. See :func:`wsbcn_d2.ops.batch_channel_norm`.
+        """
+        *parameters, mean, var, skipped, seen = self._tensors()
+        if mean.dim() == 2:
+            mean, var, seen = (estimates[self.level] for estimates in (mean, var, seen))
+            self.level = (self.level + 1) % self.num_levels
+        training = self.training and not self.frozen
+        batch = training and self.mode != "estimate"
+        rate = self.update_rate if training and not in_backward() else None
+        options = (rate, self.eps, batch, batch and self.mode == "sync" and several_ranks())
+        return parameters, (mean, var, skipped, seen), options
 
     def _tensors(self) -> Tuple[Tensor, ...]:
         """All parameters, then all buffers."""

@@ -5,6 +5,7 @@ from typing import Callable, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _of_all
 
 from .batch_channel_norm import BatchChannelNorm
 
@@ -22,7 +23,7 @@ def normalize(
     :class:`BatchChannelNorm` computes all of it at once if the activation is ReLU, unless a hook
     listens to its output.
     """
-    relu = activation in _RELUS or (type(activation) is nn.ReLU and not is_hooked(activation))
+    relu = is_relu(activation)
     if isinstance(norm, BatchChannelNorm) and not is_hooked(norm) and (relu or activation is None):
         return norm(x, residual=residual, relu=relu)
     if norm is not None:
@@ -34,11 +35,22 @@ def normalize(
     return x
 
 
+def is_relu(activation: Optional[Callable[[Tensor], Tensor]]) -> bool:
+    """Whether an activation is ReLU, and nothing listens to it."""
+    return activation in _RELUS or (type(activation) is nn.ReLU and not is_hooked(activation))
+
+
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something wants to see the inputs or outputs of a module."""
+    """Whether something wants to see the inputs or outputs of a module, or of all modules, or has
+    replaced what the module does."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _of_all._global_forward_hooks
+        or _of_all._global_forward_pre_hooks
+        or _of_all._global_backward_hooks
+        or _of_all._global_backward_pre_hooks
     )

@@ -279,7 +279,7 @@ def shared_standardized_weight(conv: nn.Module) -> Tensor:
         conv: a weight-standardized convolution whose filters are the first dimension of its weight.
     """
     weight = conv.weight
-    dtype = _compute_dtype(weight)
+    dtype = compute_dtype(weight)
     record, connected = conv._standardized, conv._connected
     if (
         connected is not None
@@ -352,7 +352,7 @@ def kept_filters(conv: nn.Module, filters: Tensor) -> Optional["Kept"]:
 class Kept:
     """What a graph keeps of the standardized filters that one call of a convolution used.
 
-    To be the context of that call.
+    To be the context of that call, or to be asked for them by its backward pass.
     """
 
     def __init__(self, conv: nn.Module, record: Standardized, filters: Tensor) -> None:
@@ -378,7 +378,7 @@ class Kept:
     @staticmethod
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Kept):
-            return packed._filters()
+            return packed.filters()
         saved, version = packed
         if saved._version != version:  # which autograd does not notice under hooks
             raise RuntimeError(
@@ -387,7 +387,8 @@ class Kept:
             )
         return saved
 
-    def _filters(self) -> Tensor:
+    def filters(self) -> Tensor:
+        """The filters, for the backward pass of the call."""
         record, conv = self._record, self._conv()
         if len(_unsaved):
             _let_go(conv, self._neighbours)
@@ -615,7 +616,8 @@ def _matches(a: Tensor, b: Tensor) -> bool:
 
 if hasattr(torch, "get_autocast_dtype"):
 
-    def _compute_dtype(weight: Tensor) -> torch.dtype:
+    def compute_dtype(weight: Tensor) -> torch.dtype:
+        """The dtype in which a convolution with these filters computes."""
         kind = weight.device.type
         if weight.dtype == torch.float64:  # which autocast leaves alone
             return weight.dtype
@@ -625,7 +627,8 @@ if hasattr(torch, "get_autocast_dtype"):
 
 else:  # PyTorch 2.0 to 2.3
 
-    def _compute_dtype(weight: Tensor) -> torch.dtype:
+    def compute_dtype(weight: Tensor) -> torch.dtype:
+        """The dtype in which a convolution with these filters computes."""
         kind = weight.device.type
         if weight.dtype == torch.float64:
             return weight.dtype

@@ -202,14 +202,18 @@ class WSConv2d(WeightStandardized, Conv2d):
             return normalize(self.convolve(x), self.norm, activation=self.activation)
 
     @torch.jit.unused
+    def filters(self) -> Tensor:
+        """As :meth:`standardized_weight`, for a call of the convolution in plain Python."""
+        filters = shared_standardized_weight(self)
+        return filters if self._buffers["ws_scale"] is None else self._adapted(filters)
+
+    @torch.jit.unused
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution alone, without what follows it."""
         bias = self.bias
         if is_compiling() or torch.jit.is_tracing():
             return self._conv_forward(x, self.standardized_weight(), bias)
-        filters = shared_standardized_weight(self)
-        if self._buffers["ws_scale"] is not None:
-            filters = self._adapted(filters)
+        filters = self.filters()
         kept = kept_filters(self, filters)
         if kept is None:
             return self._conv_forward(x, filters, bias)

@@ -4,15 +4,15 @@ Parameters, names and results are those of the stock blocks; with :class:`BatchC
 block makes one pass over an activation where the stock block makes two or three.
 """
 
-from typing import Optional
+from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import CNNBlockBase, Conv2d
+from detectron2.layers import CNNBlockBase
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import Tensor, nn
 
-from ..layers import BatchChannelNorm, WSConv2d, is_hooked, normalize
+from ..layers import BatchChannelNorm, run_branch
 
 
 class FusedBasicStem(BasicStem):
@@ -29,7 +29,7 @@ class FusedBasicStem(BasicStem):
         if torch.jit.is_scripting():
             x = F.relu(self.conv1(x))
         else:
-            x = _convolve(self.conv1, x)
+            x = run_branch([self.conv1], x)
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
@@ -49,9 +49,7 @@ class FusedBasicBlock(BasicBlock):
             shortcut = x if self.shortcut is None else self.shortcut(x)
             return F.relu(out + shortcut)
         else:  # TorchScript does not compile what is in the branch not taken
-            out = _convolve(self.conv1, x)
-            shortcut = x if self.shortcut is None else self.shortcut(x)
-            return _convolve(self.conv2, out, shortcut)
+            return _run_block([self.conv1, self.conv2], x, self.shortcut)
 
 
 class FusedBottleneckBlock(BottleneckBlock):
@@ -70,27 +68,19 @@ class FusedBottleneckBlock(BottleneckBlock):
             shortcut = x if self.shortcut is None else self.shortcut(x)
             return F.relu(out + shortcut)
         else:
-            out = _convolve(self.conv2, _convolve(self.conv1, x))
-            shortcut = x if self.shortcut is None else self.shortcut(x)
-            return _convolve(self.conv3, out, shortcut)
+            return _run_block([self.conv1, self.conv2, self.conv3], x, self.shortcut)
 
 
-_FUSED = {
+def _run_block(convs: List[nn.Module], x: Tensor, shortcut: Optional[nn.Module]) -> Tensor:
+    residual = x if shortcut is None else run_branch([shortcut], x, relu=False)
+    return run_branch(convs, x, residual)
+
+
+BLOCKS = {
     BasicStem: FusedBasicStem,
     BasicBlock: FusedBasicBlock,
     BottleneckBlock: FusedBottleneckBlock,
 }
-
-
-def fuse_blocks_(model: nn.Module) -> None:
-    """Turns the stock stem and blocks of a ResNet into those of this module, in place.
-
-    Objects stay the same and only their class changes. Subclasses, such as the deformable
-    bottleneck, are left alone.
-    """
-    for module in model.modules():
-        if type(module) in _FUSED:
-            module.__class__ = _FUSED[type(module)]
 
 
 def zero_init_residual_(resnet: nn.Module) -> None:
@@ -114,18 +104,3 @@ def zero_init_residual_(resnet: nn.Module) -> None:
                     "trainable weight; set it to False, or MODEL.RESNETS.NORM to another norm"
                 )
             nn.init.zeros_(weight)
-
-
-def _convolve(conv: nn.Module, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-    """``relu(conv(x) + residual)`` of a convolution with a normalization layer."""
-    fusible = type(conv) in (Conv2d, WSConv2d) and conv.activation is None and not is_hooked(conv)
-    if fusible and isinstance(conv.norm, BatchChannelNorm):
-        if isinstance(conv, WSConv2d):
-            x = conv.convolve(x)
-        else:
-            x = conv._conv_forward(x, conv.weight, conv.bias)
-        return normalize(x, conv.norm, residual, F.relu)
-    out = conv(x)
-    if residual is not None:
-        out += residual
-    return F.relu_(out)

@@ -2,15 +2,19 @@
 
 from .backend import BACKENDS, backend_name, set_backend
 from .batch_channel_norm import batch_channel_norm, moments
-from .state import in_backward, is_compiling, several_ranks
+from .branch import Link, branch
+from .state import in_backward, is_compiling, is_traced, several_ranks
 from .weight_standardization import standardize_all, standardize_all_backward, standardize_weight
 
 __all__ = [
     "BACKENDS",
     "backend_name",
+    "Link",
     "batch_channel_norm",
+    "branch",
     "in_backward",
     "is_compiling",
+    "is_traced",
     "moments",
     "set_backend",
     "several_ranks",

@@ -28,20 +28,22 @@ and every other gradient is a sum of dz or dz t over H and W, which again are ta
 What follows a normalization in a residual network can be part of the operation, which saves its
 passes over the activation: the addition of a residual, and ReLU.
 
-Two operations are known to PyTorch, and so to torch.compile and the profiler:
-``wsbcn_d2::batch_channel_norm`` and ``wsbcn_d2::batch_channel_norm_backward``. Where nothing looks
-at them by name, what they do is called without them, which takes less time. A backend
-(:mod:`.eager`, :mod:`.triton_backend`) has a function for each with the same arguments. The forward
-one returns ``y`` and ``tables`` (:mod:`.tables`), with ``m, v, d``, ``scale = k a`` and ``shift = k
-d + beta'_g`` for each image and channel, ``r`` for each image and group, ``mu`` and ``rstd = 1 /
-sqrt(s2 + eps)`` for each channel, and ``count``, the number of values behind ``mu`` if that is of
-the batch. The backward one takes them (y only where it does not find out from x what ReLU let
-through) and returns the gradients of x, of the residual (None, or empty, if it is that of y), and
-of the parameters, ``weight, bias, group_weight, group_bias``, in one tensor.
+Three operations are known to PyTorch, and so to torch.compile and the profiler:
+``wsbcn_d2::batch_channel_norm`` and, with ``_backward`` and ``_again`` behind that name, two more.
+Where nothing looks at them by name, what they do is called without them, which takes less time. A
+backend (:mod:`.eager`, :mod:`.triton_backend`) has a function for each with the same arguments. The
+forward one returns ``y`` and ``tables`` (:mod:`.tables`), with ``m, v, d``, ``scale = k a`` and
+``shift = k d + beta'_g`` for each image and channel, ``r`` for each image and group, ``mu`` and
+``rstd = 1 / sqrt(s2 + eps)`` for each channel, and ``count``, the number of values behind ``mu`` if
+that is of the batch. The backward one takes them (y only where it does not find out from x what
+ReLU let through) and returns the gradients of x, of the residual (None, or empty, if it is that of
+y), and of the parameters, ``weight, bias, group_weight, group_bias``, in one tensor. The third
+makes y from x and the tables once more, without a residual, so that it need not be saved
+(:mod:`.branch`).
 """
 
 from types import ModuleType
-from typing import Any, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -63,6 +65,7 @@ LIBRARY.define(
     "Tensor group_weight, Tensor tables, bool relu, bool has_residual, bool synchronize) "
     "-> (Tensor, Tensor, Tensor)"
 )
+LIBRARY.define("batch_channel_norm_again(Tensor x, Tensor tables, int groups, bool relu) -> Tensor")
 
 
 def batch_channel_norm(
@@ -136,33 +139,58 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 def _gradients(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     saved = ctx.saved_tensors  # to be asked for only once, for activation checkpointing
     relu, has_residual, _ = ctx.options
-    if is_observed(grad):
-        results = torch.ops.wsbcn_d2.batch_channel_norm_backward(grad, *saved, *ctx.options)
-    else:
-        function = kernels_for(grad).batch_channel_norm_backward
-        results = call_on_device_of(grad, function, grad, *saved, *ctx.options)
+    function = (Named if is_observed(grad) else kernels_for(grad)).batch_channel_norm_backward
+    results = call_on_device_of(grad, function, grad, *saved, *ctx.options)
     grad_x, grad_residual, parameters = results
-    if not has_residual:
-        grad_residual = None
-    elif not relu:
+    if has_residual and not relu:
         grad_residual = grad
-    dtypes = ctx.parameter_dtypes
-    if parameters.dtype != dtypes[0] and dtypes.count(dtypes[0]) == len(dtypes):
-        parameters = parameters.to(dtypes[0])
-    channels, groups = saved[2].shape[0], saved[3].shape[0]
-    gradients = parameters.split_with_sizes([channels, channels, groups, groups])
-    return (
-        grad_x,
-        grad_residual,
-        *[g if g.dtype == d else g.to(d) for g, d in zip(gradients, dtypes)],
-        *_NO_GRADIENTS,
-    )
+    of_parameters = parameter_gradients(parameters, *saved[2:4], ctx.parameter_dtypes)
+    return (grad_x, grad_residual, *of_parameters, *_NO_GRADIENTS)
+
+
+def parameter_gradients(
+    gradients: Tensor, weight: Tensor, group_weight: Tensor, dtypes: Tuple[torch.dtype, ...]
+) -> List[Tensor]:
+    """The gradients of the four parameters, of their dtypes, out of the one tensor of a backend."""
+    if gradients.dtype != dtypes[0] and dtypes.count(dtypes[0]) == len(dtypes):
+        gradients = gradients.to(dtypes[0])
+    channels, groups = weight.shape[0], group_weight.shape[0]
+    parts = gradients.split_with_sizes([channels, channels, groups, groups])
+    return [part if part.dtype == dtype else part.to(dtype) for part, dtype in zip(parts, dtypes)]
 
 
 # Of what comes after the parameters in the forward pass.
 _NO_GRADIENTS = (None,) * 7
 
 _once_differentiable = torch.autograd.function.once_differentiable(_gradients)
+
+
+class Named:
+    """A backend whose functions are the operations that PyTorch knows by name."""
+
+    @staticmethod
+    def batch_channel_norm_forward(x: Tensor, *args: Any) -> Tuple[Tensor, Tensor]:
+        rate = args[_UPDATE_RATE]
+        if rate is not None:
+            # A tensor, but on the CPU, where reading it stalls nothing: torch.compile would take a
+            # number for a constant and compile again whenever a schedule changes it.
+            rate = torch.tensor(rate, dtype=torch.float64, device="cpu")
+        args = (*args[:_UPDATE_RATE], rate, *args[_UPDATE_RATE + 1 :])
+        return torch.ops.wsbcn_d2.batch_channel_norm(x, *args)
+
+    @staticmethod
+    def batch_channel_norm_backward(
+        grad: Tensor, *args: Any
+    ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
+        grad_x, of_residual, parameters = torch.ops.wsbcn_d2.batch_channel_norm_backward(
+            grad, *args
+        )
+        relu, has_residual = args[-3:-1]
+        return grad_x, of_residual if relu and has_residual else None, parameters
+
+    @staticmethod
+    def batch_channel_norm_again(x: Tensor, tables: Tensor, groups: int, relu: bool) -> Tensor:
+        return torch.ops.wsbcn_d2.batch_channel_norm_again(x, tables, groups, relu)
 
 
 class _BatchChannelNorm(torch.autograd.Function):
@@ -199,12 +227,7 @@ class _BatchChannelNorm(torch.autograd.Function):
         # Where ReLU let through is read from its output, or found again from x.
         found_again = False
         if kernels is None:
-            rate = None
-            if update_rate is not None:
-                # A tensor, but on the CPU, where reading it stalls nothing: torch.compile would
-                # take a number for a constant and compile again whenever a schedule changes it.
-                rate = torch.tensor(update_rate, dtype=torch.float64, device="cpu")
-            y, tables = torch.ops.wsbcn_d2.batch_channel_norm(*tensors, rate, *options)
+            y, tables = Named.batch_channel_norm_forward(*tensors, update_rate, *options)
             # torch.compile does not look for the kernels: it would trace the attempt to run them.
             # Nor does a tensor without data, with which none can run.
             if relu and residual is None and not is_compiling() and type(x) is Tensor:
@@ -245,6 +268,10 @@ def _backward(grad: Tensor, *args: Any) -> Tuple[Tensor, ...]:
     return grad_x, grad_x.new_empty(0) if grad_residual is None else grad_residual, parameters
 
 
+def _again(x: Tensor, *args: Any) -> Tensor:
+    return call_on_device_of(x, kernels_for(x).batch_channel_norm_again, x, *args)
+
+
 def _forward_shapes(
     x: Tensor,
     residual: Optional[Tensor],
@@ -276,7 +303,13 @@ def _backward_shapes(
     )
 
 
+def _again_shape(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(dense(x))
+
+
 LIBRARY.impl("batch_channel_norm", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("batch_channel_norm_backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("batch_channel_norm_again", _again, "CompositeExplicitAutograd")
 LIBRARY.impl("batch_channel_norm", _forward_shapes, "Meta")
 LIBRARY.impl("batch_channel_norm_backward", _backward_shapes, "Meta")
+LIBRARY.impl("batch_channel_norm_again", _again_shape, "Meta")

@@ -88,13 +88,15 @@ def batch_channel_norm_forward(
     group_bias = _cast(group_bias, m.dtype).view(groups, 1)
     torch.addcmul(group_bias, k, d_by_group, out=shift.view(by_group))
 
-    # One after the other: what does both at once is not vectorized for tables, and takes longer.
-    y = centered.mul_(_planes(scale)).add_(_planes(shift))
-    if residual is not None:
-        y = y.add_(residual)
-    if relu:
-        y = y.relu_()
-    return _cast(y, x.dtype), tables
+    return _applied(centered, scale, shift, residual, relu, x.dtype), tables
+
+
+def batch_channel_norm_again(x: Tensor, tables: Tensor, groups: int, relu: bool) -> Tensor:
+    """See :mod:`.batch_channel_norm`."""
+    x = dense(x)
+    split = split_tables(tables, x.shape[0], x.shape[1], groups)
+    centered = x.to(tables.dtype) - _planes(split.m)
+    return _applied(centered, split.scale, split.shift, None, relu, x.dtype)
 
 
 def batch_channel_norm_backward(
@@ -196,6 +198,24 @@ def standardize_backward(
         )
         outputs.append(_like(out.view(weight.shape).to(weight.dtype), weight))
     return outputs
+
+
+def _applied(
+    centered: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Optional[Tensor],
+    relu: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The output of the forward pass, in the place of x minus its mean."""
+    # One after the other: what does both at once is not vectorized for tables, and takes longer.
+    y = centered.mul_(_planes(scale)).add_(_planes(shift))
+    if residual is not None:
+        y = y.add_(residual)
+    if relu:
+        y = y.relu_()
+    return _cast(y, dtype)
 
 
 def _moments(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:

@@ -26,6 +26,17 @@ def in_backward() -> bool:
     return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def is_traced(x: Tensor) -> bool:
+    """Whether operations on a tensor are recorded or transformed instead of computed: by
+    torch.compile, torch.jit.trace or torch.func, or by the type of the tensor."""
+    return (
+        is_compiling()
+        or type(x) not in _PLAIN
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def is_observed(x: Tensor) -> bool:
     """Whether something wants to see the operations on a tensor by name: torch.compile, the
     profiler, or what intercepts operations, by a mode or by the type of the tensor."""

@@ -188,6 +188,7 @@ def try_out(device: torch.device) -> None:
         tensors = (x, None, ones, ones, ones, ones, *estimates, None, None)
         _, tables = batch_channel_norm_forward(*tensors, *options)
         batch_channel_norm_backward(x, x, None, ones, ones, tables, *options[2:])
+        batch_channel_norm_again(x, tables, 2, relu=True)
 
 
 def _moments_launch(
@@ -332,6 +333,47 @@ class _Forward:
         # The old estimates, and those that are pooled by a launch.
         scratch = 2 * channels * (rows + update + (pool is not None))
         return cls(scratch, moments, pool, tables, apply)
+
+
+# Those tensors that the kernel of the output wants only to find out the tables.
+_NOT_FOR_TABLES = (None,) * 12
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _apply_again(
+    shape: torch.Size,
+    contiguous: bool,
+    device: torch.device,
+    compute: torch.dtype,
+    groups: int,
+    relu: bool,
+    tensors: Tuple[Any, ...],
+) -> Launch:
+    """Of the output once more; the arguments are those of :meth:`_Forward.of`."""
+    tiling = _Tiling.of(shape, contiguous, device)
+    work = tiling.rows * tiling.tiles
+    return Launch(
+        kernels.apply_kernel,
+        (work,),
+        channels=shape[1],
+        groups=groups,
+        pixels=shape[2] * shape[3],
+        tiles=tiling.tiles,
+        work=work,
+        rows=0,
+        values=0.0,
+        FUSED=False,
+        UPDATE=False,
+        POOL=False,
+        HAS_RESIDUAL=False,
+        RELU=relu,
+        COMPUTE=_COMPUTE[compute],
+        BLOCK_R=1,
+        BLOCK_U=1,
+        **_NO_GROUPS,
+        **tiling.partition,
+        **tiling.tile,
+    )
 
 
 @dataclass(eq=False)
@@ -578,6 +620,27 @@ def _tables_of_nothing(
     split.mu.copy_(mean)
     split.rstd.copy_(torch.rsqrt(var + eps))
     return tables
+
+
+def batch_channel_norm_again(x: Tensor, tables: Tensor, groups: int, relu: bool) -> Tensor:
+    """See :mod:`.batch_channel_norm`."""
+    x = dense(x)
+    y = torch.empty_like(x)
+    if x.shape.numel():
+        tensors = (x, None, y, tables)
+        addresses = addresses_of(tensors)
+        launch = _apply_again(
+            x.shape,
+            x.is_contiguous(),
+            x.device,
+            tables.dtype,
+            groups,
+            relu,
+            signature(tensors, addresses),
+        )
+        first = addresses if launch.known else tensors
+        launch(current_stream(x.device), *first, *_NOT_FOR_TABLES, 0.0, 0.0)
+    return y
 
 
 def batch_channel_norm_backward(
