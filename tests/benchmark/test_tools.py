@@ -101,6 +101,7 @@ def test_commands_behind_the_page(command):
 def test_list_of_commands(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark", "--device", "cpu", "--list"])
     assert main() == 0
-    first, second = capsys.readouterr().out.splitlines()
+    first, second, third = capsys.readouterr().out.splitlines()
     assert first == "tools/benchmark_norms.py --device cpu --json docs/benchmarks/norms-cpu.json"
     assert second.startswith("tools/benchmark_train.py --device cpu --size 256 ")
+    assert third.startswith("tools/benchmark_train.py --device cpu --size 800x1333 ")

@@ -32,6 +32,8 @@ COMMANDS: Dict[str, Dict[str, str]] = {
     "cpu": {
         "norms-cpu": _NORMS,
         "train-cpu": _TRAIN + " --size 256 --checkpoint-activations --repetitions 7 --warmup 2",
+        "train-cpu-800x1333": _TRAIN
+        + " --size 800x1333 --norms GN GN+WS BCN BCN+WS --repetitions 3 --warmup 1",
     },
     "cuda": {
         **{
