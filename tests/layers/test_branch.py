@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from versions import KEEPS_NO_FILTERS
 
 from wsbcn_d2 import BatchChannelNorm, WSConv2d
-from wsbcn_d2.layers import run_branch, standardize_together
+from wsbcn_d2.layers import StandardizeOnce, run_branch, standardize_together
 
 
 def make_convs(conv=WSConv2d, **kwargs):
@@ -121,6 +121,67 @@ def single_layers(convs, x, residual, relu):
     for conv in convs[:-1]:
         x = F.relu(conv(x))
     return F.relu(convs[-1](x) + residual)
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return x * x.mean(dim=(2, 3), keepdim=True).sigmoid() - 0.5
+
+
+ACTIVATIONS = {"another": Half, "ReLU": nn.ReLU, "leaky": nn.LeakyReLU}
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("has_residual,relu", [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("conv", [WSConv2d, Conv2d])
+def test_activations_of_the_convolutions_come_first(conv, index, activation, has_residual, relu):
+    convs = make_convs(conv)
+    convs[index].activation = ACTIVATIONS[activation]()
+    theirs = copy.deepcopy(convs)
+
+    def layers(convs, x, residual, relu):
+        for layer in convs[:-1]:
+            x = F.relu(layer(x))
+        x = convs[-1](x)
+        x = x if residual is None else x + residual
+        return F.relu(x) if relu else x
+
+    x, residual = inputs()
+    case = (x, residual if has_residual else None, relu)
+    torch.testing.assert_close(outcome(run_branch, convs, *case), outcome(layers, theirs, *case))
+
+
+def test_geometry_in_single_numbers():
+    convs = make_convs()
+    theirs = copy.deepcopy(convs)
+    convs[1].dilation = convs[1].stride = 1
+    case = (*inputs(), True)
+    torch.testing.assert_close(outcome(run_branch, convs, *case), outcome(stock, theirs, *case))
+
+
+def test_plain_convolution_pads_with_zeros():
+    """Whatever its padding_mode, as Detectron2's does by itself."""
+    convs = make_convs(Conv2d)
+    convs[1].padding_mode = "circular"
+    theirs = copy.deepcopy(convs)
+    x, residual = inputs()
+    torch.testing.assert_close(
+        outcome(run_branch, convs, x, residual), outcome(single_layers, theirs, x, residual)
+    )
+
+
+def test_accumulation_in_mixed_precision():
+    """With filters that several batches share, which are in float32."""
+    convs = make_convs().float()
+    x, residual = inputs(torch.bfloat16)
+    with StandardizeOnce() as batches, torch.autocast("cpu", torch.bfloat16):
+        for last in (False, True):
+            batches.last = last
+            y = run_branch(convs, x, residual)
+            assert "Branch" in type(y.grad_fn).__name__
+            y.float().square().sum().backward()
+    assert all(p.grad is not None for p in convs.parameters())
 
 
 def test_hooks_of_all_modules_are_called():

@@ -210,6 +210,42 @@ def test_what_has_been_used_is_freed(backend):
     assert alive == [[True, True, False, False, False]]
 
 
+def test_nothing_is_kept_without_gradient():
+    x, residual = inputs(3)
+    links = make_links(3)
+    for grad in (False, True):
+        alive = []
+
+        class Notes(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                result = func(*args, **(kwargs or {}))
+                if func.name() == "aten::convolution":
+                    self.outputs.append(StorageWeakRef(result.untyped_storage()))
+                    gc.collect()  # the interpreter leaves cycles behind
+                    alive.append(sum(not ref.expired() for ref in self.outputs))
+                return result
+
+        Notes.outputs = []
+        with torch.set_grad_enabled(grad), Notes():
+            branch(x, links, residual)
+        # of a convolution's output the next one needs only what was made of it
+        assert alive == ([1, 2, 3] if grad else [1, 1, 1])
+
+
+def test_result_is_freed_with_its_last_use(backend):
+    x, residual = inputs(3)
+    links = make_links(3, again=True)
+    y = branch(x.requires_grad_(), links, residual)
+    loss = y * torch.ones_like(y)
+    result = StorageWeakRef(y.untyped_storage())
+    del y
+    alive = []
+    for link in links:  # the interpreter leaves cycles behind
+        link.again.on_call = lambda: gc.collect() and None or alive.append(not result.expired())
+    loss.sum().backward()
+    assert alive == [False] * 3
+
+
 def test_some_of_the_gradients():
     """Images need none, nor do frozen filters or parameters."""
     x, residual = inputs(2)

@@ -23,8 +23,8 @@ def run_branch(
     between them.
 
     Args:
-        convs: instances of :class:`detectron2.layers.Conv2d`, with ReLU or no activation of their
-            own; with a residual or without ``relu``, the last has none.
+        convs: instances of :class:`detectron2.layers.Conv2d`; an activation of their own comes
+            first.
         x: (N, C_in, H, W).
         residual: of the shape of the result.
         relu: whether ReLU is applied to the result, as it always is between two convolutions.
@@ -32,7 +32,9 @@ def run_branch(
     Returns:
         (N, C_out, H_out, W_out)
     """
-    links = _links(convs, x)
+    # A ReLU of the last one's own is that of the branch only if nothing is between the two.
+    last = convs[-1].activation is None or (relu and residual is None)
+    links = _links(convs, x) if last else None
     if links is not None:
         return branch(x, links, residual, relu)
     for conv in convs[:-1]:
@@ -48,25 +50,23 @@ def _links(convs: Sequence[nn.Module], x: Tensor) -> Optional[List[Link]]:
     found = []
     for conv in convs:
         norm = _norm_of(conv)
-        if norm is None:
+        if norm is None or compute_dtype(conv.weight) != dtype:  # autocast casts the input
             return None
-        filters = conv.filters() if type(conv) is WSConv2d else _computed_with(conv.weight)
-        if filters.dtype != dtype:  # autocast casts the input
-            return None
-        found.append((conv, norm, filters))
+        found.append((conv, norm))
     links = []
-    for conv, norm, filters in found:
-        again = kept_filters(conv, filters) if type(conv) is WSConv2d else None
+    for conv, norm in found:
+        again = None
+        if type(conv) is WSConv2d:
+            filters = conv.filters()
+            again = kept_filters(conv, filters)
+        else:
+            filters = conv.weight
+        if filters.dtype != dtype:
+            filters = filters.to(dtype)
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         parameters, state, options = norm.arguments()
         links.append(Link(filters, again, geometry, parameters, state, *options))
     return links
-
-
-def _computed_with(filters: Tensor) -> Tensor:
-    """The filters of a plain convolution, in the dtype in which it computes."""
-    dtype = compute_dtype(filters)
-    return filters if filters.dtype == dtype else filters.to(dtype)
 
 
 def _norm_of(conv: nn.Module) -> Optional[BatchChannelNorm]:
@@ -81,7 +81,7 @@ def _norm_of(conv: nn.Module) -> Optional[BatchChannelNorm]:
         and (conv.activation is None or is_relu(conv.activation))
         and conv.bias is None
         and conv.padding_mode == "zeros"
-        and type(conv.padding) is tuple
+        and all(isinstance(g, tuple) for g in (conv.stride, conv.padding, conv.dilation))
         and not is_hooked(conv)
         and not is_hooked(norm)
     ):
@@ -95,9 +95,16 @@ def _one_by_one(conv: nn.Module, x: Tensor, residual: Optional[Tensor], relu: bo
         if isinstance(conv, WSConv2d):
             x = conv.convolve(x)
         else:
-            x = conv._conv_forward(x, conv.weight, conv.bias)
+            # With zeros, whatever its padding_mode: as Detectron2's own `forward`.
+            geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+            x = F.conv2d(x, conv.weight, conv.bias, *geometry)
         return normalize(x, conv.norm, residual, F.relu if relu else None)
     out = conv(x)
     if residual is not None:
-        out += residual
-    return F.relu_(out) if relu and conv.activation is None else out
+        # Not in place on what an activation may have saved, nor below.
+        out = out.add_(residual) if conv.activation is None else out + residual
+    elif is_relu(conv.activation):
+        return out
+    if not relu:
+        return out
+    return F.relu_(out) if conv.activation is None else F.relu(out)

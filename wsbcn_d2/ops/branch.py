@@ -3,12 +3,11 @@
 It is the branch of a residual block: convolutions, each followed by batch-channel normalization and
 ReLU, and at the end the addition of a residual. Results are those of the single operations. But
 between two convolutions only the input of the normalization is saved: its output is made again by
-the backward pass, from the tables that are there. That is a sixth of what a bottleneck block saves
-otherwise. And with one image a step a GPU waits for the host, which has less to do for one
+the backward pass, from the tables that are there. That is a sixth less for a bottleneck
+block. And with one image a step a GPU waits for the host, which has less to do for one
 operation than for six.
 """
 
-from types import ModuleType
 from typing import Any, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import torch
@@ -70,7 +69,8 @@ def branch(
         ValueError: if the residual has another shape.
     """
     tensors = [t for link in links for t in (link.filters, *link.parameters)]
-    return _apply(links, relu, x, residual, *tensors)
+    # Inside of the function nothing says whether gradients are wanted.
+    return _apply(links, relu, torch.is_grad_enabled(), x, residual, *tensors)
 
 
 class _Branch(torch.autograd.Function):
@@ -79,6 +79,7 @@ class _Branch(torch.autograd.Function):
         ctx: Any,
         links: Sequence[Link],
         relu: bool,
+        grad_enabled: bool,
         x: Tensor,
         residual: Optional[Tensor],
         *tensors: Tensor,
@@ -87,7 +88,10 @@ class _Branch(torch.autograd.Function):
         # Without a residual, Triton finds out from x what ReLU let through.
         saved_y = relu and (residual is not None or kernels.SAVES_OUTPUT_OF_RELU)
         kernels = Named if is_observed(x) else kernels
-        y, saved = call_on_device_of(x, _forward, kernels, links, relu, x, residual)
+        recorded = grad_enabled and any(ctx.needs_input_grad)
+        y, saved = call_on_device_of(x, _forward, kernels, links, relu, x, residual, recorded)
+        if not recorded:
+            return y
         ctx.save_for_backward(x, y if saved_y else None, *saved)
         ctx.relu, ctx.has_residual = relu, residual is not None
         ctx.links = [
@@ -105,14 +109,22 @@ class _Branch(torch.autograd.Function):
 # Without what ``apply`` itself adds, which is for transformations of functions.
 _apply = super(torch.autograd.Function, _Branch).apply
 
+# Arguments: where x is, and how many tensors a link has from the second after it on.
+_X, _TENSORS = 3, 5
+
 # What a link saves: the output of the convolution, weight, group_weight, tables and filters.
 _SAVED = 5
 
 
 def _forward(
-    kernels: ModuleType, links: Sequence[Link], relu: bool, x: Tensor, residual: Optional[Tensor]
+    kernels: Any,
+    links: Sequence[Link],
+    relu: bool,
+    x: Tensor,
+    residual: Optional[Tensor],
+    recorded: bool,
 ) -> Tuple[Tensor, List[Optional[Tensor]]]:
-    """The result, and for each link what it saves."""
+    """The result, and if it is recorded, for each link what it saves."""
     saved: List[Optional[Tensor]] = []
     last = links[-1]
     y = x
@@ -133,18 +145,21 @@ def _forward(
             relu or link is not last,
             link.synchronize,
         )
-        kept = filters if link.again is None else None
-        saved += (z, parameters[0], parameters[2], tables, kept)
+        if recorded:
+            kept = filters if link.again is None else None
+            saved += (z, parameters[0], parameters[2], tables, kept)
+        del z  # which the next convolution has no need of
     return y, saved
 
 
 def _gradients(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-    x, y, *saved = ctx.saved_tensors
+    # Nothing but this list keeps them, so that each is freed as soon as it has been used, as those
+    # of single operations are.
+    saved = list(ctx.saved_tensors)
     if hasattr(ctx, "maybe_clear_saved_tensors"):  # not PyTorch 2.0
-        # So that each is freed as soon as it has been used, as those of single operations are.
         ctx.maybe_clear_saved_tensors()
-    kernels = Named if is_observed(grad) else kernels_for(x)
-    return call_on_device_of(x, _backward, ctx, kernels, grad, x, y, saved)
+    kernels = Named if is_observed(grad) else kernels_for(grad)
+    return call_on_device_of(grad, _backward, ctx, kernels, grad, saved)
 
 
 _once_differentiable = torch.autograd.function.once_differentiable(_gradients)
@@ -152,12 +167,12 @@ _once_differentiable = torch.autograd.function.once_differentiable(_gradients)
 
 def _backward(
     ctx: Any,
-    kernels: ModuleType,
+    kernels: Any,
     grad: Tensor,
-    x: Tensor,
-    y: Optional[Tensor],
     saved: List[Optional[Tensor]],
 ) -> Tuple[Optional[Tensor], ...]:
+    x, y = saved[:2]
+    saved[1] = None
     gradients: List[Optional[Tensor]] = []  # from the last to the first
     relu, has_residual = ctx.relu, ctx.has_residual
     grad_residual = grad if has_residual and not relu else None
@@ -189,14 +204,14 @@ def _backward(
             False,
             _NO_PADDING,
             conv_groups,
-            (index > 0 or needed[2], needed[4 + 5 * index], False),
+            (index > 0 or needed[_X], needed[_X + 2 + _TENSORS * index], False),
         )
         gradients.append(of_filters)
-    return (None, None, grad, grad_residual, *gradients[::-1])
+    return (None, None, None, grad, grad_residual, *gradients[::-1])
 
 
 def _output_again(
-    kernels: ModuleType, z: Tensor, weight: Tensor, group_weight: Tensor, tables: Tensor, _: Any
+    kernels: Any, z: Tensor, weight: Tensor, group_weight: Tensor, tables: Tensor, _: Any
 ) -> Tensor:
     return kernels.batch_channel_norm_again(z, tables, group_weight.shape[0], True)
 
