@@ -145,6 +145,32 @@ def test_hooks_see_what_they_see_in_the_stock_block(name):
     assert (ours < 0).any()
 
 
+@pytest.mark.parametrize("name", ["conv1", "conv2", "conv3", "shortcut"])
+def test_another_module_in_place_of_a_convolution(name):
+    """A shortcut with pooling, a convolution that someone else has made."""
+    model = block()
+    conv = getattr(model, name)
+    other = nn.Sequential(
+        nn.Conv2d(conv.in_channels, conv.out_channels, 1), nn.BatchNorm2d(conv.out_channels)
+    )
+    setattr(model, name, nn.Sequential(nn.AvgPool2d(2), other) if name == "shortcut" else other)
+    stock = copy.deepcopy(model)
+    stock.__class__ = BottleneckBlock
+    if name == "shortcut":
+        for m in (model, stock):
+            m.conv1.stride = m.conv2.stride = (1, 1)
+            m.conv1.stride = (2, 2)
+    if name == "conv1":
+        for m in (model, stock):
+            m.shortcut.stride = (1, 1)
+    results = []
+    for m in (model, stock):
+        x = torch.linspace(-1, 1, 2 * 64 * 8 * 8).view(2, 64, 8, 8).requires_grad_()
+        y = m(x)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, *m.parameters()])])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
 def test_checkpointed_stages():
     """With ReLU fused and filters shared; see test_backbone.py for the whole."""
     ours, stock = pair(50, "BCN+WS", "MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True")

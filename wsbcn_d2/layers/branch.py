@@ -1,6 +1,6 @@
 """The branch of a residual block, as one operation where its layers allow it."""
 
-from typing import List, Optional, Sequence
+from typing import Any, List, Optional, Sequence
 
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
@@ -23,8 +23,8 @@ def run_branch(
     between them.
 
     Args:
-        convs: instances of :class:`detectron2.layers.Conv2d`; an activation of their own comes
-            first.
+        convs: modules in the place of a :class:`detectron2.layers.Conv2d`; an activation of their
+            own comes first.
         x: (N, C_in, H, W).
         residual: of the shape of the result.
         relu: whether ReLU is applied to the result, as it always is between two convolutions.
@@ -33,7 +33,7 @@ def run_branch(
         (N, C_out, H_out, W_out)
     """
     # A ReLU of the last one's own is that of the branch only if nothing is between the two.
-    last = convs[-1].activation is None or (relu and residual is None)
+    last = _activation_of(convs[-1]) is None or (relu and residual is None)
     links = _links(convs, x) if last else None
     if links is not None:
         return branch(x, links, residual, relu)
@@ -89,6 +89,11 @@ def _norm_of(conv: nn.Module) -> Optional[BatchChannelNorm]:
     return None
 
 
+def _activation_of(conv: nn.Module) -> Any:
+    """None if there is none, also where someone put another module in place of a convolution."""
+    return getattr(conv, "activation", None)
+
+
 def _one_by_one(conv: nn.Module, x: Tensor, residual: Optional[Tensor], relu: bool) -> Tensor:
     fusible = type(conv) in (Conv2d, WSConv2d) and conv.activation is None and not is_hooked(conv)
     if fusible and isinstance(conv.norm, BatchChannelNorm):
@@ -99,12 +104,12 @@ def _one_by_one(conv: nn.Module, x: Tensor, residual: Optional[Tensor], relu: bo
             geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
             x = F.conv2d(x, conv.weight, conv.bias, *geometry)
         return normalize(x, conv.norm, residual, F.relu if relu else None)
-    out = conv(x)
+    out, activation = conv(x), _activation_of(conv)
     if residual is not None:
         # Not in place on what an activation may have saved, nor below.
-        out = out.add_(residual) if conv.activation is None else out + residual
-    elif is_relu(conv.activation):
+        out = out.add_(residual) if activation is None else out + residual
+    elif is_relu(activation):
         return out
     if not relu:
         return out
-    return F.relu_(out) if conv.activation is None else F.relu(out)
+    return F.relu_(out) if activation is None else F.relu(out)
