@@ -4,23 +4,17 @@ import pytest
 import torch
 from ops.cases import DEVICE, assert_same, expected, make_inputs, run
 from oracles import standardized_weight
-from versions import CPU_HAS_HALF, TRITON_INTERPRETS
+from versions import CPU_HAS_HALF
 
-from wsbcn_d2.ops import (
-    backend_name,
-    batch_channel_norm,
-    moments,
-    set_backend,
-    standardize_all,
-    standardize_all_backward,
-)
+from wsbcn_d2.ops import batch_channel_norm, moments, standardize_all, standardize_all_backward
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 NCHW, LAST = torch.contiguous_format, torch.channels_last
 TOLERANCE = {F64: 1e-7, F32: 2e-5, F16: 2e-3, BF16: 1.6e-2}
 
-# Of the interpreter, and of NumPy where numbers are not finite on purpose.
 pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    # Of the interpreter, and of NumPy where numbers are not finite on purpose.
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
@@ -47,18 +41,6 @@ CASES = [
     ((1, 3, 97, 90), 1, F32, NCHW, ESTIMATE, BOTH),  # more than one part of the pixels
     ((2, 4, 70, 81), 2, F32, LAST, BATCH, RELU),
 ]
-
-
-@pytest.fixture(params=["eager", "triton"], autouse=True)
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
-        if DEVICE.type == "cpu" and not TRITON_INTERPRETS:
-            pytest.skip("this Triton has no interpreter")
-    set_backend(request.param)
-    assert backend_name(DEVICE) == request.param
-    yield request.param
-    set_backend(None)
 
 
 def random(shape, dtype, memory_format=NCHW):

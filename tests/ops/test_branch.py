@@ -9,24 +9,15 @@ from ops.cases import DEVICE
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from versions import TRITON_INTERPRETS
 
-from wsbcn_d2.ops import Link, batch_channel_norm, branch, set_backend
+from wsbcn_d2.ops import Link, batch_channel_norm, branch
 
 NCHW, LAST = torch.contiguous_format, torch.channels_last
-# Of the interpreter.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-
-
-@pytest.fixture(params=["eager", "triton"], autouse=True)
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
-        if DEVICE.type == "cpu" and not TRITON_INTERPRETS:
-            pytest.skip("this Triton has no interpreter")
-    set_backend(request.param)
-    yield request.param
-    set_backend(None)
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    # Of the interpreter.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
 
 
 class Again:
