@@ -1,4 +1,4 @@
-"""Which kernels run: Triton's on GPUs, plain PyTorch elsewhere."""
+"""Which kernels run: Triton's on GPUs, compiled C on CPUs, plain PyTorch where those do not."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from . import eager
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
-BACKENDS = ("auto", "eager", "triton")
+BACKENDS = ("auto", "eager", "native", "triton")
 _VARIABLE = "WSBCN_D2_BACKEND"
 
 _chosen: Optional[str] = None
@@ -25,9 +25,10 @@ def set_backend(name: Optional[str]) -> None:
     """Chooses the kernels of this process.
 
     Args:
-        name: ``"auto"``: Triton for tensors on a GPU where it works, plain PyTorch otherwise.
-            ``"eager"``: plain PyTorch. ``"triton"``: as "auto", and for tensors on the CPU too if
-            Triton interprets its kernels (``TRITON_INTERPRET=1``, for debugging).
+        name: ``"auto"``: Triton for tensors on a GPU and C for those on the CPU, each where it
+            works, and plain PyTorch otherwise. ``"eager"``: plain PyTorch. ``"native"``: as
+            "auto", without Triton. ``"triton"``: as "auto", but for tensors on the CPU Triton's
+            interpreter (``TRITON_INTERPRET=1``, for debugging) or plain PyTorch.
             None: what the environment variable ``WSBCN_D2_BACKEND`` says, or else "auto", which is
             how a process starts.
 
@@ -40,7 +41,7 @@ def set_backend(name: Optional[str]) -> None:
 
 
 def backend_name(device: Optional[torch.device] = None) -> str:
-    """The kernels in use for tensors on ``device``: ``"eager"`` or ``"triton"``.
+    """The kernels in use for tensors on ``device``: ``"eager"``, ``"native"`` or ``"triton"``.
 
     Args:
         device: default: the current GPU if there is one, else the CPU.
@@ -48,19 +49,26 @@ def backend_name(device: Optional[torch.device] = None) -> str:
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice = _chosen or _checked(os.environ.get(_VARIABLE) or "auto", _VARIABLE)
-    if choice == "eager" or (choice == "auto" and device.type != "cuda"):
+    if device.type == "cpu" and choice in ("auto", "native"):
+        return "eager" if _native_fails() else "native"
+    if device.type not in ("cpu", "cuda") or choice not in ("auto", "triton"):
         return "eager"
-    return "eager" if _triton_fails(device.type, device.index, choice) else "triton"
+    return "eager" if _triton_fails(device.type, device.index) else "triton"
 
 
 def kernels_for(x: Tensor) -> ModuleType:
-    """The module with the kernels for a tensor: :mod:`.eager` or :mod:`.triton_backend`."""
+    """The module with the kernels for a tensor: :mod:`.eager`, :mod:`.native_backend` or
+    :mod:`.triton_backend`."""
     device = x.device
     kernels = _kernels.get(device)
     if kernels is None:
-        kernels = eager
-        if device.type in ("cpu", "cuda") and backend_name(device) == "triton":
+        name = backend_name(device)
+        if name == "native":
+            from . import native_backend as kernels
+        elif name == "triton":
             from . import triton_backend as kernels
+        else:
+            kernels = eager
         _kernels[device] = kernels
     return kernels
 
@@ -80,7 +88,20 @@ def _checked(name: str, what: str) -> str:
 
 
 @lru_cache(maxsize=None)
-def _triton_fails(device_type: str, device_index: Optional[int], choice: str) -> bool:
+def _native_fails() -> bool:
+    """Whether the kernels in C cannot serve, found out by trying; says so once."""
+    try:
+        from . import native_backend
+
+        native_backend.try_out()
+    except Exception as problem:  # no compiler, no place to write to, ...
+        _say_slower("Kernels in C", "cpu", problem)
+        return True
+    return False
+
+
+@lru_cache(maxsize=None)
+def _triton_fails(device_type: str, device_index: Optional[int]) -> bool:
     """Whether Triton cannot serve a device, found out by trying; says so once."""
     try:
         from . import triton_backend
@@ -92,9 +113,13 @@ def _triton_fails(device_type: str, device_index: Optional[int], choice: str) ->
         with torch.cuda.device(device if device_type == "cuda" else -1):
             triton_backend.try_out(device)
     except Exception as problem:  # a missing package, compiler or driver, an old GPU, ...
-        logger.warning(
-            f"Triton cannot be used on {device_type}, so normalization runs in plain PyTorch "
-            f"there, which needs more time: {type(problem).__name__}: {problem}"
-        )
+        _say_slower("Triton", device_type, problem)
         return True
     return False
+
+
+def _say_slower(what: str, device_type: str, problem: Exception) -> None:
+    logger.warning(
+        f"{what} cannot be used on {device_type}, so normalization runs in plain PyTorch there, "
+        f"which needs more time: {type(problem).__name__}: {problem}"
+    )

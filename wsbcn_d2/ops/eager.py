@@ -10,7 +10,7 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .estimates import pool_over_ranks, sum_over_ranks, update_estimates, update_with_batch
+from .estimates import pool_images, sum_over_ranks, update_estimates, use_batch
 from .memory_format import dense, in_format_of
 from .tables import new_tables, split_tables
 
@@ -49,30 +49,18 @@ def batch_channel_norm_forward(
     mu, rstd, m, v, d, scale, shift, r, count = split_tables(tables, images, channels, groups)
     centered = _moments(x, m, v)
     values = images * x.shape[2] * x.shape[3]
-    counters = (skipped_updates, seen_elements)
+    running, counters = (running_mean, running_var), (skipped_updates, seen_elements)
     if use_batch_statistics:
-        count.fill_(values)
-        batch_mean = m.mean(dim=0) if images else m.new_zeros(channels)
-        s2 = (v + (m - batch_mean).square()).mean(dim=0) if images else m.new_zeros(channels)
-        if synchronize:
-            batch_mean, s2, total = pool_over_ranks(batch_mean, s2, count)
-            count.copy_(total)
-        mu.copy_(batch_mean)
-        if update_rate is not None:
-            of_all = count.squeeze(0) if synchronize else values
-            update_with_batch(
-                running_mean, running_var, mu, s2, float(update_rate), of_all, *counters
-            )
+        batch = pool_images(m, v)
+        mean, s2 = use_batch(*batch, values, count, *running, update_rate, *counters, synchronize)
     else:
         if update_rate is not None and values:
             offset = m - running_mean
             around_old = torch.addcmul(v, offset, offset)
             batch = (m.mean(dim=0), around_old.mean(dim=0)) if images > 1 else (m[0], around_old[0])
-            update_estimates(
-                running_mean, running_var, *batch, float(update_rate), values, *counters
-            )
-        mu.copy_(running_mean)
-        s2 = _cast(running_var, m.dtype)
+            update_estimates(*running, *batch, float(update_rate), values, *counters)
+        mean, s2 = running_mean, _cast(running_var, m.dtype)
+    mu.copy_(mean)
 
     # (N, C) tables, and their views (N, G, C / G)
     by_group = (images, groups, channels // groups)

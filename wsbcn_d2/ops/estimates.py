@@ -80,6 +80,52 @@ def update_with_batch(
     )
 
 
+def pool_images(m: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
+    """Mean and biased variance of a batch, (C,), from those of its images, (N, C).
+
+    They are 0 without images.
+    """
+    if not m.shape[0]:
+        return m.new_zeros(m.shape[1]), v.new_zeros(m.shape[1])
+    mean = m.mean(dim=0)
+    return mean, (v + (m - mean).square()).mean(dim=0)
+
+
+def use_batch(
+    mean: Tensor,
+    var: Tensor,
+    values: int,
+    count: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    rate: Union[float, Tensor, None],
+    skipped_updates: Optional[Tensor],
+    seen_elements: Optional[Tensor],
+    synchronize: bool,
+) -> Tuple[Tensor, Tensor]:
+    """The statistics to normalize a batch by, towards which the estimates move.
+
+    Args:
+        mean, var: (C,), of this rank's batch; var is biased.
+        values: number of values behind each of them, which may be 0.
+        count: (1,), where that number is written, of all ranks if they are synchronized.
+        rate: fraction of the way; None leaves the estimates.
+        synchronize: take the batches of all ranks together. Every rank must call.
+
+    Returns:
+        Mean and biased variance, (C,).
+    """
+    count.fill_(values)
+    if synchronize:
+        mean, var, total = pool_over_ranks(mean, var, count)
+        count.copy_(total)
+    if rate is not None:
+        of_all = count.squeeze(0) if synchronize else values
+        counters = (skipped_updates, seen_elements)
+        update_with_batch(running_mean, running_var, mean, var, float(rate), of_all, *counters)
+    return mean, var
+
+
 def pool_over_ranks(mean: Tensor, var: Tensor, count: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """Statistics of the batches of all ranks together.
 

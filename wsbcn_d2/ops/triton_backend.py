@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from . import triton_kernels as kernels
-from .estimates import pool_over_ranks, sum_over_ranks, update_with_batch
+from .estimates import sum_over_ranks, use_batch
 from .launch import Launch, addresses_of, current_stream, signature
 from .memory_format import dense, in_format_of
 from .tables import new_tables, split_tables, tables_size
@@ -546,7 +546,11 @@ def batch_channel_norm_forward(
     if use_batch_statistics:
         values = shape[0] * shape[2] * shape[3]
         counters = (skipped_updates, seen_elements)
-        _use_batch(pooled, values, tables[-1:], running, counters, update_rate, synchronize)
+        of_all = use_batch(
+            *statistics, values, tables[-1:], *running, update_rate, *counters, synchronize
+        )
+        if synchronize:
+            torch.stack(of_all, out=pooled)
     if launches.tables is not None:
         launches.tables(
             stream, scratch_, *statistics_, flags_, *parameters_, tables_, rate, float(eps)
@@ -572,29 +576,6 @@ def batch_channel_norm_forward(
     return y, tables
 
 
-def _use_batch(
-    pooled: Tensor,
-    values: int,
-    count: Tensor,
-    running: Tuple[Tensor, Tensor],
-    counters: Tuple[Optional[Tensor], Optional[Tensor]],
-    update_rate: Union[float, Tensor, None],
-    synchronize: bool,
-) -> None:
-    """Takes the statistics of a batch, (2, C), to those of all ranks, in place; writes the number
-    of values behind them, ``values`` here, to ``count``, (1,); and moves the estimates."""
-    count.fill_(values)
-    mean, var = pooled
-    if synchronize:
-        mean, var, total = pool_over_ranks(mean, var, count)
-        pooled[0].copy_(mean)
-        pooled[1].copy_(var)
-        count.copy_(total)
-    if update_rate is not None:
-        of_all = count.squeeze(0) if synchronize else values
-        update_with_batch(*running, mean, var, float(update_rate), of_all, *counters)
-
-
 def _tables_of_nothing(
     tables: Tensor,
     x: Tensor,
@@ -612,10 +593,11 @@ def _tables_of_nothing(
     images, channels = x.shape[:2]
     mean, var = running_mean, running_var
     if use_batch_statistics:
-        mean, var = pooled = tables.new_zeros(2, channels)
-        counters = (skipped_updates, seen_elements)
-        running = (running_mean, running_var)
-        _use_batch(pooled, 0, tables[-1:], running, counters, update_rate, synchronize)
+        running, counters = (running_mean, running_var), (skipped_updates, seen_elements)
+        nothing = tables.new_zeros(2, channels)
+        mean, var = use_batch(
+            *nothing, 0, tables[-1:], *running, update_rate, *counters, synchronize
+        )
     split = split_tables(tables, images, channels, groups)
     split.mu.copy_(mean)
     split.rstd.copy_(torch.rsqrt(var + eps))

@@ -1,0 +1,358 @@
+/* Batch-channel normalization of float32 activations in NCHW, for the CPU.
+
+   Compiled by native_library.py and called by native_backend.py, which checks what it is given. The
+   formulas and the names of the tables are those of batch_channel_norm.py.
+
+   Sums over pixels are of blocks that stay in the first-level cache, in single precision within a
+   block and in double precision from block to block. Work is divided by images and channels or
+   groups, never within them, so that results do not depend on the number of threads. Compiled
+   without contraction to fused multiply-adds, the backward pass finds out from x what ReLU let
+   through exactly as the forward pass computed it.
+*/
+
+#include <math.h>
+#include <stdint.h>
+
+#define BLOCK 2048
+/* Values for which one more thread is worth being woken. */
+#define VALUES_OF_THREAD 16384
+
+typedef struct {
+    int64_t images, channels, groups, pixels;
+    int threads;
+} Shape;
+
+/* What tables.py lays out: mu and rstd, then a row for each image. */
+typedef struct {
+    float *mu, *rstd, *rows;
+    int64_t row;
+} Tables;
+
+typedef struct {
+    float *m, *v, *d, *scale, *shift, *r;
+} Row;
+
+static Tables tables_of(float *tables, Shape shape) {
+    int64_t channels = shape.channels;
+    Tables result = {tables, tables + channels, tables + 2 * channels, 5 * channels + shape.groups};
+    return result;
+}
+
+static Row row_of(Tables tables, Shape shape, int64_t image) {
+    float *m = tables.rows + image * tables.row;
+    int64_t channels = shape.channels;
+    Row row = {m, m + channels, m + 2 * channels, m + 3 * channels, m + 4 * channels, m + 5 * channels};
+    return row;
+}
+
+static int threads_for(Shape shape) {
+    int64_t useful = 1 + shape.images * shape.channels * shape.pixels / VALUES_OF_THREAD;
+    return useful < shape.threads ? (int)useful : shape.threads;
+}
+
+static int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+/* Mean and biased variance, of the blocks and then of all of them (Chan, Golub and LeVeque). */
+static void find_moments(const float *x, int64_t count, float *mean, float *var) {
+    double m = 0, s = 0;
+    for (int64_t start = 0; start < count; start += BLOCK) {
+        int64_t size = smaller(BLOCK, count - start);
+        const float *block = x + start;
+        float sum = 0, rest = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < size; i++)
+            sum += block[i];
+        float center = sum / size;
+#pragma omp simd reduction(+ : rest, squares)
+        for (int64_t i = 0; i < size; i++) {
+            float t = block[i] - center;
+            rest += t;
+            squares += t * t;
+        }
+        /* The center is rounded, the mean that is found from it is not. */
+        double from_center = (double)rest / size;
+        double step = center + from_center - m, share = (double)size / (start + size);
+        m += step * share;
+        s += squares - from_center * rest + step * step * share * start;
+    }
+    *mean = m;
+    *var = s > 0 ? s / count : s - s; /* 0, or not a number */
+}
+
+void wsbcn_moments(
+    const float *x, float *mean, float *var, int64_t row, int64_t images, int64_t channels,
+    int64_t pixels, int threads) {
+    Shape shape = {images, channels, channels, pixels, threads};
+#pragma omp parallel for num_threads(threads_for(shape))
+    for (int64_t i = 0; i < images * channels; i++) {
+        int64_t at = i / channels * row + i % channels;
+        find_moments(x + i * pixels, pixels, mean + at, var + at);
+    }
+}
+
+static float moved(float from, float to, float rate) {
+    /* As torch.lerp. */
+    return rate < 0.5f ? from + rate * (to - from) : to - (to - from) * (1 - rate);
+}
+
+/* Moves the estimates towards the moments in the tables and returns 1, or 0 if any would not be
+   finite and nothing moved. Leaves the new ones in mu and, in the place of rstd, their variance. */
+int wsbcn_update(
+    float *all_tables, float *running_mean, float *running_var, double rate, int64_t images,
+    int64_t channels, int64_t groups) {
+    Shape shape = {images, channels, groups, 0, 1};
+    Tables tables = tables_of(all_tables, shape);
+    int finite = 1;
+    for (int64_t c = 0; c < channels; c++) {
+        double mean = 0, var = 0, old = running_mean[c];
+        for (int64_t n = 0; n < images; n++) {
+            Row row = row_of(tables, shape, n);
+            double offset = row.m[c] - old;
+            mean += row.m[c];
+            var += row.v[c] + offset * offset;
+        }
+        tables.mu[c] = moved(running_mean[c], mean / images, rate);
+        tables.rstd[c] = moved(running_var[c], var / images, rate);
+        finite &= isfinite(tables.mu[c]) && isfinite(tables.rstd[c]);
+    }
+    float *mean_from = finite ? tables.mu : running_mean, *mean_to = finite ? running_mean : tables.mu;
+    float *var_from = finite ? tables.rstd : running_var, *var_to = finite ? running_var : tables.rstd;
+    for (int64_t c = 0; c < channels; c++) {
+        mean_to[c] = mean_from[c];
+        var_to[c] = var_from[c];
+    }
+    return finite;
+}
+
+static float normalized(float x, float m, float scale, float shift) {
+    return (x - m) * scale + shift;
+}
+
+static void apply(
+    const float *restrict x, const float *restrict residual, float *restrict y, int64_t count, float m, float scale, float shift,
+    int relu) {
+    /* What is not a number stays. */
+    if (residual && relu) {
+        for (int64_t i = 0; i < count; i++) {
+            float value = normalized(x[i], m, scale, shift) + residual[i];
+            y[i] = value <= 0 ? 0 : value;
+        }
+    } else if (residual) {
+        for (int64_t i = 0; i < count; i++)
+            y[i] = normalized(x[i], m, scale, shift) + residual[i];
+    } else if (relu) {
+        for (int64_t i = 0; i < count; i++) {
+            float value = normalized(x[i], m, scale, shift);
+            y[i] = value <= 0 ? 0 : value;
+        }
+    } else {
+        for (int64_t i = 0; i < count; i++)
+            y[i] = normalized(x[i], m, scale, shift);
+    }
+}
+
+/* The output, and all tables. In: mu, in the place of rstd the variance, and, unless they are to be
+   found, the moments. */
+void wsbcn_forward(
+    const float *x, const float *residual, float *y, float *all_tables, const float *weight,
+    const float *bias, const float *group_weight, const float *group_bias, double eps, int find,
+    int relu, int64_t images, int64_t channels, int64_t groups, int64_t pixels, int threads) {
+    Shape shape = {images, channels, groups, pixels, threads};
+    Tables tables = tables_of(all_tables, shape);
+    int64_t size = channels / groups;
+    for (int64_t c = 0; c < channels; c++)
+        tables.rstd[c] = 1 / sqrtf(tables.rstd[c] + (float)eps);
+#pragma omp parallel for num_threads(threads_for(shape))
+    for (int64_t i = 0; i < images * groups; i++) {
+        int64_t n = i / groups, g = i % groups, first = g * size, end = first + size;
+        Row row = row_of(tables, shape, n);
+        double mean = 0, var = 0;
+        for (int64_t c = first; c < end; c++) {
+            if (find)
+                find_moments(x + (n * channels + c) * pixels, pixels, row.m + c, row.v + c);
+            row.d[c] = weight[c] * tables.rstd[c] * (row.m[c] - tables.mu[c]) + bias[c];
+            mean += row.d[c];
+        }
+        mean /= size;
+        for (int64_t c = first; c < end; c++) {
+            double a = weight[c] * tables.rstd[c], d = row.d[c] - mean;
+            row.d[c] = d;
+            var += a * a * row.v[c] + d * d;
+        }
+        float r = 1 / sqrt(var / size + eps), k = group_weight[g] * r;
+        row.r[g] = r;
+        for (int64_t c = first; c < end; c++) {
+            row.scale[c] = k * (weight[c] * tables.rstd[c]);
+            row.shift[c] = k * row.d[c] + group_bias[g];
+            int64_t at = (n * channels + c) * pixels;
+            apply(
+                x + at, residual ? residual + at : 0, y + at, pixels, row.m[c], row.scale[c],
+                row.shift[c], relu);
+        }
+    }
+}
+
+/* The output once more, without a residual. */
+void wsbcn_again(
+    const float *x, float *y, float *all_tables, int relu, int64_t images, int64_t channels,
+    int64_t groups, int64_t pixels, int threads) {
+    Shape shape = {images, channels, groups, pixels, threads};
+    Tables tables = tables_of(all_tables, shape);
+#pragma omp parallel for num_threads(threads_for(shape))
+    for (int64_t i = 0; i < images * channels; i++) {
+        Row row = row_of(tables, shape, i / channels);
+        int64_t c = i % channels, at = i * pixels;
+        apply(x + at, 0, y + at, pixels, row.m[c], row.scale[c], row.shift[c], relu);
+    }
+}
+
+/* Sums of the gradient, and of the gradient times x around its mean. What ReLU kept back does not
+   count; with a residual, whose gradient is written, y tells what that was. */
+static void find_sums(
+    const float *restrict grad, const float *restrict x, const float *restrict y, float *restrict grad_residual, int64_t count, float m,
+    float scale, float shift, int relu, float *restrict s1, float *restrict s2) {
+    double total1 = 0, total2 = 0;
+    for (int64_t start = 0; start < count; start += BLOCK) {
+        int64_t end = smaller(start + BLOCK, count);
+        float sum1 = 0, sum2 = 0;
+        if (grad_residual) {
+#pragma omp simd reduction(+ : sum1, sum2)
+            for (int64_t i = start; i < end; i++) {
+                float g = y[i] <= 0 ? 0 : grad[i];
+                grad_residual[i] = g;
+                sum1 += g;
+                sum2 += g * (x[i] - m);
+            }
+        } else if (relu) {
+#pragma omp simd reduction(+ : sum1, sum2)
+            for (int64_t i = start; i < end; i++) {
+                float g = normalized(x[i], m, scale, shift) <= 0 ? 0 : grad[i];
+                sum1 += g;
+                sum2 += g * (x[i] - m);
+            }
+        } else {
+#pragma omp simd reduction(+ : sum1, sum2)
+            for (int64_t i = start; i < end; i++) {
+                sum1 += grad[i];
+                sum2 += grad[i] * (x[i] - m);
+            }
+        }
+        total1 += sum1;
+        total2 += sum2;
+    }
+    *s1 = total1;
+    *s2 = total2;
+}
+
+static void apply_backward(
+    const float *restrict grad, const float *restrict x, float *restrict grad_x, int64_t count, float m, float scale, float shift,
+    float q, float c, int relu) {
+    if (relu) {
+        for (int64_t i = 0; i < count; i++) {
+            float g = normalized(x[i], m, scale, shift) <= 0 ? 0 : grad[i];
+            grad_x[i] = (x[i] - m) * q + c + g * scale;
+        }
+    } else {
+        for (int64_t i = 0; i < count; i++)
+            grad_x[i] = (x[i] - m) * q + c + grad[i] * scale;
+    }
+}
+
+/* What the two passes of a gradient share: for each image and channel the sums of dz and of
+   dz (x - mu), and what the gradient of x takes from x and from nothing; for each image and group
+   what the affine of the groups gets. */
+typedef struct {
+    float *dz, *dz_x, *q, *c, *u1, *u2;
+} Scratch;
+
+static Scratch scratch_of(float *scratch, Shape shape) {
+    int64_t rows = shape.images * shape.channels, groups = shape.images * shape.groups;
+    float *u1 = scratch + 4 * rows;
+    Scratch result = {scratch, scratch + rows, scratch + 2 * rows, scratch + 3 * rows, u1, u1 + groups};
+    return result;
+}
+
+static void sum_images(const float *table, int64_t images, int64_t size, float *result) {
+    for (int64_t i = 0; i < size; i++)
+        result[i] = table[i];
+    for (int64_t n = 1; n < images; n++)
+        for (int64_t i = 0; i < size; i++)
+            result[i] += table[n * size + i];
+}
+
+/* The gradients of the parameters (weight, bias, group_weight, group_bias, one after the other) and,
+   unless grad_x is null because it takes the statistics of the batch into account, that of x. */
+void wsbcn_backward(
+    const float *grad, const float *x, const float *y, float *grad_x, float *grad_residual,
+    float *all_tables, float *all_scratch, const float *weight, const float *group_weight,
+    float *parameters, int relu, int64_t images, int64_t channels, int64_t groups, int64_t pixels,
+    int threads) {
+    Shape shape = {images, channels, groups, pixels, threads};
+    Tables tables = tables_of(all_tables, shape);
+    Scratch scratch = scratch_of(all_scratch, shape);
+    int64_t size = channels / groups, values = size * pixels;
+#pragma omp parallel for num_threads(threads_for(shape))
+    for (int64_t i = 0; i < images * groups; i++) {
+        int64_t n = i / groups, g = i % groups, first = g * size, end = first + size;
+        Row row = row_of(tables, shape, n);
+        float *s1 = scratch.dz + n * channels, *s2 = scratch.dz_x + n * channels;
+        float *q = scratch.q + n * channels, *h = scratch.c + n * channels;
+        double r = row.r[g], k = group_weight[g] * r, u1 = 0, u2 = 0;
+        for (int64_t c = first; c < end; c++) {
+            int64_t at = (n * channels + c) * pixels;
+            find_sums(
+                grad + at, x + at, y ? y + at : 0, grad_residual ? grad_residual + at : 0, pixels,
+                row.m[c], row.scale[c], row.shift[c], relu, s1 + c, s2 + c);
+            u1 += s1[c];
+            u2 += weight[c] * tables.rstd[c] * s2[c] + row.d[c] * s1[c];
+        }
+        u2 *= r;
+        scratch.u1[i] = u1;
+        scratch.u2[i] = u2;
+        double f = -u2 * r / values;
+        for (int64_t c = first; c < end; c++) {
+            double fa = f * (weight[c] * tables.rstd[c]), fd = f * row.d[c] - u1 / values;
+            double dz = k * (s1[c] + fd * pixels);
+            double dz_t = k * (s2[c] + fa * row.v[c] * pixels);
+            s1[c] = dz;
+            s2[c] = dz_t + (row.m[c] - tables.mu[c]) * dz;
+            q[c] = fa * row.scale[c];
+            h[c] = fd * row.scale[c];
+            int64_t at = (n * channels + c) * pixels;
+            if (grad_x)
+                apply_backward(
+                    (grad_residual ? grad_residual : grad) + at, x + at, grad_x + at, pixels, row.m[c],
+                    row.scale[c], row.shift[c], q[c], h[c], relu && !grad_residual);
+        }
+    }
+    sum_images(scratch.dz_x, images, channels, parameters);
+    sum_images(scratch.dz, images, channels, parameters + channels);
+    sum_images(scratch.u2, images, groups, parameters + 2 * channels);
+    sum_images(scratch.u1, images, groups, parameters + 2 * channels + groups);
+    for (int64_t c = 0; c < channels; c++)
+        parameters[c] *= tables.rstd[c];
+}
+
+/* The gradient of x through the statistics of the batch, too. In: what wsbcn_backward left, and the
+   gradients of weight and bias and the number of values behind the statistics, of all ranks. */
+void wsbcn_backward_through_batch(
+    const float *grad, const float *x, float *grad_x, float *all_tables, float *all_scratch,
+    const float *weight, const float *grad_weight, const float *grad_bias, double count, int relu,
+    int64_t images, int64_t channels, int64_t groups, int64_t pixels, int threads) {
+    Shape shape = {images, channels, groups, pixels, threads};
+    Tables tables = tables_of(all_tables, shape);
+    Scratch scratch = scratch_of(all_scratch, shape);
+#pragma omp parallel for num_threads(threads_for(shape))
+    for (int64_t i = 0; i < images * channels; i++) {
+        Row row = row_of(tables, shape, i / channels);
+        int64_t c = i % channels, at = i * pixels;
+        double a = weight[c] * tables.rstd[c] / count;
+        double from_weight = a * tables.rstd[c] * grad_weight[c];
+        double offset = row.m[c] - tables.mu[c];
+        apply_backward(
+            grad + at, x + at, grad_x + at, pixels, row.m[c], row.scale[c], row.shift[c],
+            scratch.q[i] - from_weight, scratch.c[i] - a * grad_bias[c] - offset * from_weight, relu);
+    }
+}
