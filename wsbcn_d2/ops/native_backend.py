@@ -25,7 +25,8 @@ standardize_forward = eager.standardize_forward
 standardize_backward = eager.standardize_backward
 
 _F32 = torch.float32
-_BYTES = 4  # of a value
+# Of ``wsbcn_forward``: what to normalize by.
+_OF_BATCH, _FIXED, _UPDATED = range(3)
 
 
 def try_out() -> None:
@@ -70,7 +71,8 @@ def batch_channel_norm_forward(
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
     of_layer = (weight, bias, group_weight, group_bias, running_mean, running_var)
-    if not (_fits(x) and all(map(_is_plain, of_layer))):
+    plain = all(map(_is_plain, of_layer)) and (seen_elements is None or _is_plain(seen_elements))
+    if not (_fits(x) and plain):
         return eager.batch_channel_norm_forward(
             x,
             residual,
@@ -85,64 +87,40 @@ def batch_channel_norm_forward(
         )
     images, channels, height, width = x.shape
     groups, pixels = group_weight.shape[0], height * width
-    kernels, threads = library(), torch.get_num_threads()
     tables = new_tables(x, groups, use_batch_statistics)
-    values = images * pixels
-    running, counters = (running_mean, running_var), (skipped_updates, seen_elements)
-    find = False
+    statistics = _FIXED if update_rate is None else _UPDATED
     if use_batch_statistics:
+        statistics = _OF_BATCH
         _, _, m, v, *_, count = split_tables(tables, images, channels, groups)
         _find_moments(x, m, v)
-        torch.stack(
-            use_batch(
-                *pool_images(m, v), values, count, *running, update_rate, *counters, synchronize
-            ),
-            out=tables[: 2 * channels].view(2, channels),
+        running, counters = (running_mean, running_var), (skipped_updates, seen_elements)
+        batch = pool_images(m, v)
+        batch = use_batch(
+            *batch, images * pixels, count, *running, update_rate, *counters, synchronize
         )
-    elif update_rate is not None:
-        address, row = tables.data_ptr(), 5 * channels + groups
-        m = address + 2 * channels * _BYTES
-        kernels.wsbcn_moments(
-            x.data_ptr(), m, m + channels * _BYTES, row, images, channels, pixels, threads
-        )
-        updated = kernels.wsbcn_update(
-            address,
-            running_mean.data_ptr(),
-            running_var.data_ptr(),
-            float(update_rate),
-            images,
-            channels,
-            groups,
-        )
-        if not updated:
-            if skipped_updates is not None:
-                skipped_updates.add_(1)
-        elif seen_elements is not None:
-            seen_elements.add_(values)
-    else:
-        torch.stack(running, out=tables[: 2 * channels].view(2, channels))
-        find = True
+        torch.stack(batch, out=tables[: 2 * channels].view(2, channels))
     if residual is not None:
         residual = residual.contiguous()
     y = torch.empty_like(x)
-    kernels.wsbcn_forward(
+    updated = library().wsbcn_forward(
         x.data_ptr(),
         None if residual is None else residual.data_ptr(),
         y.data_ptr(),
         tables.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        group_weight.data_ptr(),
-        group_bias.data_ptr(),
+        *[table.data_ptr() for table in of_layer],
+        None if seen_elements is None else seen_elements.data_ptr(),
+        0.0 if update_rate is None else float(update_rate),
         eps,
-        find,
+        statistics,
         relu,
         images,
         channels,
         groups,
         pixels,
-        threads,
+        torch.get_num_threads(),
     )
+    if not updated and skipped_updates is not None:
+        skipped_updates.add_(1)
     return y, tables
 
 

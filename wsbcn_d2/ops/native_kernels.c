@@ -12,8 +12,11 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #define BLOCK 2048
+/* Channels whose images are summed at a time. */
+#define CHANNELS 64
 /* Values for which one more thread is worth being woken. */
 #define VALUES_OF_THREAD 16384
 
@@ -54,42 +57,59 @@ static int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-/* Mean and biased variance, of the blocks and then of all of them (Chan, Golub and LeVeque). */
-static void find_moments(const float *x, int64_t count, float *mean, float *var) {
-    double m = 0, s = 0;
-    for (int64_t start = 0; start < count; start += BLOCK) {
-        int64_t size = smaller(BLOCK, count - start);
-        const float *block = x + start;
-        float sum = 0, rest = 0, squares = 0;
+/* Mean of a block, as a center and what is missing to it, and sum of squares around that mean. */
+typedef struct {
+    float center, from_center, squares;
+} Moments;
+
+static Moments moments_of_block(const float *block, int64_t size) {
+    float sum = 0, rest = 0, squares = 0, share = 1.0f / size;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < size; i++)
-            sum += block[i];
-        float center = sum / size;
+    for (int64_t i = 0; i < size; i++)
+        sum += block[i];
+    float center = sum * share;
 #pragma omp simd reduction(+ : rest, squares)
-        for (int64_t i = 0; i < size; i++) {
-            float t = block[i] - center;
-            rest += t;
-            squares += t * t;
-        }
-        /* The center is rounded, the mean that is found from it is not. */
-        double from_center = (double)rest / size;
-        double step = center + from_center - m, share = (double)size / (start + size);
-        m += step * share;
-        s += squares - from_center * rest + step * step * share * start;
+    for (int64_t i = 0; i < size; i++) {
+        float t = block[i] - center;
+        rest += t;
+        squares += t * t;
     }
-    *mean = m;
-    *var = s > 0 ? s / count : s - s; /* 0, or not a number */
+    Moments moments = {center, rest * share, squares - rest * rest * share};
+    return moments;
 }
 
+/* Mean and biased variance, of the blocks and then of all of them (Chan, Golub and LeVeque). */
+static void find_moments(const float *x, int64_t count, float *mean, float *var) {
+    Moments block = moments_of_block(x, smaller(BLOCK, count));
+    double m = (double)block.center + block.from_center, s = block.squares;
+    for (int64_t start = BLOCK; start < count; start += BLOCK) {
+        int64_t size = smaller(BLOCK, count - start);
+        block = moments_of_block(x + start, size);
+        double step = (double)block.center + block.from_center - m, share = (double)size / (start + size);
+        m += step * share;
+        s += block.squares + step * step * share * start;
+    }
+    *mean = m;
+    *var = s <= 0 ? 0 : s / count; /* what is not a number stays */
+}
+
+/* Those of each image and channel, by all threads of a team. */
+static void find_all_moments(const float *x, float *mean, float *var, int64_t row, Shape shape) {
+#pragma omp for collapse(2)
+    for (int64_t n = 0; n < shape.images; n++)
+        for (int64_t c = 0; c < shape.channels; c++) {
+            int64_t from = (n * shape.channels + c) * shape.pixels, to = n * row + c;
+            find_moments(x + from, shape.pixels, mean + to, var + to);
+        }
+}
+
+/* The same, into tables with so many values between two images. */
 void wsbcn_moments(
     const float *x, float *mean, float *var, int64_t row, int64_t images, int64_t channels,
     int64_t pixels, int threads) {
     Shape shape = {images, channels, channels, pixels, threads};
-#pragma omp parallel for num_threads(threads_for(shape))
-    for (int64_t i = 0; i < images * channels; i++) {
-        int64_t at = i / channels * row + i % channels;
-        find_moments(x + i * pixels, pixels, mean + at, var + at);
-    }
+#pragma omp parallel num_threads(threads_for(shape))
+    find_all_moments(x, mean, var, row, shape);
 }
 
 static float moved(float from, float to, float rate) {
@@ -99,31 +119,39 @@ static float moved(float from, float to, float rate) {
 
 /* Moves the estimates towards the moments in the tables and returns 1, or 0 if any would not be
    finite and nothing moved. Leaves the new ones in mu and, in the place of rstd, their variance. */
-int wsbcn_update(
-    float *all_tables, float *running_mean, float *running_var, double rate, int64_t images,
-    int64_t channels, int64_t groups) {
-    Shape shape = {images, channels, groups, 0, 1};
-    Tables tables = tables_of(all_tables, shape);
-    int finite = 1;
-    for (int64_t c = 0; c < channels; c++) {
-        double mean = 0, var = 0, old = running_mean[c];
+static int update(Tables tables, float *running_mean, float *running_var, float rate, Shape shape) {
+    int64_t images = shape.images, channels = shape.channels;
+    double share = 1.0 / images;
+    float *mu = tables.mu, *s2 = tables.rstd;
+    float finite = 0; /* what is not, times zero, is not a number */
+    for (int64_t first = 0; first < channels; first += CHANNELS) {
+        int64_t some = smaller(CHANNELS, channels - first);
+        double means[CHANNELS] = {0}, vars[CHANNELS] = {0};
         for (int64_t n = 0; n < images; n++) {
             Row row = row_of(tables, shape, n);
-            double offset = row.m[c] - old;
-            mean += row.m[c];
-            var += row.v[c] + offset * offset;
+            for (int64_t i = 0; i < some; i++) {
+                double offset = (double)row.m[first + i] - running_mean[first + i];
+                means[i] += row.m[first + i];
+                vars[i] += row.v[first + i] + offset * offset;
+            }
         }
-        tables.mu[c] = moved(running_mean[c], mean / images, rate);
-        tables.rstd[c] = moved(running_var[c], var / images, rate);
-        finite &= isfinite(tables.mu[c]) && isfinite(tables.rstd[c]);
+        for (int64_t i = 0; i < some; i++) {
+            int64_t c = first + i;
+            mu[c] = moved(running_mean[c], means[i] * share, rate);
+            s2[c] = moved(running_var[c], vars[i] * share, rate);
+        }
     }
-    float *mean_from = finite ? tables.mu : running_mean, *mean_to = finite ? running_mean : tables.mu;
-    float *var_from = finite ? tables.rstd : running_var, *var_to = finite ? running_var : tables.rstd;
-    for (int64_t c = 0; c < channels; c++) {
-        mean_to[c] = mean_from[c];
-        var_to[c] = var_from[c];
+#pragma omp simd reduction(+ : finite)
+    for (int64_t c = 0; c < channels; c++)
+        finite += 0 * mu[c] + 0 * s2[c];
+    if (finite == 0) {
+        memcpy(running_mean, mu, channels * sizeof *mu);
+        memcpy(running_var, s2, channels * sizeof *s2);
+        return 1;
     }
-    return finite;
+    memcpy(mu, running_mean, channels * sizeof *mu);
+    memcpy(s2, running_var, channels * sizeof *s2);
+    return 0;
 }
 
 static float normalized(float x, float m, float scale, float shift) {
@@ -153,20 +181,13 @@ static void apply(
     }
 }
 
-/* The output, and all tables. In: mu, in the place of rstd the variance, and, unless they are to be
-   found, the moments. */
-void wsbcn_forward(
-    const float *x, const float *residual, float *y, float *all_tables, const float *weight,
+/* The tables of a group in an image and its output; the moments if they are to be found. */
+static void normalize_group(
+    const float *x, const float *residual, float *y, Tables tables, const float *weight,
     const float *bias, const float *group_weight, const float *group_bias, double eps, int find,
-    int relu, int64_t images, int64_t channels, int64_t groups, int64_t pixels, int threads) {
-    Shape shape = {images, channels, groups, pixels, threads};
-    Tables tables = tables_of(all_tables, shape);
-    int64_t size = channels / groups;
-    for (int64_t c = 0; c < channels; c++)
-        tables.rstd[c] = 1 / sqrtf(tables.rstd[c] + (float)eps);
-#pragma omp parallel for num_threads(threads_for(shape))
-    for (int64_t i = 0; i < images * groups; i++) {
-        int64_t n = i / groups, g = i % groups, first = g * size, end = first + size;
+    int relu, int64_t n, int64_t g, Shape shape) {
+    int64_t channels = shape.channels, pixels = shape.pixels, size = channels / shape.groups;
+    int64_t first = g * size, end = first + size;
         Row row = row_of(tables, shape, n);
         double mean = 0, var = 0;
         for (int64_t c = first; c < end; c++) {
@@ -191,7 +212,48 @@ void wsbcn_forward(
                 x + at, residual ? residual + at : 0, y + at, pixels, row.m[c], row.scale[c],
                 row.shift[c], relu);
         }
+}
+
+/* What to normalize by. */
+enum { OF_BATCH, FIXED, UPDATED };
+
+/* The output, and all tables. By the statistics of the batch: those are there, in mu and in the place
+   of rstd, as are the moments. Otherwise by the estimates, as they are or updated. Returns 0 if that
+   would have made one not finite. */
+int wsbcn_forward(
+    const float *x, const float *residual, float *y, float *all_tables, const float *weight,
+    const float *bias, const float *group_weight, const float *group_bias, float *running_mean,
+    float *running_var, float *seen_elements, double rate, double eps, int statistics, int relu, int64_t images,
+    int64_t channels, int64_t groups, int64_t pixels, int threads) {
+    Shape shape = {images, channels, groups, pixels, threads};
+    Tables tables = tables_of(all_tables, shape);
+    int updated = 1;
+#pragma omp parallel num_threads(threads_for(shape))
+    {
+        if (statistics == UPDATED) {
+            Row row = row_of(tables, shape, 0);
+            find_all_moments(x, row.m, row.v, tables.row, shape);
+        }
+#pragma omp single
+        {
+            if (statistics == UPDATED) {
+                updated = update(tables, running_mean, running_var, rate, shape);
+                if (updated && seen_elements)
+                    *seen_elements += images * pixels;
+            } else if (statistics == FIXED) {
+                memcpy(tables.mu, running_mean, channels * sizeof *running_mean);
+                memcpy(tables.rstd, running_var, channels * sizeof *running_var);
+            }
+            for (int64_t c = 0; c < channels; c++)
+                tables.rstd[c] = 1 / sqrtf(tables.rstd[c] + (float)eps);
+        }
+#pragma omp for
+        for (int64_t i = 0; i < images * groups; i++)
+            normalize_group(
+                x, residual, y, tables, weight, bias, group_weight, group_bias, eps,
+                statistics == FIXED, relu, i / groups, i % groups, shape);
     }
+    return updated;
 }
 
 /* The output once more, without a residual. */

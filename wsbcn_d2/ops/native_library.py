@@ -34,8 +34,7 @@ _POINTER, _SIZE, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, 
 _SHAPE = [_SIZE] * 4 + [_INT]  # images, channels, groups, pixels, threads
 _ARGUMENTS = {
     "wsbcn_moments": [_POINTER] * 3 + [_SIZE] * 4 + [_INT],
-    "wsbcn_update": [_POINTER] * 3 + [_DOUBLE] + [_SIZE] * 3,
-    "wsbcn_forward": [_POINTER] * 8 + [_DOUBLE, _INT, _INT, *_SHAPE],
+    "wsbcn_forward": [_POINTER] * 11 + [_DOUBLE] * 2 + [_INT] * 2 + _SHAPE,
     "wsbcn_again": [_POINTER] * 3 + [_INT, *_SHAPE],
     "wsbcn_backward": [_POINTER] * 10 + [_INT, *_SHAPE],
     "wsbcn_backward_through_batch": [_POINTER] * 8 + [_DOUBLE, _INT, *_SHAPE],
@@ -62,7 +61,7 @@ def library() -> ctypes.CDLL:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
         function.argtypes = arguments
-        function.restype = _INT if name == "wsbcn_update" else None
+        function.restype = _INT if name == "wsbcn_forward" else None
     return loaded
 
 
