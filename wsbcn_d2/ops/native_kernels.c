@@ -3,8 +3,8 @@
    Compiled by native_library.py and called by native_backend.py, which checks what it is given. The
    formulas and the names of the tables are those of batch_channel_norm.py.
 
-   Sums over pixels are of blocks that stay in the first-level cache, in single precision within a
-   block and in double precision from block to block. Work is divided by images and channels or
+   Sums over pixels are of blocks that stay in the first-level cache, in double precision from block
+   to block, and within a block for the mean. Work is divided by images and channels or
    groups, never within them, so that results do not depend on the number of threads. Compiled
    without contraction to fused multiply-adds, the backward pass finds out from x what ReLU let
    through exactly as the forward pass computed it.
@@ -44,7 +44,9 @@ static Tables tables_of(float *tables, Shape shape) {
 static Row row_of(Tables tables, Shape shape, int64_t image) {
     float *m = tables.rows + image * tables.row;
     int64_t channels = shape.channels;
-    Row row = {m, m + channels, m + 2 * channels, m + 3 * channels, m + 4 * channels, m + 5 * channels};
+    Row row = {
+        m, m + channels, m + 2 * channels, m + 3 * channels, m + 4 * channels, m + 5 * channels
+    };
     return row;
 }
 
@@ -57,40 +59,40 @@ static int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-/* Mean of a block, as a center and what is missing to it, and sum of squares around that mean. */
+/* Mean of a block, and sum of squares around it. */
 typedef struct {
-    float center, from_center, squares;
+    double mean, squares;
 } Moments;
 
 static Moments moments_of_block(const float *block, int64_t size) {
-    float sum = 0, rest = 0, squares = 0, share = 1.0f / size;
+    double sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < size; i++)
         sum += block[i];
-    float center = sum * share;
-#pragma omp simd reduction(+ : rest, squares)
+    double mean = sum / size;
+    float center = mean, squares = 0;
+#pragma omp simd reduction(+ : squares)
     for (int64_t i = 0; i < size; i++) {
         float t = block[i] - center;
-        rest += t;
         squares += t * t;
     }
-    Moments moments = {center, rest * share, squares - rest * rest * share};
+    /* The center is rounded. */
+    Moments moments = {mean, squares - (mean - center) * (mean - center) * size};
     return moments;
 }
 
 /* Mean and biased variance, of the blocks and then of all of them (Chan, Golub and LeVeque). */
 static void find_moments(const float *x, int64_t count, float *mean, float *var) {
-    Moments block = moments_of_block(x, smaller(BLOCK, count));
-    double m = (double)block.center + block.from_center, s = block.squares;
+    Moments all = moments_of_block(x, smaller(BLOCK, count));
     for (int64_t start = BLOCK; start < count; start += BLOCK) {
         int64_t size = smaller(BLOCK, count - start);
-        block = moments_of_block(x + start, size);
-        double step = (double)block.center + block.from_center - m, share = (double)size / (start + size);
-        m += step * share;
-        s += block.squares + step * step * share * start;
+        Moments block = moments_of_block(x + start, size);
+        double step = block.mean - all.mean, share = (double)size / (start + size);
+        all.mean += step * share;
+        all.squares += block.squares + step * step * share * start;
     }
-    *mean = m;
-    *var = s <= 0 ? 0 : s / count; /* what is not a number stays */
+    *mean = all.mean;
+    *var = all.squares <= 0 ? 0 : all.squares / count; /* what is not a number stays */
 }
 
 /* Those of each image and channel, by all threads of a team. */
@@ -106,7 +108,8 @@ static void find_all_moments(const float *x, float *mean, float *var, int64_t ro
 /* The same, into tables with so many values between two images. */
 void wsbcn_moments(
     const float *x, float *mean, float *var, int64_t row, int64_t images, int64_t channels,
-    int64_t pixels, int threads) {
+    int64_t pixels, int threads
+) {
     Shape shape = {images, channels, channels, pixels, threads};
 #pragma omp parallel num_threads(threads_for(shape))
     find_all_moments(x, mean, var, row, shape);
@@ -123,7 +126,6 @@ static int update(Tables tables, float *running_mean, float *running_var, float 
     int64_t images = shape.images, channels = shape.channels;
     double share = 1.0 / images;
     float *mu = tables.mu, *s2 = tables.rstd;
-    float finite = 0; /* what is not, times zero, is not a number */
     for (int64_t first = 0; first < channels; first += CHANNELS) {
         int64_t some = smaller(CHANNELS, channels - first);
         double means[CHANNELS] = {0}, vars[CHANNELS] = {0};
@@ -141,10 +143,11 @@ static int update(Tables tables, float *running_mean, float *running_var, float 
             s2[c] = moved(running_var[c], vars[i] * share, rate);
         }
     }
-#pragma omp simd reduction(+ : finite)
+    float zero = 0; /* what is not finite is not a number when multiplied by zero */
+#pragma omp simd reduction(+ : zero)
     for (int64_t c = 0; c < channels; c++)
-        finite += 0 * mu[c] + 0 * s2[c];
-    if (finite == 0) {
+        zero += 0 * mu[c] + 0 * s2[c];
+    if (zero == 0) {
         memcpy(running_mean, mu, channels * sizeof *mu);
         memcpy(running_var, s2, channels * sizeof *s2);
         return 1;
@@ -159,8 +162,9 @@ static float normalized(float x, float m, float scale, float shift) {
 }
 
 static void apply(
-    const float *restrict x, const float *restrict residual, float *restrict y, int64_t count, float m, float scale, float shift,
-    int relu) {
+    const float *restrict x, const float *restrict residual, float *restrict y, int64_t count,
+    float m, float scale, float shift, int relu
+) {
     /* What is not a number stays. */
     if (residual && relu) {
         for (int64_t i = 0; i < count; i++) {
@@ -185,46 +189,49 @@ static void apply(
 static void normalize_group(
     const float *x, const float *residual, float *y, Tables tables, const float *weight,
     const float *bias, const float *group_weight, const float *group_bias, double eps, int find,
-    int relu, int64_t n, int64_t g, Shape shape) {
+    int relu, int64_t n, int64_t g, Shape shape
+) {
     int64_t channels = shape.channels, pixels = shape.pixels, size = channels / shape.groups;
     int64_t first = g * size, end = first + size;
-        Row row = row_of(tables, shape, n);
-        double mean = 0, var = 0;
-        for (int64_t c = first; c < end; c++) {
-            if (find)
-                find_moments(x + (n * channels + c) * pixels, pixels, row.m + c, row.v + c);
-            row.d[c] = weight[c] * tables.rstd[c] * (row.m[c] - tables.mu[c]) + bias[c];
-            mean += row.d[c];
-        }
-        mean /= size;
-        for (int64_t c = first; c < end; c++) {
-            double a = weight[c] * tables.rstd[c], d = row.d[c] - mean;
-            row.d[c] = d;
-            var += a * a * row.v[c] + d * d;
-        }
-        float r = 1 / sqrt(var / size + eps), k = group_weight[g] * r;
-        row.r[g] = r;
-        for (int64_t c = first; c < end; c++) {
-            row.scale[c] = k * (weight[c] * tables.rstd[c]);
-            row.shift[c] = k * row.d[c] + group_bias[g];
-            int64_t at = (n * channels + c) * pixels;
-            apply(
-                x + at, residual ? residual + at : 0, y + at, pixels, row.m[c], row.scale[c],
-                row.shift[c], relu);
-        }
+    Row row = row_of(tables, shape, n);
+    double mean = 0, var = 0;
+    for (int64_t c = first; c < end; c++) {
+        if (find)
+            find_moments(x + (n * channels + c) * pixels, pixels, row.m + c, row.v + c);
+        row.d[c] = weight[c] * tables.rstd[c] * (row.m[c] - tables.mu[c]) + bias[c];
+        mean += row.d[c];
+    }
+    mean /= size;
+    for (int64_t c = first; c < end; c++) {
+        double a = weight[c] * tables.rstd[c], d = row.d[c] - mean;
+        row.d[c] = d;
+        var += a * a * row.v[c] + d * d;
+    }
+    float r = 1 / sqrt(var / size + eps), k = group_weight[g] * r;
+    row.r[g] = r;
+    for (int64_t c = first; c < end; c++) {
+        row.scale[c] = k * (weight[c] * tables.rstd[c]);
+        row.shift[c] = k * row.d[c] + group_bias[g];
+        int64_t at = (n * channels + c) * pixels;
+        apply(
+            x + at, residual ? residual + at : 0, y + at, pixels, row.m[c], row.scale[c],
+            row.shift[c], relu
+        );
+    }
 }
 
 /* What to normalize by. */
 enum { OF_BATCH, FIXED, UPDATED };
 
-/* The output, and all tables. By the statistics of the batch: those are there, in mu and in the place
-   of rstd, as are the moments. Otherwise by the estimates, as they are or updated. Returns 0 if that
-   would have made one not finite. */
+/* The output, and all tables. By the statistics of the batch: those are there, in mu and in the
+   place of rstd, as are the moments. Otherwise by the estimates, as they are or updated. Returns 0
+   if that would have made one not finite. */
 int wsbcn_forward(
     const float *x, const float *residual, float *y, float *all_tables, const float *weight,
     const float *bias, const float *group_weight, const float *group_bias, float *running_mean,
-    float *running_var, float *seen_elements, double rate, double eps, int statistics, int relu, int64_t images,
-    int64_t channels, int64_t groups, int64_t pixels, int threads) {
+    float *running_var, float *seen_elements, double rate, double eps, int statistics, int relu,
+    int64_t images, int64_t channels, int64_t groups, int64_t pixels, int threads
+) {
     Shape shape = {images, channels, groups, pixels, threads};
     Tables tables = tables_of(all_tables, shape);
     int updated = 1;
@@ -251,7 +258,8 @@ int wsbcn_forward(
         for (int64_t i = 0; i < images * groups; i++)
             normalize_group(
                 x, residual, y, tables, weight, bias, group_weight, group_bias, eps,
-                statistics == FIXED, relu, i / groups, i % groups, shape);
+                statistics == FIXED, relu, i / groups, i % groups, shape
+            );
     }
     return updated;
 }
@@ -259,7 +267,8 @@ int wsbcn_forward(
 /* The output once more, without a residual. */
 void wsbcn_again(
     const float *x, float *y, float *all_tables, int relu, int64_t images, int64_t channels,
-    int64_t groups, int64_t pixels, int threads) {
+    int64_t groups, int64_t pixels, int threads
+) {
     Shape shape = {images, channels, groups, pixels, threads};
     Tables tables = tables_of(all_tables, shape);
 #pragma omp parallel for num_threads(threads_for(shape))
@@ -273,8 +282,10 @@ void wsbcn_again(
 /* Sums of the gradient, and of the gradient times x around its mean. What ReLU kept back does not
    count; with a residual, whose gradient is written, y tells what that was. */
 static void find_sums(
-    const float *restrict grad, const float *restrict x, const float *restrict y, float *restrict grad_residual, int64_t count, float m,
-    float scale, float shift, int relu, float *restrict s1, float *restrict s2) {
+    const float *restrict grad, const float *restrict x, const float *restrict y,
+    float *restrict grad_residual, int64_t count, float m, float scale, float shift, int relu,
+    float *restrict s1, float *restrict s2
+) {
     double total1 = 0, total2 = 0;
     for (int64_t start = 0; start < count; start += BLOCK) {
         int64_t end = smaller(start + BLOCK, count);
@@ -309,8 +320,9 @@ static void find_sums(
 }
 
 static void apply_backward(
-    const float *restrict grad, const float *restrict x, float *restrict grad_x, int64_t count, float m, float scale, float shift,
-    float q, float c, int relu) {
+    const float *restrict grad, const float *restrict x, float *restrict grad_x, int64_t count,
+    float m, float scale, float shift, float q, float c, int relu
+) {
     if (relu) {
         for (int64_t i = 0; i < count; i++) {
             float g = normalized(x[i], m, scale, shift) <= 0 ? 0 : grad[i];
@@ -332,7 +344,9 @@ typedef struct {
 static Scratch scratch_of(float *scratch, Shape shape) {
     int64_t rows = shape.images * shape.channels, groups = shape.images * shape.groups;
     float *u1 = scratch + 4 * rows;
-    Scratch result = {scratch, scratch + rows, scratch + 2 * rows, scratch + 3 * rows, u1, u1 + groups};
+    Scratch result = {
+        scratch, scratch + rows, scratch + 2 * rows, scratch + 3 * rows, u1, u1 + groups
+    };
     return result;
 }
 
@@ -344,13 +358,14 @@ static void sum_images(const float *table, int64_t images, int64_t size, float *
             result[i] += table[n * size + i];
 }
 
-/* The gradients of the parameters (weight, bias, group_weight, group_bias, one after the other) and,
-   unless grad_x is null because it takes the statistics of the batch into account, that of x. */
+/* The gradients of the parameters (weight, bias, group_weight, group_bias, one after the other),
+   and that of x. grad_x is null if that takes the statistics of the batch into account. */
 void wsbcn_backward(
     const float *grad, const float *x, const float *y, float *grad_x, float *grad_residual,
     float *all_tables, float *all_scratch, const float *weight, const float *group_weight,
     float *parameters, int relu, int64_t images, int64_t channels, int64_t groups, int64_t pixels,
-    int threads) {
+    int threads
+) {
     Shape shape = {images, channels, groups, pixels, threads};
     Tables tables = tables_of(all_tables, shape);
     Scratch scratch = scratch_of(all_scratch, shape);
@@ -366,7 +381,8 @@ void wsbcn_backward(
             int64_t at = (n * channels + c) * pixels;
             find_sums(
                 grad + at, x + at, y ? y + at : 0, grad_residual ? grad_residual + at : 0, pixels,
-                row.m[c], row.scale[c], row.shift[c], relu, s1 + c, s2 + c);
+                row.m[c], row.scale[c], row.shift[c], relu, s1 + c, s2 + c
+            );
             u1 += s1[c];
             u2 += weight[c] * tables.rstd[c] * s2[c] + row.d[c] * s1[c];
         }
@@ -385,8 +401,9 @@ void wsbcn_backward(
             int64_t at = (n * channels + c) * pixels;
             if (grad_x)
                 apply_backward(
-                    (grad_residual ? grad_residual : grad) + at, x + at, grad_x + at, pixels, row.m[c],
-                    row.scale[c], row.shift[c], q[c], h[c], relu && !grad_residual);
+                    (grad_residual ? grad_residual : grad) + at, x + at, grad_x + at, pixels,
+                    row.m[c], row.scale[c], row.shift[c], q[c], h[c], relu && !grad_residual
+                );
         }
     }
     sum_images(scratch.dz_x, images, channels, parameters);
@@ -402,7 +419,8 @@ void wsbcn_backward(
 void wsbcn_backward_through_batch(
     const float *grad, const float *x, float *grad_x, float *all_tables, float *all_scratch,
     const float *weight, const float *grad_weight, const float *grad_bias, double count, int relu,
-    int64_t images, int64_t channels, int64_t groups, int64_t pixels, int threads) {
+    int64_t images, int64_t channels, int64_t groups, int64_t pixels, int threads
+) {
     Shape shape = {images, channels, groups, pixels, threads};
     Tables tables = tables_of(all_tables, shape);
     Scratch scratch = scratch_of(all_scratch, shape);
@@ -415,6 +433,7 @@ void wsbcn_backward_through_batch(
         double offset = row.m[c] - tables.mu[c];
         apply_backward(
             grad + at, x + at, grad_x + at, pixels, row.m[c], row.scale[c], row.shift[c],
-            scratch.q[i] - from_weight, scratch.c[i] - a * grad_bias[c] - offset * from_weight, relu);
+            scratch.q[i] - from_weight, scratch.c[i] - a * grad_bias[c] - offset * from_weight, relu
+        );
     }
 }

@@ -1,19 +1,21 @@
 """The compiled kernels for the CPU: :file:`native_kernels.c`, compiled when first needed.
 
 Installing compiles nothing. The C compiler of the machine, which Triton needs as well, makes a
-library of a few kilobytes in about a second, and other processes find it in the user's cache.
+small library in one or two seconds, and later processes find it in the user's cache
+(``$XDG_CACHE_HOME/wsbcn_d2``, by default ``~/.cache/wsbcn_d2``). ``CC`` chooses another compiler.
 """
 
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import List
+from typing import List, Optional
 
 _SOURCE = Path(__file__).with_name("native_kernels.c")
 _COMPILERS = ("cc", "gcc", "clang")
@@ -22,7 +24,7 @@ _FLAGS = (
     "-fopenmp",
     # The same rounding wherever a formula stands, see the source.
     "-ffp-contract=off",
-    # Allow vectors; nothing here depends on what they give up.
+    # What these give up is not used, and loops become instructions for many values.
     "-fno-math-errno",
     "-fno-trapping-math",
     "-shared",
@@ -43,7 +45,7 @@ _ARGUMENTS = {
 
 @lru_cache(maxsize=None)
 def library() -> ctypes.CDLL:
-    """The library with the kernels, compiled if no process of this user has done so before.
+    """The library with the kernels, compiled if the user's cache does not have it.
 
     Raises:
         RuntimeError: if there is no compiler, or if it fails.
@@ -52,11 +54,20 @@ def library() -> ctypes.CDLL:
     compiler = _compiler()
     flags = [*_FLAGS, *_flags_of_machine()]
     # A home directory may be shared by machines that differ.
-    parts = [_SOURCE.read_text(), compiler, _version_of(compiler), *flags, _instructions()]
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    path = _cache() / f"native_kernels_{key}.so"
-    if not path.exists():
-        _compile(compiler, flags, path)
+    parts = [_SOURCE.read_text(), *compiler, _run([*compiler, "--version"]), *flags]
+    key = hashlib.sha256("\n".join([*parts, _instructions()]).encode()).hexdigest()[:32]
+    name = f"native_kernels_{key}.so"
+    cache = _cache()
+    if cache is not None:
+        if not (cache / name).exists():
+            _compile(compiler, flags, cache / name)
+        return _load(cache / name)
+    with tempfile.TemporaryDirectory(prefix="wsbcn_d2_") as folder:
+        _compile(compiler, flags, Path(folder) / name)
+        return _load(Path(folder) / name)
+
+
+def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
@@ -65,18 +76,14 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def _compiler() -> str:
-    """``CC``, or else the first that there is."""
+def _compiler() -> List[str]:
+    """The command: ``CC``, or else the first compiler that there is."""
     names = [os.environ["CC"]] if os.environ.get("CC") else _COMPILERS
     for name in names:
-        found = shutil.which(name)
-        if found is not None:
-            return found
+        command = shlex.split(name)
+        if shutil.which(command[0]) is not None:
+            return command
     raise RuntimeError(f"there is no C compiler ({', '.join(names)})")
-
-
-def _version_of(compiler: str) -> str:
-    return _run([compiler, "--version"])
 
 
 def _flags_of_machine() -> List[str]:
@@ -93,24 +100,21 @@ def _instructions() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _cache() -> Path:
-    """Where libraries are kept: the user's cache, or a directory of this process."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = root / "wsbcn_d2"
+def _cache() -> Optional[Path]:
+    """The folder in the user's cache, or None if nothing can be written there."""
     try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wsbcn_d2"
         path.mkdir(parents=True, exist_ok=True)
-        if os.access(path, os.W_OK):
-            return path
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="wsbcn_d2_"))
+    except (OSError, RuntimeError):  # the latter if there is no home
+        return None
+    return path if os.access(path, os.W_OK) else None
 
 
-def _compile(compiler: str, flags: List[str], path: Path) -> None:
+def _compile(compiler: List[str], flags: List[str], path: Path) -> None:
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
-        _run([compiler, *flags, str(_SOURCE), "-o", temporary, "-lm"])
+        _run([*compiler, *flags, str(_SOURCE), "-o", temporary, "-lm"])
         os.replace(temporary, path)  # whole, or not at all, for other processes
     finally:
         Path(temporary).unlink(missing_ok=True)
