@@ -27,7 +27,7 @@ SOURCES += ("constraints.txt", "wsbcn_d2", "configs")
 def files(folder):
     """Of the checkout, relative to it."""
     found = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.*")}
-    return {path for path in found if path.endswith((".py", ".yaml", ".typed"))}
+    return {path for path in found if path.endswith((".py", ".c", ".yaml", ".typed"))}
 
 
 def run(*command, **kwargs):
@@ -103,7 +103,8 @@ def test_sdist_has_what_the_wheel_is_built_from(unpacked_sdist):
 
 
 def test_wheel_from_the_sdist(wheel):
-    assert "wsbcn_d2/py.typed" in contents(wheel) and f"wsbcn_d2/configs/{YAML}" in contents(wheel)
+    others = ("py.typed", "ops/native_kernels.c", f"configs/{YAML}")
+    assert {f"wsbcn_d2/{name}" for name in others} <= contents(wheel)
     assert contents(wheel) == expected_contents()
 
 

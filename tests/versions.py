@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import shutil
 
 import pytest
 import torch
@@ -74,5 +75,8 @@ needs_layer_norm = pytest.mark.skipif(
     not _has_layer_norm(), reason="this Detectron2 has no norm LN"
 )
 TRITON_INTERPRETS = _interprets()
+needs_c_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
+)
 # Detectron2 0.6 makes the norm of RetinaNet's head for one channel, to look at its type.
 RETINANET_TAKES_GN = "get_norm(norm, 1)" not in inspect.getsource(retinanet)

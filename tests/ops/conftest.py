@@ -1,18 +1,41 @@
 import pytest
+import torch
 from ops.cases import DEVICE
-from versions import TRITON_INTERPRETS
+from versions import TRITON_INTERPRETS, needs_c_compiler
 
 from wsbcn_d2.ops import backend_name, set_backend
 
+KINDS = ["eager", "native", "triton"]
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request):
-    """Every kind of kernels: Triton's on a GPU, or else in its interpreter."""
-    if request.param == "triton":
+
+def use(kind, device):
+    """Chooses the kernels for tensors on a device while a test runs, which is skipped if there are
+    none of this kind for it."""
+    if kind == "native":
+        if device.type != "cpu":
+            pytest.skip("the compiled kernels are for the CPU")
+        if needs_c_compiler.args[0]:
+            pytest.skip(needs_c_compiler.kwargs["reason"])
+    if kind == "triton":
         pytest.importorskip("triton", reason="Triton is not installed")
-        if DEVICE.type == "cpu" and not TRITON_INTERPRETS:
-            pytest.skip("this Triton has no interpreter")
-    set_backend(request.param)
-    assert backend_name(DEVICE) == request.param
-    yield request.param
+        if device.type == "cpu":
+            if torch.cuda.is_available():
+                pytest.skip("without its interpreter, Triton is for tensors on a GPU")
+            if not TRITON_INTERPRETS:
+                pytest.skip("this Triton has no interpreter")
+    set_backend(kind)
+    assert backend_name(device) == kind
+    yield kind
     set_backend(None)
+
+
+@pytest.fixture(params=KINDS)
+def backend(request):
+    """Every kind of kernels for the device under test."""
+    yield from use(request.param, DEVICE)
+
+
+@pytest.fixture(params=KINDS)
+def cpu_backend(request):
+    """Every kind of kernels for tensors on the CPU."""
+    yield from use(request.param, torch.device("cpu"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from versions import TRITON_INTERPRETS
+from versions import TRITON_INTERPRETS, needs_c_compiler
 
 from wsbcn_d2.ops import BACKENDS, backend_name, set_backend
 
@@ -60,14 +60,15 @@ def run(script, env, path=()):
 
 
 def normalize_in_a_process(path=(), **environment):
-    """What :data:`SCRIPT` prints, once it does without Triton by default."""
+    """The second line that :data:`SCRIPT` prints, if the first says that it did without Triton."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     env.update(environment, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     default, chosen = run(SCRIPT, env, path).splitlines()
-    assert default == "eager False 0"
+    assert default == "native False 0"
     return chosen
 
 
+@needs_c_compiler
 @pytest.mark.skipif(not TRITON_INTERPRETS, reason="this Triton has no interpreter")
 def test_environment_variable_and_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -81,6 +82,7 @@ def test_tensors_without_data_say_nothing_of_triton():
     assert run(SCRIPT_WITHOUT_DATA, {**env, "CUDA_VISIBLE_DEVICES": ""}) == "triton"
 
 
+@needs_c_compiler
 def test_triton_without_gpu_falls_back_and_says_why_once():
     pytest.importorskip("triton", reason="Triton is not installed")
     chosen = normalize_in_a_process()
@@ -88,6 +90,7 @@ def test_triton_without_gpu_falls_back_and_says_why_once():
     assert "compiles for GPUs only" in chosen
 
 
+@needs_c_compiler
 def test_broken_triton_falls_back_and_says_why_once(tmp_path):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton/__init__.py").write_text("raise ImportError('libtriton.so is missing')\n")
@@ -96,20 +99,23 @@ def test_broken_triton_falls_back_and_says_why_once(tmp_path):
     assert "ImportError: libtriton.so is missing" in chosen
 
 
+@needs_c_compiler
 def test_function_before_variable(monkeypatch):
     monkeypatch.setenv("WSBCN_D2_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="WSBCN_D2_BACKEND must be one of auto, eager, triton"):
+    with pytest.raises(
+        ValueError, match="WSBCN_D2_BACKEND must be one of auto, eager, native, triton"
+    ):
         backend_name(CPU)
     set_backend("eager")
     assert backend_name() == backend_name(CPU) == "eager"
     set_backend(None)
     monkeypatch.setenv("WSBCN_D2_BACKEND", "")  # as if it were not set
-    assert backend_name(CPU) == "eager"
+    assert backend_name(CPU) == "native"
 
 
 def test_unknown_backend():
-    assert BACKENDS == ("auto", "eager", "triton")
+    assert BACKENDS == ("auto", "eager", "native", "triton")
     set_backend("eager")
-    with pytest.raises(ValueError, match="one of auto, eager, triton, got 'cuda'"):
+    with pytest.raises(ValueError, match="one of auto, eager, native, triton, got 'cuda'"):
         set_backend("cuda")
     assert backend_name() == "eager"  # as before

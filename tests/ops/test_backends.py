@@ -40,6 +40,15 @@ CASES = [
     ((1, 2100, 1, 2), 1, F32, NCHW, ESTIMATE, RELU),  # more than a tile of them in a group
     ((1, 3, 97, 90), 1, F32, NCHW, ESTIMATE, BOTH),  # more than one part of the pixels
     ((2, 4, 70, 81), 2, F32, LAST, BATCH, RELU),
+    # Of float32 in NCHW on a CPU, for which there are kernels of its own, everything.
+    ((3, 6, 5, 7), 2, F32, NCHW, ESTIMATE, BOTH),
+    ((3, 6, 5, 7), 3, F32, NCHW, {"update_rate": 0.7}, RELU),
+    ((3, 130, 2, 2), 13, F32, NCHW, ESTIMATE, RESIDUAL),
+    ((2, 4, 70, 81), 2, F32, NCHW, BATCH, BOTH),
+    ((2, 9, 5, 7), 3, F32, NCHW, BATCH, PLAIN),
+    ((2, 9, 5, 7), 3, F32, NCHW, FIXED_BATCH, RELU),
+    ((2, 9, 5, 7), 3, F32, NCHW, FIXED, BOTH),
+    ((2, 4, 70, 81), 4, F32, NCHW, FIXED, PLAIN),
 ]
 
 

@@ -7,10 +7,10 @@ import torch
 from ops.cases import make_inputs, with_grad
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from versions import TRITON_INTERPRETS, needs_compile, needs_opcheck
+from versions import needs_compile, needs_opcheck
 
 from wsbcn_d2 import BatchChannelNorm, WSConv2d
-from wsbcn_d2.ops import batch_channel_norm, set_backend, standardize_all, standardize_all_backward
+from wsbcn_d2.ops import batch_channel_norm, standardize_all, standardize_all_backward
 
 OPS = torch.ops.wsbcn_d2
 
@@ -19,19 +19,6 @@ def check(op, args):
     """What the schema says about mutation and aliases, and whether the shapes, dtypes and strides
     of fake tensors are those of the real ones."""
     torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
-
-
-@pytest.fixture(params=["eager", "triton"])
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
-        if torch.cuda.is_available():
-            pytest.skip("without its interpreter, Triton is for tensors on a GPU")
-        if not TRITON_INTERPRETS:
-            pytest.skip("this Triton has no interpreter")
-    set_backend(request.param)
-    yield request.param
-    set_backend(None)
 
 
 @needs_opcheck
@@ -43,7 +30,7 @@ def backend(request):
         (torch.float32, None),  # rows and columns exchanged
     ],
 )
-def test_schemas_and_shapes(backend, dtype, memory_format):
+def test_schemas_and_shapes(cpu_backend, dtype, memory_format):
     shape, groups = (2, 4, 2, 3), 2
     x, weight, bias, *rest = make_inputs(shape, groups, torch.float32)
     if memory_format is None:
@@ -88,7 +75,7 @@ class Names(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", ["estimate", "batch"])
-def test_results_are_the_same_whether_or_not_something_looks(backend, mode):
+def test_results_are_the_same_whether_or_not_something_looks(cpu_backend, mode):
     norm = BatchChannelNorm(8, 2, mode=mode)
     other = copy.deepcopy(norm)
     x, residual = torch.randn(2, 8, 6, 5), torch.randn(2, 8, 6, 5)
@@ -113,14 +100,14 @@ def results(norm, x, residual, relu):
 @needs_compile
 @pytest.mark.parametrize("mode", ["estimate", "batch"])
 @pytest.mark.parametrize("has_residual,relu", [(False, True), (True, False), (True, True)])
-def test_compiled_without_graph_break(backend, mode, has_residual, relu):
+def test_compiled_without_graph_break(cpu_backend, mode, has_residual, relu):
     torch._dynamo.reset()
     norm = BatchChannelNorm(8, 2, mode=mode)
     for p in norm.parameters():
         torch.nn.init.normal_(p, 1.0, 0.5)
     other = copy.deepcopy(norm)
     compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
-    for _ in range(2 if backend == "eager" else 1):
+    for _ in range(1 if cpu_backend == "triton" else 2):
         x = torch.randn(2, 8, 6, 5)
         residual = torch.randn(2, 8, 6, 5) if has_residual else None
         torch.testing.assert_close(

@@ -58,13 +58,13 @@ def library() -> ctypes.CDLL:
     key = hashlib.sha256("\n".join([*parts, _instructions()]).encode()).hexdigest()[:32]
     name = f"native_kernels_{key}.so"
     cache = _cache()
-    if cache is not None:
-        if not (cache / name).exists():
-            _compile(compiler, flags, cache / name)
+    if cache is None:
+        with tempfile.TemporaryDirectory(prefix="wsbcn_d2_") as folder:
+            return _compile(compiler, flags, Path(folder) / name)
+    try:
         return _load(cache / name)
-    with tempfile.TemporaryDirectory(prefix="wsbcn_d2_") as folder:
-        _compile(compiler, flags, Path(folder) / name)
-        return _load(Path(folder) / name)
+    except OSError:  # it is not there, or damaged
+        return _compile(compiler, flags, cache / name)
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -110,14 +110,19 @@ def _cache() -> Optional[Path]:
     return path if os.access(path, os.W_OK) else None
 
 
-def _compile(compiler: List[str], flags: List[str], path: Path) -> None:
+def _compile(compiler: List[str], flags: List[str], path: Path) -> ctypes.CDLL:
+    """Compiles the library, loads it and, as that has worked, writes it to ``path``."""
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
         _run([*compiler, *flags, str(_SOURCE), "-o", temporary, "-lm"])
+        loaded = _load(Path(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # as loading half a library would end the process
         os.replace(temporary, path)  # whole, or not at all, for other processes
     finally:
         Path(temporary).unlink(missing_ok=True)
+    return loaded
 
 
 def _run(command: List[str]) -> str:

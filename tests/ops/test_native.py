@@ -1,0 +1,159 @@
+"""The kernels in C: how they are compiled, and what they share with those in plain PyTorch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ops.cases import make_inputs, run
+from versions import needs_c_compiler
+
+from wsbcn_d2 import BatchChannelNorm
+from wsbcn_d2.ops import backend, backend_name, eager, native_backend, native_library, set_backend
+
+pytestmark = needs_c_compiler
+
+CPU = torch.device("cpu")
+# What the message begins with.
+SLOWER = "Kernels in C cannot be used on cpu, so normalization runs in plain PyTorch there"
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Sets a compiler, a shell script, of whose calls a file has a line each."""
+
+    def set_to(body):
+        path, calls = tmp_path / "compiler", tmp_path / "calls"
+        path.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n{body}\n')
+        path.chmod(0o755)
+        monkeypatch.setenv("CC", str(path))
+        return calls
+
+    return set_to
+
+
+def begin_anew():
+    """As if the process had just started."""
+    native_library.library.cache_clear()
+    backend._native_fails.cache_clear()
+    set_backend(None)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A user's cache, empty, and a process that has not looked into it."""
+    monkeypatch.delenv("WSBCN_D2_BACKEND", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    begin_anew()
+    yield tmp_path / "cache"
+    monkeypatch.undo()
+    begin_anew()
+
+
+def test_compiled_once(cache, compiler):
+    calls = compiler('exec cc "$@"')
+    for _ in range(2):
+        begin_anew()
+        assert backend_name(CPU) == "native"
+        BatchChannelNorm(4, 2)(torch.ones(1, 4, 2, 2))
+    lines = calls.read_text().splitlines()
+    assert lines.count("--version") == 2 and len(lines) == 3
+    assert [path.suffix for path in (cache / "wsbcn_d2").iterdir()] == [".so"]
+
+
+def test_another_compiler_makes_another_library(cache, compiler):
+    for body in ('exec cc "$@"', 'test "$1" = --version && echo 2 || exec cc "$@"'):
+        compiler(body)
+        begin_anew()
+        assert backend_name(CPU) == "native"
+    assert len(list((cache / "wsbcn_d2").iterdir())) == 2
+
+
+def test_damaged_library_is_compiled_anew(cache):
+    assert backend_name(CPU) == "native"
+    (library,) = (cache / "wsbcn_d2").iterdir()
+    whole = library.read_bytes()
+    library.unlink()  # which this process has open
+    library.write_bytes(b"not a library")
+    begin_anew()
+    assert backend_name(CPU) == "native"
+    assert library.stat().st_size == len(whole)
+
+
+def test_cache_that_cannot_be_written(cache, compiler):
+    cache.touch()  # not a folder
+    calls = compiler('exec cc "$@"')
+    assert backend_name(CPU) == "native"
+    library = Path(calls.read_text().split(" -o ")[1].split()[0])
+    assert not library.parent.exists()  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    "body,reason",
+    [
+        ("echo lost; exit 3", "compiler failed with status 3: lost"),
+        (
+            'test "$1" = --version || { echo before; echo internal error; exit 4; }',
+            "compiler failed with status 4: internal error",
+        ),
+        ("exit 0", "OSError"),  # makes nothing
+        ('exec cc -Dsqrtf=fabsf "$@"', "the compiled kernels compute something else than PyTorch"),
+        (None, "RuntimeError: there is no C compiler (/no/such/compiler -m64)"),
+    ],
+)
+def test_falls_back_and_says_why_once(cache, compiler, caplog, monkeypatch, body, reason):
+    if body is None:
+        monkeypatch.setenv("CC", "/no/such/compiler -m64")
+    else:
+        compiler(body)
+    monkeypatch.setattr(backend.logger, "propagate", True)
+    norm = BatchChannelNorm(4, 2)
+    for _ in range(2):
+        norm(torch.ones(1, 4, 2, 2)).sum().backward()
+        set_backend(None)  # looks for kernels again
+    assert backend_name(CPU) == "eager"
+    (message,) = caplog.messages
+    assert message.startswith(SLOWER) and reason in message
+    if "compute something else" not in reason:
+        assert not any(cache.glob("wsbcn_d2/*"))
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    shape = (3, 32, 50, 61)  # enough for several threads, and more than a block of pixels
+    inputs = make_inputs(shape, 8, torch.float32)
+    options = {"residual": torch.randn(shape), "relu": True, "update_rate": 0.1}
+    grad = torch.randn(shape)
+    before = torch.get_num_threads()
+    set_backend("native")
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(inputs, grad, **options))
+    finally:
+        torch.set_num_threads(before)
+        set_backend(None)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("has_residual,relu", [(False, True), (True, True), (True, False)])
+def test_either_finishes_what_the_other_began(batch, has_residual, relu):
+    """As when a gradient comes in channels_last and a dtype that the compiled kernels leave."""
+    x, *parameters, mean, var = make_inputs((2, 6, 5, 7), 3, torch.float32)
+    residual = torch.randn_like(x) if has_residual else None
+    grad = torch.randn_like(x)
+    results = []
+    for forward in (native_backend, eager):
+        y, tables = forward.batch_channel_norm_forward(
+            x, residual, *parameters, mean, var, None, None, None, 1e-5, batch, relu, False
+        )
+        for backward in (native_backend, eager):
+            of_x, of_residual, of_parameters = backward.batch_channel_norm_backward(
+                grad, x, y, parameters[0], parameters[2], tables, relu, has_residual, False
+            )
+            again = backward.batch_channel_norm_again(x, tables, 3, relu)
+            found = [y, of_x, of_parameters, again]
+            results.append(found if of_residual is None else [*found, of_residual])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-5)
