@@ -11,7 +11,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from detectron2_models import randomize_norms
 from torch import nn
 
-from wsbcn_d2 import BatchChannelNorm, add_wsbcn_config
+from wsbcn_d2 import BatchChannelNorm, add_wsbcn_config, convert
 from wsbcn_d2.layers import standardize_together
 from wsbcn_d2.layers.weight_standardization import WeightStandardized
 from wsbcn_d2.modeling import fuse_
@@ -200,6 +200,13 @@ def test_fuse_leaves_subclasses_alone():
     fuse_(model)
     assert type(own) is Own and type(stock) is FusedBottleneckBlock and model[1] is stock
     assert isinstance(stock, BottleneckBlock)
+
+
+def test_converted_to_another_norm_blocks_are_stock_again():
+    model = nn.ModuleList([BottleneckBlock(64, 64, bottleneck_channels=32, norm="BN")])
+    for norm, kind in (("BCN+WS", FusedBottleneckBlock), ("GN", BottleneckBlock)):
+        convert(model, norm)
+        assert type(model[0]) is kind
 
 
 @pytest.mark.parametrize("depth", [18, 50])

@@ -48,7 +48,7 @@ def fold(model: nn.Module) -> nn.Module:
       GroupNorm. As everywhere in Detectron2, this counts calls: after a forward pass that an
       exception ended halfway, set its ``_pos`` to 0.
     - The channel normalization alone becomes GroupNorm. Other normalization layers stay.
-    - Fused and checkpointed blocks of this package become Detectron2's.
+    - Fused blocks and heads of this package, and checkpointed blocks, become Detectron2's.
 
     The outputs are those of ``model.eval()`` up to rounding. There is one difference: GroupNorm
     refuses an input with a single value in each group (one image of one pixel, and one channel in

@@ -6,7 +6,7 @@ that replace BatchNorm layers (FrozenBN conversion, SyncBN conversion, quantizat
 silently drop the channel normalization, leave them alone.
 """
 
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -258,7 +258,7 @@ class BatchChannelNorm(nn.GroupNorm):
         )
 
     @torch.jit.unused
-    def arguments(self) -> Tuple[Tuple[Tensor, ...], Tuple[Tensor, ...], Tuple[Any, ...]]:
+    def arguments(self) -> Tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Any]]:
         """What the operation is to be called with, for one call, which it counts as one.
 
         Returns:

@@ -1,4 +1,5 @@
-"""The branch of a residual block, as one operation where its layers allow it."""
+"""The branch of a residual block, or the convolutions of a head, as one operation where its layers
+allow it."""
 
 from typing import Any, List, Optional, Sequence
 

@@ -1,7 +1,8 @@
 """Detectron2's ResNet blocks with ReLU and the addition of the shortcut inside the normalization.
 
 Parameters, names and results are those of the stock blocks; with :class:`BatchChannelNorm` layers a
-block makes one pass over an activation where the stock block makes two or three.
+block makes one pass over an activation where the stock block makes two or three, and saves nothing
+between two of its convolutions but what the first of them computed.
 """
 
 from typing import List, Optional
