@@ -117,6 +117,21 @@ def test_falls_back_and_says_why_once(cache, compiler, caplog, monkeypatch, body
         assert not any(cache.glob("wsbcn_d2/*"))
 
 
+def test_variance_is_around_a_mean_that_float32_cannot_hold():
+    x = torch.tensor([1e7, 1e7 + 1]).repeat(1500).view(1, 1, 60, 50)
+    mean, var = native_backend.moments(x)
+    assert mean.item() in (1e7, 1e7 + 1) and var.item() == 0.25
+
+
+@pytest.mark.parametrize("kernels", [eager, native_backend])
+def test_estimates_that_move_all_the_way_forget_where_they_were(kernels):
+    x, *parameters, _, _ = make_inputs((2, 6, 3, 5), 2, torch.float32)
+    mean, var = torch.full((6,), 1e8), torch.full((6,), 1e8)
+    options = (1.0, 1e-5, False, False, False)
+    kernels.batch_channel_norm_forward(x, None, *parameters, mean, var, None, None, *options)
+    torch.testing.assert_close(mean, x.mean(dim=(0, 2, 3)), rtol=1e-5, atol=1e-6)
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     shape = (3, 32, 50, 61)  # enough for several threads, and more than a block of pixels
     inputs = make_inputs(shape, 8, torch.float32)

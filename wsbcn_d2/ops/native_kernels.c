@@ -92,7 +92,7 @@ static void find_moments(const float *x, int64_t count, float *mean, float *var)
         all.squares += block.squares + step * step * share * start;
     }
     *mean = all.mean;
-    *var = all.squares <= 0 ? 0 : all.squares / count; /* what is not a number stays */
+    *var = all.squares / count;
 }
 
 /* Those of each image and channel, by all threads of a team. */
