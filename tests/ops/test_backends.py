@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops.cases import DEVICE, assert_same, expected, make_inputs, run
+from ops.cases import BCN_GRADIENTS, DEVICE, assert_same, expected, make_inputs, run
 from oracles import standardized_weight
 from versions import CPU_HAS_HALF
 
@@ -143,6 +143,32 @@ def test_as_on_a_large_gpu(backend, monkeypatch, shape, groups, memory_format, s
     grad = random(shape, F32)
     ours = run(inputs, grad, **statistics)
     assert_same(ours, expected(inputs, grad, **statistics), TOLERANCE[F32])
+
+
+@pytest.mark.parametrize("which", range(1, 7))
+@pytest.mark.parametrize("change", ["strides", "dtype"])
+def test_parameters_and_estimates_of_any_kind(which, change):
+    """Others than those of a layer, which are dense and of float32."""
+    inputs = activation((2, 6, 5, 7), 3, F32)
+    if change == "strides":
+        inputs[which] = torch.stack([inputs[which], inputs[which] * 2], dim=1)[:, 0]
+    elif which < 5:
+        inputs[which] = inputs[which].bfloat16()
+    else:
+        inputs[5:] = [table.double() for table in inputs[5:]]
+    grad = random((2, 6, 5, 7), F32)
+    leaves = [t.detach().requires_grad_() for t in inputs[:5]]
+    theirs = expected(inputs, grad, **ESTIMATE)
+    estimates = inputs[5:]
+    y = batch_channel_norm(*leaves, *estimates, **ESTIMATE)
+    y.backward(grad)
+    ours = {"y": y, "mean": estimates[0], "var": estimates[1]}
+    for name, leaf in zip(BCN_GRADIENTS, leaves):
+        assert leaf.grad.dtype == leaf.dtype
+        ours[f"gradient of {name}"] = leaf.grad
+    tolerance = TOLERANCE[BF16] if change == "dtype" else TOLERANCE[F32]
+    theirs = {name: theirs[name] for name in ours}
+    assert_same({name: t.detach().cpu() for name, t in ours.items()}, theirs, tolerance)
 
 
 def test_not_a_number_lets_gradients_through_relu():

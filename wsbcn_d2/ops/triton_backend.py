@@ -482,6 +482,24 @@ def batch_channel_norm_forward(
     synchronize: bool,
 ) -> Tuple[Tensor, Tensor]:
     """See :mod:`.batch_channel_norm`."""
+    of_layer = (weight, bias, group_weight, group_bias, running_mean, running_var)
+    if not all([table.is_contiguous() for table in of_layer]):  # which the kernels expect
+        copies = [table.contiguous() for table in of_layer]
+        result = batch_channel_norm_forward(
+            x,
+            residual,
+            *copies,
+            skipped_updates,
+            seen_elements,
+            update_rate,
+            eps,
+            use_batch_statistics,
+            relu,
+            synchronize,
+        )
+        running_mean.copy_(copies[4])
+        running_var.copy_(copies[5])
+        return result
     x = dense(x)
     if residual is not None:
         residual = in_format_of(x, residual)
@@ -653,6 +671,7 @@ def batch_channel_norm_backward(
             _add_gradient_of_statistics(none, parameters, weight, tables, groups, synchronize)
         return grad_x, grad_residual, parameters
 
+    weight, group_weight = weight.contiguous(), group_weight.contiguous()
     tensors = (grad, x, y, weight, group_weight, tables)
     addresses = addresses_of(tensors)
     launches = _Backward.of(
