@@ -43,7 +43,7 @@ makes y from x and the tables once more, without a residual, so that it need not
 """
 
 from types import ModuleType
-from typing import Any, List, Optional, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -150,13 +150,15 @@ def _gradients(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
 
 def parameter_gradients(
     gradients: Tensor, weight: Tensor, group_weight: Tensor, dtypes: Tuple[torch.dtype, ...]
-) -> List[Tensor]:
+) -> Sequence[Tensor]:
     """The gradients of the four parameters, of their dtypes, out of the one tensor of a backend."""
-    if gradients.dtype != dtypes[0] and dtypes.count(dtypes[0]) == len(dtypes):
-        gradients = gradients.to(dtypes[0])
     channels, groups = weight.shape[0], group_weight.shape[0]
-    parts = gradients.split_with_sizes([channels, channels, groups, groups])
-    return [part if part.dtype == dtype else part.to(dtype) for part, dtype in zip(parts, dtypes)]
+    sizes = [channels, channels, groups, groups]
+    if dtypes.count(dtypes[0]) == len(dtypes):
+        if gradients.dtype != dtypes[0]:
+            gradients = gradients.to(dtypes[0])
+        return gradients.split_with_sizes(sizes)
+    return [part.to(dtype) for part, dtype in zip(gradients.split_with_sizes(sizes), dtypes)]
 
 
 # Of what comes after the parameters in the forward pass.

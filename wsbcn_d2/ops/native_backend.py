@@ -6,7 +6,7 @@ what has to be moved. They are for float32 and NCHW; everything else is :mod:`.e
 tables are the same.
 """
 
-from typing import Optional, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -71,8 +71,8 @@ def batch_channel_norm_forward(
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
     of_layer = (weight, bias, group_weight, group_bias, running_mean, running_var)
-    plain = all(map(_is_plain, of_layer)) and (seen_elements is None or _is_plain(seen_elements))
-    if not (_fits(x) and plain):
+    tables_of_layer = of_layer if seen_elements is None else (*of_layer, seen_elements)
+    if not (_fits(x) and _are_plain(tables_of_layer)):
         return eager.batch_channel_norm_forward(
             x,
             residual,
@@ -127,7 +127,7 @@ def batch_channel_norm_forward(
 def batch_channel_norm_again(x: Tensor, tables: Tensor, groups: int, relu: bool) -> Tensor:
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
-    if not (_fits(x) and _is_plain(tables)):
+    if not (_fits(x) and _are_plain((tables,))):
         return eager.batch_channel_norm_again(x, tables, groups, relu)
     images, channels, height, width = x.shape
     y = torch.empty_like(x)
@@ -158,9 +158,7 @@ def batch_channel_norm_backward(
 ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
-    if not (
-        _fits(x) and grad.dtype == _F32 and all(map(_is_plain, (weight, group_weight, tables)))
-    ):
+    if not (_fits(x) and grad.dtype == _F32 and _are_plain((weight, group_weight, tables))):
         return eager.batch_channel_norm_backward(
             grad, x, y, weight, group_weight, tables, relu, has_residual, synchronize
         )
@@ -238,5 +236,9 @@ def _fits(x: Tensor) -> bool:
     return x.dtype == _F32 and x.is_contiguous() and x.numel() > 0
 
 
-def _is_plain(table: Tensor) -> bool:
-    return table.dtype == _F32 and table.is_contiguous()
+def _are_plain(tables: Sequence[Tensor]) -> bool:
+    """Whether the kernels can read tables."""
+    for table in tables:
+        if table.dtype != _F32 or not table.is_contiguous():
+            return False
+    return True

@@ -45,10 +45,9 @@ def new_tables(x: Tensor, groups: int, use_batch_statistics: bool) -> Tensor:
     It is of the compute dtype, at least float32.
     """
     size = tables_size(x.shape, groups, use_batch_statistics)
-    dtype = x.dtype
-    if dtype != torch.float32:
-        dtype = torch.promote_types(dtype, torch.float32)
-    return torch.empty(size, dtype=dtype, device=x.device)
+    if x.dtype == torch.float32:
+        return x.new_empty(size)
+    return x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def split_tables(tables: Tensor, images: int, channels: int, groups: int) -> Tables:
