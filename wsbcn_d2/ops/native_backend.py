@@ -1,12 +1,12 @@
-"""The operations by kernels in C (:file:`native_kernels.c`), for activations on the CPU.
+"""The operations by kernels in C (:file:`native_kernels.c`), for the CPU.
 
-Plain PyTorch calls a hundred operations for a pass, nearly all of them on tables, and reads and
-writes the activation for each of those that are not. These kernels are called three times and move
-what has to be moved. They are for float32 and NCHW; everything else is :mod:`.eager`'s, whose
-tables are the same.
+For batch-channel normalization plain PyTorch calls a hundred operations, nearly all of them on
+tables, and reads and writes the activation for each of those that are not. These kernels are called
+once for a pass and move what has to be moved. They are for float32, and activations in NCHW;
+everything else is :mod:`.eager`'s, whose tables are the same.
 """
 
-from typing import Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,6 @@ from .tables import new_tables, split_tables
 
 # As of plain PyTorch, which may have to do the backward pass.
 SAVES_OUTPUT_OF_RELU = eager.SAVES_OUTPUT_OF_RELU
-
-# Filters are standardized by operations of PyTorch that are written for that.
-standardize_forward = eager.standardize_forward
-standardize_backward = eager.standardize_backward
 
 _F32 = torch.float32
 # Of ``wsbcn_forward``: what to normalize by.
@@ -216,6 +212,57 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return mean, var
 
 
+def standardize_forward(
+    weights: Sequence[Tensor], eps: Sequence[float], dtype: torch.dtype
+) -> Tuple[List[Tensor], Tensor, Tensor]:
+    """See :mod:`.weight_standardization`."""
+    if dtype != _F32 or not all(map(_fits, weights)):
+        return eager.standardize_forward(weights, eps, dtype)
+    outputs = [torch.empty_like(weight) for weight in weights]
+    sizes = [weight.shape[0] for weight in weights]
+    mean, rstd = weights[0].new_empty((2, sum(sizes)))
+    kernels, threads = library(), torch.get_num_threads()
+    for weight, out, m, r, e in zip(weights, outputs, mean.split(sizes), rstd.split(sizes), eps):
+        filters = weight.shape[0]
+        kernels.wsbcn_standardize(
+            weight.data_ptr(),
+            out.data_ptr(),
+            m.data_ptr(),
+            r.data_ptr(),
+            e,
+            filters,
+            weight.numel() // filters,
+            threads,
+        )
+    return outputs, mean, rstd
+
+
+def standardize_backward(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], mean: Tensor, rstd: Tensor
+) -> List[Tensor]:
+    """See :mod:`.weight_standardization`."""
+    if not (all(map(_fits, weights)) and all(grad.dtype == _F32 for grad in grads)):
+        return eager.standardize_backward(grads, weights, mean, rstd)
+    grads = [grad.contiguous() for grad in grads]
+    outputs = [torch.empty_like(weight) for weight in weights]
+    sizes = [weight.shape[0] for weight in weights]
+    kernels, threads = library(), torch.get_num_threads()
+    tables = zip(mean.split(sizes), rstd.split(sizes))
+    for grad, weight, out, (m, r) in zip(grads, weights, outputs, tables):
+        filters = weight.shape[0]
+        kernels.wsbcn_standardize_backward(
+            grad.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            m.data_ptr(),
+            r.data_ptr(),
+            filters,
+            weight.numel() // filters,
+            threads,
+        )
+    return outputs
+
+
 def _find_moments(x: Tensor, mean: Tensor, var: Tensor) -> None:
     """Writes the mean and biased variance of each image and channel into tables (N, C)."""
     images, channels, height, width = x.shape
@@ -232,7 +279,7 @@ def _find_moments(x: Tensor, mean: Tensor, var: Tensor) -> None:
 
 
 def _fits(x: Tensor) -> bool:
-    """Whether the kernels are for such an activation."""
+    """Whether the kernels are for such an activation, or such filters."""
     return x.dtype == _F32 and x.is_contiguous() and x.numel() > 0
 
 

@@ -1,4 +1,5 @@
-/* Batch-channel normalization of float32 activations in NCHW, for the CPU.
+/* Batch-channel normalization of float32 activations in NCHW, and weight standardization of float32
+   filters that are contiguous, for the CPU.
 
    Compiled by native_library.py and called by native_backend.py, which checks what it is given. The
    formulas and the names of the tables are those of batch_channel_norm.py.
@@ -434,6 +435,39 @@ void wsbcn_backward_through_batch(
         apply_backward(
             grad + at, x + at, grad_x + at, pixels, row.m[c], row.scale[c], row.shift[c],
             scratch.q[i] - from_weight, scratch.c[i] - a * grad_bias[c] - offset * from_weight, relu
+        );
+    }
+}
+
+/* Filters with mean 0 and variance 1, and the mean and 1 / sqrt(variance + eps) that they had. */
+void wsbcn_standardize(
+    const float *weight, float *standardized, float *mean, float *rstd, double eps, int64_t filters,
+    int64_t size, int threads
+) {
+    Shape shape = {1, filters, filters, size, threads};
+#pragma omp parallel for num_threads(threads_for(shape))
+    for (int64_t i = 0; i < filters; i++) {
+        find_moments(weight + i * size, size, mean + i, rstd + i);
+        rstd[i] = 1 / sqrtf(rstd[i] + (float)eps);
+        apply(weight + i * size, 0, standardized + i * size, size, mean[i], rstd[i], 0, 0);
+    }
+}
+
+/* The gradient of the filters, from that of the standardized ones. */
+void wsbcn_standardize_backward(
+    const float *grad, const float *weight, float *grad_weight, const float *mean,
+    const float *rstd, int64_t filters, int64_t size, int threads
+) {
+    Shape shape = {1, filters, filters, size, threads};
+#pragma omp parallel for num_threads(threads_for(shape))
+    for (int64_t i = 0; i < filters; i++) {
+        int64_t at = i * size;
+        double r = rstd[i];
+        float s1, s2;
+        find_sums(grad + at, weight + at, 0, 0, size, mean[i], 0, 0, 0, &s1, &s2);
+        apply_backward(
+            grad + at, weight + at, grad_weight + at, size, mean[i], r, 0, -r * r * r * s2 / size,
+            -r * s1 / size, 0
         );
     }
 }

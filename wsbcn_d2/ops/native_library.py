@@ -40,6 +40,8 @@ _ARGUMENTS = {
     "wsbcn_again": [_POINTER] * 3 + [_INT, *_SHAPE],
     "wsbcn_backward": [_POINTER] * 10 + [_INT, *_SHAPE],
     "wsbcn_backward_through_batch": [_POINTER] * 8 + [_DOUBLE, _INT, *_SHAPE],
+    "wsbcn_standardize": [_POINTER] * 4 + [_DOUBLE, _SIZE, _SIZE, _INT],
+    "wsbcn_standardize_backward": [_POINTER] * 5 + [_SIZE, _SIZE, _INT],
 }
 
 
