@@ -8,7 +8,15 @@ from ops.cases import make_inputs, run
 from versions import needs_c_compiler
 
 from wsbcn_d2 import BatchChannelNorm
-from wsbcn_d2.ops import backend, backend_name, eager, native_backend, native_library, set_backend
+from wsbcn_d2.ops import (
+    backend,
+    backend_name,
+    batch_channel_norm,
+    eager,
+    native_backend,
+    native_library,
+    set_backend,
+)
 
 pytestmark = needs_c_compiler
 
@@ -121,6 +129,28 @@ def test_variance_is_around_a_mean_that_float32_cannot_hold():
     x = torch.tensor([1e7, 1e7 + 1]).repeat(1500).view(1, 1, 60, 50)
     mean, var = native_backend.moments(x)
     assert mean.item() in (1e7, 1e7 + 1) and var.item() == 0.25
+
+
+@pytest.mark.parametrize("wrong", range(7))
+def test_arguments_that_do_not_fit_are_errors(wrong):
+    """Not reads beyond their end."""
+    x, *rest = make_inputs((2, 6, 5, 7), 3, torch.float32)
+    residual = None
+    if wrong == 6:
+        residual = torch.randn(2, 6, 5, 6)
+    else:
+        rest[wrong] = rest[wrong][:-1].contiguous()
+    with pytest.raises(RuntimeError):
+        native_backend.batch_channel_norm_forward(
+            x, residual, *rest, None, None, 0.1, 1e-5, False, False, False
+        )
+
+
+def test_residual_of_another_dtype():
+    x, *rest = make_inputs((2, 6, 5, 7), 3, torch.float32)
+    residual = torch.randn(x.shape, dtype=torch.bfloat16)
+    y = [batch_channel_norm(x, *rest, residual=r) for r in (residual, residual.float())]
+    torch.testing.assert_close(y[0], y[1])
 
 
 @pytest.mark.parametrize("kernels", [eager, native_backend])

@@ -67,8 +67,7 @@ def batch_channel_norm_forward(
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
     of_layer = (weight, bias, group_weight, group_bias, running_mean, running_var)
-    tables_of_layer = of_layer if seen_elements is None else (*of_layer, seen_elements)
-    if not (_fits(x) and _are_plain(tables_of_layer)):
+    if not _can_be_read(x, residual, of_layer, seen_elements):
         return eager.batch_channel_norm_forward(
             x,
             residual,
@@ -123,7 +122,7 @@ def batch_channel_norm_forward(
 def batch_channel_norm_again(x: Tensor, tables: Tensor, groups: int, relu: bool) -> Tensor:
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
-    if not (_fits(x) and _are_plain((tables,))):
+    if not (_fits(x) and _is_plain(tables)):
         return eager.batch_channel_norm_again(x, tables, groups, relu)
     images, channels, height, width = x.shape
     y = torch.empty_like(x)
@@ -154,11 +153,14 @@ def batch_channel_norm_backward(
 ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
-    if not (_fits(x) and grad.dtype == _F32 and _are_plain((weight, group_weight, tables))):
+    plain = all(map(_is_plain, (weight, group_weight, tables)))
+    if not (plain and _fits(x) and grad.dtype == _F32):
         return eager.batch_channel_norm_backward(
             grad, x, y, weight, group_weight, tables, relu, has_residual, synchronize
         )
     grad = grad.contiguous()
+    if y is not None:
+        y = y.contiguous()
     images, channels, height, width = x.shape
     groups = group_weight.shape[0]
     shape = (images, channels, groups, height * width, torch.get_num_threads())
@@ -283,9 +285,24 @@ def _fits(x: Tensor) -> bool:
     return x.dtype == _F32 and x.is_contiguous() and x.numel() > 0
 
 
-def _are_plain(tables: Sequence[Tensor]) -> bool:
-    """Whether the kernels can read tables."""
-    for table in tables:
-        if table.dtype != _F32 or not table.is_contiguous():
+def _can_be_read(
+    x: Tensor,
+    residual: Optional[Tensor],
+    of_layer: Sequence[Tensor],
+    seen_elements: Optional[Tensor],
+) -> bool:
+    """Whether the kernels are for such arguments. They do not find out what is wrong with others;
+    the operations of PyTorch do."""
+    if not _fits(x) or (
+        residual is not None and (residual.shape, residual.dtype) != (x.shape, _F32)
+    ):
+        return False
+    channels, groups = x.shape[1], of_layer[2].shape[0]
+    for table, size in zip(of_layer, (channels, channels, groups, groups, channels, channels)):
+        if table.numel() != size or not _is_plain(table):
             return False
-    return True
+    return channels % groups == 0 and (seen_elements is None or _is_plain(seen_elements))
+
+
+def _is_plain(table: Tensor) -> bool:
+    return table.dtype == _F32 and table.is_contiguous()
