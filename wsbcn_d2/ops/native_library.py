@@ -20,6 +20,7 @@ from typing import List, Optional
 _SOURCE = Path(__file__).with_name("native_kernels.c")
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = (
+    "-std=gnu99",
     "-O3",
     "-fopenmp",
     # The same rounding wherever a formula stands, see the source.
