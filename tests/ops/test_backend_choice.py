@@ -86,7 +86,7 @@ def test_tensors_without_data_say_nothing_of_triton():
 def test_triton_without_gpu_falls_back_and_says_why_once():
     pytest.importorskip("triton", reason="Triton is not installed")
     chosen = normalize_in_a_process()
-    assert chosen.startswith("eager True 1 Triton cannot be used on cpu, so normalization runs in")
+    assert chosen.startswith("eager True 1 Triton cannot be used on cpu, so BCN and WS run in")
     assert "compiles for GPUs only" in chosen
 
 

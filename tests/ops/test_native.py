@@ -22,7 +22,7 @@ pytestmark = needs_c_compiler
 
 CPU = torch.device("cpu")
 # What the message begins with.
-SLOWER = "Kernels in C cannot be used on cpu, so normalization runs in plain PyTorch there"
+SLOWER = "Kernels in C cannot be used on cpu, so BCN and WS run in plain PyTorch there"
 
 
 @pytest.fixture

@@ -120,6 +120,6 @@ def _triton_fails(device_type: str, device_index: Optional[int]) -> bool:
 
 def _say_slower(what: str, device_type: str, problem: Exception) -> None:
     logger.warning(
-        f"{what} cannot be used on {device_type}, so normalization runs in plain PyTorch there, "
+        f"{what} cannot be used on {device_type}, so BCN and WS run in plain PyTorch there, "
         f"which needs more time: {type(problem).__name__}: {problem}"
     )

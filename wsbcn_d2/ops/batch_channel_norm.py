@@ -31,15 +31,15 @@ passes over the activation: the addition of a residual, and ReLU.
 Three operations are known to PyTorch, and so to torch.compile and the profiler:
 ``wsbcn_d2::batch_channel_norm`` and, with ``_backward`` and ``_again`` behind that name, two more.
 Where nothing looks at them by name, what they do is called without them, which takes less time. A
-backend (:mod:`.eager`, :mod:`.triton_backend`) has a function for each with the same arguments. The
-forward one returns ``y`` and ``tables`` (:mod:`.tables`), with ``m, v, d``, ``scale = k a`` and
-``shift = k d + beta'_g`` for each image and channel, ``r`` for each image and group, ``mu`` and
-``rstd = 1 / sqrt(s2 + eps)`` for each channel, and ``count``, the number of values behind ``mu`` if
-that is of the batch. The backward one takes them (y only where it does not find out from x what
-ReLU let through) and returns the gradients of x, of the residual (None, or empty, if it is that of
-y), and of the parameters, ``weight, bias, group_weight, group_bias``, in one tensor. The third
-makes y from x and the tables once more, without a residual, so that it need not be saved
-(:mod:`.branch`).
+backend (:mod:`.eager`, :mod:`.native_backend`, :mod:`.triton_backend`) has a function for each
+with the same arguments. The forward one returns ``y`` and ``tables`` (:mod:`.tables`), with ``m,
+v, d``, ``scale = k a`` and ``shift = k d + beta'_g`` for each image and channel, ``r`` for each
+image and group, ``mu`` and ``rstd = 1 / sqrt(s2 + eps)`` for each channel, and ``count``, the
+number of values behind ``mu`` if that is of the batch. The backward one takes them (y only where
+it does not find out from x what ReLU let through) and returns the gradients of x, of the residual
+(None, or empty, if it is that of y), and of the parameters, ``weight, bias, group_weight,
+group_bias``, in one tensor. The third makes y from x and the tables once more, without a residual,
+so that it need not be saved (:mod:`.branch`).
 """
 
 from types import ModuleType

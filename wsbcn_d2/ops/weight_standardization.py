@@ -9,7 +9,7 @@ it.) With ``g`` the gradient of ``W_hat``, that of ``W`` is
 
 for which nothing is kept but the weights and two numbers a filter. Two operations are known to
 PyTorch: ``wsbcn_d2::standardize`` and ``wsbcn_d2::standardize_backward``; a backend
-(:mod:`.eager`, :mod:`.triton_backend`) has a function for each.
+(:mod:`.eager`, :mod:`.native_backend`, :mod:`.triton_backend`) has a function for each.
 """
 
 from typing import Any, List, Sequence, Tuple
