@@ -195,6 +195,16 @@ def test_far_from_zero(batch_statistics):
     torch.testing.assert_close(ours["var"], theirs["var"].double(), rtol=1e-4, atol=0)
 
 
+def test_first_pixel_far_from_the_others():
+    """As around an edge of the image; the variance is 1/2000 of what it is around that pixel."""
+    x = random((2, 3, 43, 47), F32)
+    x[:, :, 0, 0] = 1000.0
+    mean, var = (table.double().cpu() for table in moments(x))
+    planes = x.double().cpu().flatten(2)
+    torch.testing.assert_close(mean, planes.mean(dim=2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(var, planes.var(dim=2, unbiased=False), rtol=1e-5, atol=0)
+
+
 def test_squares_that_overflow_around_zero_are_noticed():
     """The mean is finite and small, and what is subtracted from the sum of squares overflows."""
     inputs = activation((1, 6, 97, 90), 2, F32)
@@ -205,12 +215,13 @@ def test_squares_that_overflow_around_zero_are_noticed():
     assert skipped.item() == 1
 
 
+@pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("batch_statistics", [False, True])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 3e38])
-def test_non_finite_batch_is_skipped_and_counted(bad, batch_statistics):
+def test_non_finite_batch_is_skipped_and_counted(bad, batch_statistics, images):
     """3e38 is finite, but its square is not."""
-    inputs = activation((2, 6, 3, 5), 2, F32)
-    inputs[0][1, 4, 2, 3] = bad
+    inputs = activation((images, 6, 3, 5), 2, F32)
+    inputs[0][-1, 4, 2, 3] = bad
     skipped, seen = torch.tensor(2, device=DEVICE), torch.tensor(7.0, device=DEVICE)
     options = {"use_batch_statistics": batch_statistics, "update_rate": 0.1}
     options.update(skipped_updates=skipped, seen_elements=seen)
@@ -218,14 +229,17 @@ def test_non_finite_batch_is_skipped_and_counted(bad, batch_statistics):
     y = batch_channel_norm(*inputs, **options)
     torch.testing.assert_close(inputs[5:], before, rtol=0, atol=0)
     assert skipped.item() == 3 and seen.item() == 7
-    assert bad == 3e38 or not y[1].isfinite().all()
-    if not batch_statistics:  # the other image is unharmed
+    assert bad == 3e38 or not y[-1].isfinite().all()
+    inputs[0][-1, 4, 2, 3] = 0.0
+    if not batch_statistics:  # the other group, and the other image, are unharmed
         x, *rest = (t.double().cpu() for t in inputs)
-        good = expected([x[:1], *rest], torch.ones(1, 6, 3, 5))["y"]
-        torch.testing.assert_close(y[:1].double().cpu(), good, rtol=1e-4, atol=1e-5)
-    inputs[0][1, 4, 2, 3] = 0.0
+        good = expected([x, *rest], torch.ones_like(x))["y"]
+        unharmed = torch.ones_like(x, dtype=torch.bool)
+        unharmed[-1, 3:] = False
+        ours = y.double().cpu()
+        torch.testing.assert_close(ours[unharmed], good[unharmed], rtol=1e-4, atol=1e-5)
     batch_channel_norm(*inputs, **options)
-    assert skipped.item() == 3 and seen.item() == 7 + 30
+    assert skipped.item() == 3 and seen.item() == 7 + images * 15
     assert not torch.equal(inputs[5], before[0])
 
 

@@ -162,9 +162,11 @@ def test_estimates_that_move_all_the_way_forget_where_they_were(kernels):
     torch.testing.assert_close(mean, x.mean(dim=(0, 2, 3)), rtol=1e-5, atol=1e-6)
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    shape = (3, 32, 50, 61)  # enough for several threads, and more than a block of pixels
-    inputs = make_inputs(shape, 8, torch.float32)
+@pytest.mark.parametrize("images", [1, 3])
+def test_results_do_not_depend_on_the_number_of_threads(images):
+    """Some of which are more than there are groups."""
+    shape = (images, 32, 80, 101)  # enough for several threads, and more than a block of pixels
+    inputs = make_inputs(shape, 4, torch.float32)
     options = {"residual": torch.randn(shape), "relu": True, "update_rate": 0.1}
     grad = torch.randn(shape)
     before = torch.get_num_threads()

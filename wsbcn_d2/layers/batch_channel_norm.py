@@ -177,12 +177,7 @@ class BatchChannelNorm(nn.GroupNorm):
     def frozen(self) -> bool:
         """True if no affine parameter is trainable; the estimates are then constant."""
         # Not self.parameters(): a replica of DataParallel, or FSDP, has tensors in their place.
-        return not (
-            self.weight.requires_grad
-            or self.bias.requires_grad
-            or self.group_weight.requires_grad
-            or self.group_bias.requires_grad
-        )
+        return _are_frozen(self.weight, self.bias, self.group_weight, self.group_bias)
 
     @property
     def num_levels(self) -> int:
@@ -227,7 +222,7 @@ class BatchChannelNorm(nn.GroupNorm):
         if torch.jit.is_scripting():
             return self._exported(x, residual, relu)
         else:  # TorchScript does not compile what is in the branch not taken
-            if torch.jit.is_tracing() and not self.training:
+            if not self.training and torch.jit.is_tracing():
                 return self._exported(x, residual, relu)
             return self._normalized(x, residual, relu)
 
@@ -270,7 +265,7 @@ class BatchChannelNorm(nn.GroupNorm):
         if mean.dim() == 2:
             mean, var, seen = (estimates[self.level] for estimates in (mean, var, seen))
             self.level = (self.level + 1) % self.num_levels
-        training = self.training and not self.frozen
+        training = self.training and not _are_frozen(*parameters)
         batch = training and self.mode != "estimate"
         rate = self.update_rate if training and not in_backward() else None
         options = (rate, self.eps, batch, batch and self.mode == "sync" and several_ranks())
@@ -365,6 +360,15 @@ class BatchChannelNorm(nn.GroupNorm):
             state_dict.pop(f"{prefix}{i}.num_batches_tracked", None)
         if all(level is not None for level in levels):
             state_dict[prefix + name] = torch.stack(levels)
+
+
+def _are_frozen(weight: Tensor, bias: Tensor, group_weight: Tensor, group_bias: Tensor) -> bool:
+    return not (
+        weight.requires_grad
+        or bias.requires_grad
+        or group_weight.requires_grad
+        or group_bias.requires_grad
+    )
 
 
 def _channel_norm(x: Tensor, group_weight: Tensor, group_bias: Tensor, eps: float) -> Tensor:

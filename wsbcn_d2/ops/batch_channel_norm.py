@@ -113,7 +113,6 @@ def batch_channel_norm(
     Returns:
         Tensor of the shape, dtype and memory format of x.
     """
-    options = (eps, use_batch_statistics, relu, synchronize and use_batch_statistics)
     tensors = (
         x,
         residual,
@@ -126,9 +125,11 @@ def batch_channel_norm(
         skipped_updates,
         seen_elements,
     )
+    synchronize = synchronize and use_batch_statistics
+    options = (update_rate, eps, use_batch_statistics, relu, synchronize)
     if is_observed(x) or torch._C._are_functorch_transforms_active():
-        return _BatchChannelNorm.apply(*tensors, update_rate, options, None)
-    return _apply(*tensors, update_rate, options, kernels_for(x))
+        return _BatchChannelNorm.apply(None, options, *tensors)
+    return _apply(kernels_for(x), options, *tensors)
 
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -145,7 +146,7 @@ def _gradients(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     if has_residual and not relu:
         grad_residual = grad
     of_parameters = parameter_gradients(parameters, *saved[2:4], ctx.parameter_dtypes)
-    return (grad_x, grad_residual, *of_parameters, *_NO_GRADIENTS)
+    return (None, None, grad_x, grad_residual, *of_parameters, None, None, None, None)
 
 
 def parameter_gradients(
@@ -157,12 +158,10 @@ def parameter_gradients(
     if dtypes.count(dtypes[0]) == len(dtypes):
         if gradients.dtype != dtypes[0]:
             gradients = gradients.to(dtypes[0])
-        return gradients.split_with_sizes(sizes)
+        # As none is changed before all are there, nothing need know that they share memory.
+        return gradients.unsafe_split_with_sizes(sizes)
     return [part.to(dtype) for part, dtype in zip(gradients.split_with_sizes(sizes), dtypes)]
 
-
-# Of what comes after the parameters in the forward pass.
-_NO_GRADIENTS = (None,) * 7
 
 _once_differentiable = torch.autograd.function.once_differentiable(_gradients)
 
@@ -199,48 +198,29 @@ class _BatchChannelNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        kernels: Optional[ModuleType],
+        options: Tuple[Any, ...],
         x: Tensor,
         residual: Optional[Tensor],
-        weight: Tensor,
-        bias: Tensor,
-        group_weight: Tensor,
-        group_bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        skipped_updates: Optional[Tensor],
-        seen_elements: Optional[Tensor],
-        update_rate: Optional[float],
-        options: Tuple[Any, ...],
-        kernels: Optional[ModuleType],
+        *tensors: Optional[Tensor],
     ) -> Tensor:
-        tensors = (
-            x,
-            residual,
-            weight,
-            bias,
-            group_weight,
-            group_bias,
-            running_mean,
-            running_var,
-            skipped_updates,
-            seen_elements,
-        )
-        relu = options[2]
+        _, _, _, relu, synchronize = options
         # Where ReLU let through is read from its output, or found again from x.
         found_again = False
         if kernels is None:
-            y, tables = Named.batch_channel_norm_forward(*tensors, update_rate, *options)
+            y, tables = Named.batch_channel_norm_forward(x, residual, *tensors, *options)
             # torch.compile does not look for the kernels: it would trace the attempt to run them.
             # Nor does a tensor without data, with which none can run.
             if relu and residual is None and not is_compiling() and type(x) is Tensor:
                 found_again = not kernels_for(x).SAVES_OUTPUT_OF_RELU
         else:
             forward = kernels.batch_channel_norm_forward
-            y, tables = call_on_device_of(x, forward, *tensors, update_rate, *options)
+            y, tables = call_on_device_of(x, forward, x, residual, *tensors, *options)
             found_again = relu and residual is None and not kernels.SAVES_OUTPUT_OF_RELU
+        weight, bias, group_weight, group_bias = tensors[:4]
         saved_y = y if relu and not found_again else None
         ctx.save_for_backward(x, saved_y, weight, group_weight, tables)
-        ctx.options = (relu, residual is not None, options[3])
+        ctx.options = (relu, residual is not None, synchronize)
         ctx.parameter_dtypes = (weight.dtype, bias.dtype, group_weight.dtype, group_bias.dtype)
         return y
 

@@ -6,6 +6,7 @@ once for a pass and move what has to be moved. They are for float32, and activat
 everything else is :mod:`.eager`'s, whose tables are the same.
 """
 
+from operator import attrgetter
 from typing import List, Optional, Sequence, Tuple
 
 import torch
@@ -21,6 +22,8 @@ from .tables import new_tables, split_tables
 SAVES_OUTPUT_OF_RELU = eager.SAVES_OUTPUT_OF_RELU
 
 _F32 = torch.float32
+_ONLY_F32 = {_F32}
+_dtype_of = attrgetter("dtype")
 # Of ``wsbcn_forward``: what to normalize by.
 _OF_BATCH, _FIXED, _UPDATED = range(3)
 
@@ -102,7 +105,7 @@ def batch_channel_norm_forward(
         None if residual is None else residual.data_ptr(),
         y.data_ptr(),
         tables.data_ptr(),
-        *[table.data_ptr() for table in of_layer],
+        *map(Tensor.data_ptr, of_layer),
         None if seen_elements is None else seen_elements.data_ptr(),
         0.0 if update_rate is None else float(update_rate),
         eps,
@@ -122,7 +125,7 @@ def batch_channel_norm_forward(
 def batch_channel_norm_again(x: Tensor, tables: Tensor, groups: int, relu: bool) -> Tensor:
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
-    if not (_fits(x) and _is_plain(tables)):
+    if not (_fits(x) and _are_plain((tables,))):
         return eager.batch_channel_norm_again(x, tables, groups, relu)
     images, channels, height, width = x.shape
     y = torch.empty_like(x)
@@ -153,8 +156,7 @@ def batch_channel_norm_backward(
 ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
-    plain = all(map(_is_plain, (weight, group_weight, tables)))
-    if not (plain and _fits(x) and grad.dtype == _F32):
+    if not (_fits(x) and grad.dtype == _F32 and _are_plain((weight, group_weight, tables))):
         return eager.batch_channel_norm_backward(
             grad, x, y, weight, group_weight, tables, relu, has_residual, synchronize
         )
@@ -298,11 +300,15 @@ def _can_be_read(
     ):
         return False
     channels, groups = x.shape[1], of_layer[2].shape[0]
-    for table, size in zip(of_layer, (channels, channels, groups, groups, channels, channels)):
-        if table.numel() != size or not _is_plain(table):
-            return False
-    return channels % groups == 0 and (seen_elements is None or _is_plain(seen_elements))
+    sizes = [channels, channels, groups, groups, channels, channels]
+    return (
+        _are_plain(of_layer)
+        and [*map(Tensor.numel, of_layer)] == sizes
+        and channels % groups == 0
+        and (seen_elements is None or _are_plain((seen_elements,)))
+    )
 
 
-def _is_plain(table: Tensor) -> bool:
-    return table.dtype == _F32 and table.is_contiguous()
+def _are_plain(tables: Sequence[Tensor]) -> bool:
+    # Asked for at every call, and so without a loop in Python.
+    return all(map(Tensor.is_contiguous, tables)) and {*map(_dtype_of, tables)} == _ONLY_F32

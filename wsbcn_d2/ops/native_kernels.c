@@ -19,7 +19,7 @@
 /* Channels whose images are summed at a time. */
 #define CHANNELS 64
 /* Values for which one more thread is worth being woken. */
-#define VALUES_OF_THREAD 16384
+#define VALUES_OF_THREAD 32768
 
 typedef struct {
     int64_t images, channels, groups, pixels;
@@ -65,20 +65,36 @@ typedef struct {
     double mean, squares;
 } Moments;
 
-static Moments moments_of_block(const float *block, int64_t size) {
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; i++)
-        sum += block[i];
-    double mean = sum / size;
-    float center = mean, squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < size; i++) {
-        float t = block[i] - center;
+/* In one pass, from the deviations from some value. */
+static Moments moments_around(const float *block, int64_t size, float center) {
+    /* Two sums of each kind, as an addition waits for the last one to the same sum. */
+    int64_t half = size / 2;
+    const float *other = block + half;
+    float sum = 0, squares = 0, other_sum = 0, other_squares = 0;
+#pragma omp simd reduction(+ : sum, squares, other_sum, other_squares)
+    for (int64_t i = 0; i < half; i++) {
+        float t = block[i] - center, u = other[i] - center;
+        sum += t;
+        squares += t * t;
+        other_sum += u;
+        other_squares += u * u;
+    }
+    if (size % 2) {
+        float t = block[size - 1] - center;
+        sum += t;
         squares += t * t;
     }
-    /* The center is rounded. */
-    Moments moments = {mean, squares - (mean - center) * (mean - center) * size};
+    double step = ((double)sum + other_sum) / size;
+    Moments moments = {center + step, (double)squares + other_squares - step * step * size};
+    return moments;
+}
+
+static Moments moments_of_block(const float *block, int64_t size) {
+    Moments moments = moments_around(block, size, block[0]);
+    double step = moments.mean - block[0];
+    /* The difference of squares has lost a digit where the center is far from the mean. */
+    if (step * step * size > 8 * moments.squares)
+        return moments_around(block, size, moments.mean);
     return moments;
 }
 
@@ -121,16 +137,17 @@ static float moved(float from, float to, float rate) {
     return rate < 0.5f ? from + rate * (to - from) : to - (to - from) * (1 - rate);
 }
 
-/* Moves the estimates towards the moments in the tables and returns 1, or 0 if any would not be
-   finite and nothing moved. Leaves the new ones in mu and, in the place of rstd, their variance. */
-static int update(Tables tables, float *running_mean, float *running_var, float rate, Shape shape) {
-    int64_t images = shape.images, channels = shape.channels;
-    double share = 1.0 / images;
-    float *mu = tables.mu, *s2 = tables.rstd;
-    for (int64_t first = 0; first < channels; first += CHANNELS) {
-        int64_t some = smaller(CHANNELS, channels - first);
+/* Moves the estimates of some channels towards the moments in the tables. Leaves the new ones in mu
+   and, in the place of rstd, their variance. */
+static void find_estimates(
+    Tables tables, const float *running_mean, const float *running_var, float rate, int64_t from,
+    int64_t count, Shape shape
+) {
+    double share = 1.0 / shape.images;
+    for (int64_t first = from; first < from + count; first += CHANNELS) {
+        int64_t some = smaller(CHANNELS, from + count - first);
         double means[CHANNELS] = {0}, vars[CHANNELS] = {0};
-        for (int64_t n = 0; n < images; n++) {
+        for (int64_t n = 0; n < shape.images; n++) {
             Row row = row_of(tables, shape, n);
             for (int64_t i = 0; i < some; i++) {
                 double offset = (double)row.m[first + i] - running_mean[first + i];
@@ -140,10 +157,16 @@ static int update(Tables tables, float *running_mean, float *running_var, float 
         }
         for (int64_t i = 0; i < some; i++) {
             int64_t c = first + i;
-            mu[c] = moved(running_mean[c], means[i] * share, rate);
-            s2[c] = moved(running_var[c], vars[i] * share, rate);
+            tables.mu[c] = moved(running_mean[c], means[i] * share, rate);
+            tables.rstd[c] = moved(running_var[c], vars[i] * share, rate);
         }
     }
+}
+
+/* Keeps the new estimates and returns 1, or returns to the old ones and 0 if any is not finite. */
+static int keep_estimates(Tables tables, float *running_mean, float *running_var, Shape shape) {
+    int64_t channels = shape.channels;
+    float *mu = tables.mu, *s2 = tables.rstd;
     float zero = 0; /* what is not finite is not a number when multiplied by zero */
 #pragma omp simd reduction(+ : zero)
     for (int64_t c = 0; c < channels; c++)
@@ -156,6 +179,12 @@ static int update(Tables tables, float *running_mean, float *running_var, float 
     memcpy(mu, running_mean, channels * sizeof *mu);
     memcpy(s2, running_var, channels * sizeof *s2);
     return 0;
+}
+
+/* From the variances that lie there. */
+static void find_rstd(Tables tables, double eps, int64_t first, int64_t count) {
+    for (int64_t c = first; c < first + count; c++)
+        tables.rstd[c] = 1 / sqrtf(tables.rstd[c] + (float)eps);
 }
 
 static float normalized(float x, float m, float scale, float shift) {
@@ -186,19 +215,26 @@ static void apply(
     }
 }
 
-/* The tables of a group in an image and its output; the moments if they are to be found. */
+static void find_moments_of_group(
+    const float *x, Tables tables, int64_t n, int64_t g, Shape shape
+) {
+    int64_t channels = shape.channels, pixels = shape.pixels, size = channels / shape.groups;
+    Row row = row_of(tables, shape, n);
+    for (int64_t c = g * size; c < (g + 1) * size; c++)
+        find_moments(x + (n * channels + c) * pixels, pixels, row.m + c, row.v + c);
+}
+
+/* The tables of a group in an image, of which the moments are there, and its output. */
 static void normalize_group(
     const float *x, const float *residual, float *y, Tables tables, const float *weight,
-    const float *bias, const float *group_weight, const float *group_bias, double eps, int find,
-    int relu, int64_t n, int64_t g, Shape shape
+    const float *bias, const float *group_weight, const float *group_bias, double eps, int relu,
+    int64_t n, int64_t g, Shape shape
 ) {
     int64_t channels = shape.channels, pixels = shape.pixels, size = channels / shape.groups;
     int64_t first = g * size, end = first + size;
     Row row = row_of(tables, shape, n);
     double mean = 0, var = 0;
     for (int64_t c = first; c < end; c++) {
-        if (find)
-            find_moments(x + (n * channels + c) * pixels, pixels, row.m + c, row.v + c);
         row.d[c] = weight[c] * tables.rstd[c] * (row.m[c] - tables.mu[c]) + bias[c];
         mean += row.d[c];
     }
@@ -235,32 +271,52 @@ int wsbcn_forward(
 ) {
     Shape shape = {images, channels, groups, pixels, threads};
     Tables tables = tables_of(all_tables, shape);
+    /* The new estimates of a channel follow from those of its moments that are there when its group
+       is normalized, which is then still in the cache. Unless one is not finite. */
+    int at_once = statistics == UPDATED && images == 1 && groups >= threads;
+    int64_t size = channels / groups;
     int updated = 1;
 #pragma omp parallel num_threads(threads_for(shape))
     {
-        if (statistics == UPDATED) {
+        if (at_once) {
+#pragma omp for
+            for (int64_t g = 0; g < groups; g++) {
+                find_moments_of_group(x, tables, 0, g, shape);
+                find_estimates(tables, running_mean, running_var, rate, g * size, size, shape);
+                find_rstd(tables, eps, g * size, size);
+                normalize_group(
+                    x, residual, y, tables, weight, bias, group_weight, group_bias, eps, relu, 0, g,
+                    shape
+                );
+            }
+        } else if (statistics == UPDATED) {
             Row row = row_of(tables, shape, 0);
             find_all_moments(x, row.m, row.v, tables.row, shape);
         }
 #pragma omp single
         {
             if (statistics == UPDATED) {
-                updated = update(tables, running_mean, running_var, rate, shape);
+                find_estimates(tables, running_mean, running_var, rate, 0, channels, shape);
+                updated = keep_estimates(tables, running_mean, running_var, shape);
                 if (updated && seen_elements)
                     *seen_elements += images * pixels;
             } else if (statistics == FIXED) {
                 memcpy(tables.mu, running_mean, channels * sizeof *running_mean);
                 memcpy(tables.rstd, running_var, channels * sizeof *running_var);
             }
-            for (int64_t c = 0; c < channels; c++)
-                tables.rstd[c] = 1 / sqrtf(tables.rstd[c] + (float)eps);
+            find_rstd(tables, eps, 0, channels);
         }
+        if (!at_once || !updated) {
 #pragma omp for
-        for (int64_t i = 0; i < images * groups; i++)
-            normalize_group(
-                x, residual, y, tables, weight, bias, group_weight, group_bias, eps,
-                statistics == FIXED, relu, i / groups, i % groups, shape
-            );
+            for (int64_t i = 0; i < images * groups; i++) {
+                if (statistics == FIXED)
+                    find_moments_of_group(x, tables, i / groups, i % groups, shape);
+                normalize_group(
+                    x, residual, y, tables, weight, bias, group_weight, group_bias, eps, relu,
+                    i / groups, i % groups, shape
+                );
+            }
+        }
     }
     return updated;
 }
@@ -280,6 +336,12 @@ void wsbcn_again(
     }
 }
 
+/* What ReLU lets through of a gradient. Which it gets whether it does or not: a loop in which it is
+   read only then takes twice the time. */
+static float let_through(float grad, float value) {
+    return value <= 0 ? 0 : grad;
+}
+
 /* Sums of the gradient, and of the gradient times x around its mean. What ReLU kept back does not
    count; with a residual, whose gradient is written, y tells what that was. */
 static void find_sums(
@@ -294,7 +356,7 @@ static void find_sums(
         if (grad_residual) {
 #pragma omp simd reduction(+ : sum1, sum2)
             for (int64_t i = start; i < end; i++) {
-                float g = y[i] <= 0 ? 0 : grad[i];
+                float g = let_through(grad[i], y[i]);
                 grad_residual[i] = g;
                 sum1 += g;
                 sum2 += g * (x[i] - m);
@@ -302,7 +364,7 @@ static void find_sums(
         } else if (relu) {
 #pragma omp simd reduction(+ : sum1, sum2)
             for (int64_t i = start; i < end; i++) {
-                float g = normalized(x[i], m, scale, shift) <= 0 ? 0 : grad[i];
+                float g = let_through(grad[i], normalized(x[i], m, scale, shift));
                 sum1 += g;
                 sum2 += g * (x[i] - m);
             }
@@ -326,7 +388,7 @@ static void apply_backward(
 ) {
     if (relu) {
         for (int64_t i = 0; i < count; i++) {
-            float g = normalized(x[i], m, scale, shift) <= 0 ? 0 : grad[i];
+            float g = let_through(grad[i], normalized(x[i], m, scale, shift));
             grad_x[i] = (x[i] - m) * q + c + g * scale;
         }
     } else {
