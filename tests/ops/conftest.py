@@ -24,9 +24,11 @@ def use(kind, device):
             if not TRITON_INTERPRETS:
                 pytest.skip("this Triton has no interpreter")
     set_backend(kind)
-    assert backend_name(device) == kind
-    yield kind
-    set_backend(None)
+    try:
+        assert backend_name(device) == kind
+        yield kind
+    finally:
+        set_backend(None)
 
 
 @pytest.fixture(params=KINDS)

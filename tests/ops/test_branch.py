@@ -265,10 +265,13 @@ def test_the_same_graph_twice():
         torch.autograd.grad(y, leaves, grad)
 
 
-def test_no_second_derivative():
+@pytest.mark.parametrize("of_constant", [False, True])
+def test_no_second_derivative(of_constant):
+    """Not even where what comes into the backward pass does not depend on x."""
     x, _ = inputs(1)
     y = branch(x.requires_grad_(), make_links(1))
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    loss = y.sum() if of_constant else y.square().sum()
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
 

@@ -1,5 +1,7 @@
 """The kernels in C: how they are compiled, and what they share with those in plain PyTorch."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -76,12 +78,16 @@ def test_another_compiler_makes_another_library(cache, compiler):
     assert len(list((cache / "wsbcn_d2").iterdir())) == 2
 
 
-def test_damaged_library_is_compiled_anew(cache):
+@pytest.mark.parametrize("has", ["no library", "another library"])
+def test_damaged_library_is_compiled_anew(cache, has):
     assert backend_name(CPU) == "native"
     (library,) = (cache / "wsbcn_d2").iterdir()
     whole = library.read_bytes()
     library.unlink()  # which this process has open
-    library.write_bytes(b"not a library")
+    if has == "no library":
+        library.write_bytes(b"not a library")
+    else:
+        subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", "-o", library], check=True)
     begin_anew()
     assert backend_name(CPU) == "native"
     assert library.stat().st_size == len(whole)
@@ -95,22 +101,68 @@ def test_cache_that_cannot_be_written(cache, compiler):
     assert not library.parent.exists()  # nothing is left behind
 
 
+def test_cache_that_others_can_write(cache):
+    """Whoever does decides what this process runs."""
+    assert backend_name(CPU) == "native"
+    (library,) = (cache / "wsbcn_d2").iterdir()
+    library.unlink()
+    library.parent.chmod(0o777)
+    begin_anew()
+    assert backend_name(CPU) == "native"
+    assert not any(library.parent.iterdir())
+
+
+def test_cache_that_keeps_nothing(cache, monkeypatch):
+    replace = os.replace
+
+    def fail_there(source, target):
+        if cache in Path(target).parents:
+            raise PermissionError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_there)
+    assert backend_name(CPU) == "native"
+    assert not any((cache / "wsbcn_d2").iterdir())
+
+
+def test_compiler_of_blanks_is_none(cache, monkeypatch):
+    monkeypatch.setenv("CC", "  ")
+    assert backend_name(CPU) == "native"
+
+
+@pytest.mark.parametrize("change", ["device", "dtype"])
+def test_defaults_of_torch_do_not_matter(cache, compiler, change):
+    compiler('exec cc "$@"')
+    defaults = torch.get_default_dtype()
+    try:
+        if change == "dtype":
+            torch.set_default_dtype(torch.float64)
+        else:
+            torch.set_default_device("meta")
+        assert backend_name(CPU) == "native"
+        assert any(cache.glob("wsbcn_d2/*.so"))
+    finally:
+        torch.set_default_dtype(defaults)
+        torch.set_default_device(None)
+
+
 @pytest.mark.parametrize(
     "body,reason",
     [
         ("echo lost; exit 3", "compiler failed with status 3: lost"),
         (
-            'test "$1" = --version || { echo before; echo internal error; exit 4; }',
+            'test "$1" = --version || { echo before; echo internal error; echo after; exit 4; }',
             "compiler failed with status 4: internal error",
         ),
         ("exit 0", "OSError"),  # makes nothing
         ('exec cc -Dsqrtf=fabsf "$@"', "the compiled kernels compute something else than PyTorch"),
-        (None, "RuntimeError: there is no C compiler (/no/such/compiler -m64)"),
+        ("CC=/no/such/compiler -m64", "RuntimeError: there is no C compiler (/no/such/compiler)"),
+        ("CC='cc", "RuntimeError: CC='cc is not a command: No closing quotation"),
     ],
 )
 def test_falls_back_and_says_why_once(cache, compiler, caplog, monkeypatch, body, reason):
-    if body is None:
-        monkeypatch.setenv("CC", "/no/such/compiler -m64")
+    if body.startswith("CC="):
+        monkeypatch.setenv("CC", body[3:])
     else:
         compiler(body)
     monkeypatch.setattr(backend.logger, "propagate", True)
@@ -131,19 +183,53 @@ def test_variance_is_around_a_mean_that_float32_cannot_hold():
     assert mean.item() in (1e7, 1e7 + 1) and var.item() == 0.25
 
 
-@pytest.mark.parametrize("wrong", range(7))
-def test_arguments_that_do_not_fit_are_errors(wrong):
-    """Not reads beyond their end."""
+@pytest.mark.parametrize(
+    "wrong,of",
+    [(i, "another size") for i in range(7)] + [(i, "another device") for i in range(6)],
+)
+def test_arguments_that_do_not_fit_are_errors(wrong, of):
+    """Not reads of memory that is not theirs."""
     x, *rest = make_inputs((2, 6, 5, 7), 3, torch.float32)
-    residual = None
-    if wrong == 6:
-        residual = torch.randn(2, 6, 5, 6)
+    rest.append(torch.randn(2, 6, 5, 7))
+    if of == "another device":
+        rest[wrong] = rest[wrong].to("meta")
     else:
-        rest[wrong] = rest[wrong][:-1].contiguous()
-    with pytest.raises(RuntimeError):
+        rest[wrong] = rest[wrong][..., :-1].contiguous()
+    *rest, residual = rest
+    with pytest.raises((RuntimeError, NotImplementedError)):
         native_backend.batch_channel_norm_forward(
             x, residual, *rest, None, None, 0.1, 1e-5, False, False, False
         )
+
+
+def test_gradients_that_do_not_fit_are_errors():
+    x, *rest = make_inputs((2, 6, 5, 7), 3, torch.float32)
+    options = (None, None, None, 1e-5, False, False, False)
+    _, tables = native_backend.batch_channel_norm_forward(x, None, *rest, *options)
+    for wrong in (torch.randn(2, 6, 5, 6), torch.randn(2, 6, 5, 7, device="meta")):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            native_backend.batch_channel_norm_backward(
+                wrong, x, None, rest[0], rest[2], tables, False, False, False
+            )
+    filters = torch.randn(4, 3, 2, 2)
+    _, mean, rstd = native_backend.standardize_forward([filters], [1e-5], torch.float32)
+    for wrong in (filters[:, :2], filters.to("meta")):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            native_backend.standardize_backward([wrong], [filters], mean, rstd)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        native_backend.standardize_forward([filters, filters.to("meta")], [0, 0], torch.float32)
+
+
+def test_gradient_without_memory():
+    """As some operations make of zeros."""
+    x, *rest = make_inputs((2, 6, 5, 7), 3, torch.float32)
+    options = (None, None, None, 1e-5, False, False, False)
+    _, tables = native_backend.batch_channel_norm_forward(x, None, *rest, *options)
+    grad = torch._efficientzerotensor(x.shape)
+    results = native_backend.batch_channel_norm_backward(
+        grad, x, None, rest[0], rest[2], tables, False, False, False
+    )
+    assert not results[0].any() and not results[2].any()
 
 
 def test_residual_of_another_dtype():

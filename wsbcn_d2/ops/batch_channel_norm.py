@@ -51,6 +51,7 @@ from torch import Tensor
 from .backend import call_on_device_of, kernels_for
 from .library import LIBRARY
 from .memory_format import dense
+from .once import once_differentiable
 from .state import in_backward, is_compiling, is_observed
 from .tables import new_tables
 
@@ -112,7 +113,16 @@ def batch_channel_norm(
 
     Returns:
         Tensor of the shape, dtype and memory format of x.
+
+    Raises:
+        RuntimeError: if parameters or residual are on another device than x; from the backward
+            pass, if the gradients are differentiated.
     """
+    # Kernels are given addresses, and would read elsewhere.
+    if weight.device != x.device:
+        raise RuntimeError(f"x is on {x.device}, but the parameters are on {weight.device}")
+    if residual is not None and residual.device != x.device:
+        raise RuntimeError(f"x is on {x.device}, but the residual is on {residual.device}")
     tensors = (
         x,
         residual,
@@ -163,7 +173,7 @@ def parameter_gradients(
     return [part.to(dtype) for part, dtype in zip(gradients.split_with_sizes(sizes), dtypes)]
 
 
-_once_differentiable = torch.autograd.function.once_differentiable(_gradients)
+_backward_once = once_differentiable(_gradients)
 
 
 class Named:
@@ -226,8 +236,7 @@ class _BatchChannelNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        # Without a second derivative to be refused there is nothing to watch over.
-        return (_once_differentiable if torch.is_grad_enabled() else _gradients)(ctx, grad)
+        return _backward_once(ctx, grad)
 
 
 # Without what ``apply`` itself adds, which is for transformations of functions.

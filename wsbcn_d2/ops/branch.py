@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .backend import call_on_device_of, kernels_for
 from .batch_channel_norm import Named, parameter_gradients
+from .once import once_differentiable
 from .state import is_observed
 
 
@@ -102,8 +103,7 @@ class _Branch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        # Without a second derivative to be refused there is nothing to watch over.
-        return (_once_differentiable if torch.is_grad_enabled() else _gradients)(ctx, grad)
+        return _backward_once(ctx, grad)
 
 
 # Without what ``apply`` itself adds, which is for transformations of functions.
@@ -162,7 +162,7 @@ def _gradients(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     return call_on_device_of(grad, _backward, ctx, kernels, grad, saved)
 
 
-_once_differentiable = torch.autograd.function.once_differentiable(_gradients)
+_backward_once = once_differentiable(_gradients)
 
 
 def _backward(

@@ -6,6 +6,7 @@ once for a pass and move what has to be moved. They are for float32, and activat
 everything else is :mod:`.eager`'s, whose tables are the same.
 """
 
+import sys
 from operator import attrgetter
 from typing import List, Optional, Sequence, Tuple
 
@@ -16,37 +17,51 @@ from . import eager
 from .estimates import pool_images, sum_over_ranks, use_batch
 from .memory_format import dense
 from .native_library import library
-from .tables import new_tables, split_tables
+from .tables import new_tables, split_tables, tables_size
 
 # As of plain PyTorch, which may have to do the backward pass.
 SAVES_OUTPUT_OF_RELU = eager.SAVES_OUTPUT_OF_RELU
 
 _F32 = torch.float32
-_ONLY_F32 = {_F32}
-_dtype_of = attrgetter("dtype")
 # Of ``wsbcn_forward``: what to normalize by.
 _OF_BATCH, _FIXED, _UPDATED = range(3)
 
 
 def try_out() -> None:
-    """Goes through a pass, and compares it with what plain PyTorch makes of it.
+    """Goes through passes, and compares them with what plain PyTorch makes of them.
 
     Raises whatever makes that fail.
     """
-    x = torch.linspace(-1.0, 1.0, 24).view(1, 4, 2, 3).square()
-    affine = [torch.linspace(0.5, 1.5, n) for n in (4, 4, 2, 2)]
-    results = []
-    for forward, backward in (
-        (batch_channel_norm_forward, batch_channel_norm_backward),
-        (eager.batch_channel_norm_forward, eager.batch_channel_norm_backward),
+    library()
+    kind = {"dtype": _F32, "device": "cpu"}  # whatever the defaults are
+    x, residual = torch.linspace(0.0, 80.0, 96, **kind).sin().view(2, 2, 4, 2, 3)
+    affine = [torch.linspace(0.5, 1.5, n, **kind) for n in (4, 4, 2, 2)]
+    for rate, use_batch_statistics, added in (
+        (0.1, False, None),
+        (None, False, residual),
+        (0.1, True, None),
     ):
-        estimates = torch.zeros(4), torch.ones(4)
-        y, tables = forward(x, None, *affine, *estimates, None, None, 0.1, 1e-5, False, True, False)
-        grad_x, _, of_parameters = backward(
-            x, x, y, affine[0], affine[2], tables, True, False, False
-        )
-        results.append(torch.cat([t.flatten() for t in (y, *estimates, grad_x, of_parameters)]))
-    if not torch.allclose(*results, rtol=1e-3, atol=1e-4):
+        results = []
+        for kernels in (sys.modules[__name__], eager):
+            estimates = torch.linspace(0.5, 1.0, 8, **kind).view(2, 4).unbind()
+            tensors, options = (x, added, *affine, *estimates), (rate, 1e-5, use_batch_statistics)
+            y, tables = kernels.batch_channel_norm_forward(
+                *tensors, None, None, *options, True, False
+            )
+            gradients = kernels.batch_channel_norm_backward(
+                residual, x, y, affine[0], affine[2], tables, True, added is not None, False
+            )
+            results.append([y, *estimates, *(t for t in gradients if t is not None)])
+        _check_same(*results)
+    results = []
+    for kernels in (sys.modules[__name__], eager):
+        filters, mean, rstd = kernels.standardize_forward([x], [1e-5], _F32)
+        results.append(filters + kernels.standardize_backward([residual], [x], mean, rstd))
+    _check_same(*results)
+
+
+def _check_same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(ours, theirs)):
         raise RuntimeError("the compiled kernels compute something else than PyTorch")
 
 
@@ -70,7 +85,11 @@ def batch_channel_norm_forward(
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
     of_layer = (weight, bias, group_weight, group_bias, running_mean, running_var)
-    if not _can_be_read(x, residual, of_layer, seen_elements):
+    added = residual
+    if residual is not None and x.is_contiguous():
+        added = residual.contiguous()
+    addresses = _addresses(x, added, seen_elements, *of_layer)
+    if addresses is None or not _fit(x, residual, of_layer, seen_elements):
         return eager.batch_channel_norm_forward(
             x,
             residual,
@@ -97,16 +116,15 @@ def batch_channel_norm_forward(
             *batch, images * pixels, count, *running, update_rate, *counters, synchronize
         )
         torch.stack(batch, out=tables[: 2 * channels].view(2, channels))
-    if residual is not None:
-        residual = residual.contiguous()
     y = torch.empty_like(x)
+    x_, added_, seen_, *of_layer_ = addresses
     updated = library().wsbcn_forward(
-        x.data_ptr(),
-        None if residual is None else residual.data_ptr(),
+        x_,
+        added_,
         y.data_ptr(),
         tables.data_ptr(),
-        *map(Tensor.data_ptr, of_layer),
-        None if seen_elements is None else seen_elements.data_ptr(),
+        *of_layer_,
+        seen_,
         0.0 if update_rate is None else float(update_rate),
         eps,
         statistics,
@@ -125,14 +143,16 @@ def batch_channel_norm_forward(
 def batch_channel_norm_again(x: Tensor, tables: Tensor, groups: int, relu: bool) -> Tensor:
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
-    if not (_fits(x) and _are_plain((tables,))):
+    addresses = _addresses(x, tables)
+    if addresses is None:
         return eager.batch_channel_norm_again(x, tables, groups, relu)
     images, channels, height, width = x.shape
+    x_, tables_ = addresses
     y = torch.empty_like(x)
     library().wsbcn_again(
-        x.data_ptr(),
+        x_,
         y.data_ptr(),
-        tables.data_ptr(),
+        tables_,
         relu,
         images,
         channels,
@@ -156,52 +176,57 @@ def batch_channel_norm_backward(
 ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
-    if not (_fits(x) and grad.dtype == _F32 and _are_plain((weight, group_weight, tables))):
+    shape = x.shape
+    images, channels = shape[:2]
+    groups = group_weight.shape[0]
+    reads_y = relu and has_residual
+    tensors = (grad, y) if reads_y else (grad, None)
+    if x.is_contiguous():
+        tensors = [None if t is None else t.contiguous() for t in tensors]
+    addresses = _addresses(x, weight, group_weight, tables, *tensors)
+    # One value more with the statistics of the batch.
+    count = tables.numel() - tables_size(shape, groups, False)
+    if addresses is None or grad.shape != shape or count not in (0, 1):
         return eager.batch_channel_norm_backward(
             grad, x, y, weight, group_weight, tables, relu, has_residual, synchronize
         )
-    grad = grad.contiguous()
-    if y is not None:
-        y = y.contiguous()
-    images, channels, height, width = x.shape
-    groups = group_weight.shape[0]
-    shape = (images, channels, groups, height * width, torch.get_num_threads())
+    x_, weight_, group_weight_, tables_, grad_, y_ = addresses
     kernels = library()
     grad_x = torch.empty_like(x)
-    grad_residual = torch.empty_like(x) if relu and has_residual else None
+    grad_residual = torch.empty_like(x) if reads_y else None
     parameters = tables.new_empty(2 * (channels + groups))
     scratch = tables.new_empty(images * (4 * channels + 2 * groups))
-    count = tables.numel() - 2 * channels - images * (5 * channels + groups)
+    sizes = (images, channels, groups, shape[2] * shape[3], torch.get_num_threads())
     kernels.wsbcn_backward(
-        grad.data_ptr(),
-        x.data_ptr(),
-        None if grad_residual is None else y.data_ptr(),
+        grad_,
+        x_,
+        y_,
         None if count else grad_x.data_ptr(),
         None if grad_residual is None else grad_residual.data_ptr(),
-        tables.data_ptr(),
+        tables_,
         scratch.data_ptr(),
-        weight.data_ptr(),
-        group_weight.data_ptr(),
+        weight_,
+        group_weight_,
         parameters.data_ptr(),
         relu,
-        *shape,
+        *sizes,
     )
     if count:
         of_weight, of_bias = parameters[:channels], parameters[channels : 2 * channels]
         if synchronize:
             of_weight, of_bias = sum_over_ranks(of_weight, of_bias)
         kernels.wsbcn_backward_through_batch(
-            (grad if grad_residual is None else grad_residual).data_ptr(),
-            x.data_ptr(),
+            grad_ if grad_residual is None else grad_residual.data_ptr(),
+            x_,
             grad_x.data_ptr(),
-            tables.data_ptr(),
+            tables_,
             scratch.data_ptr(),
-            weight.data_ptr(),
+            weight_,
             of_weight.data_ptr(),
             of_bias.data_ptr(),
             float(tables[-1].clamp(min=1)),
             relu and grad_residual is None,
-            *shape,
+            *sizes,
         )
     return grad_x, grad_residual, parameters
 
@@ -209,7 +234,7 @@ def batch_channel_norm_backward(
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """See :func:`.batch_channel_norm.moments`."""
     x = dense(x)
-    if not _fits(x):
+    if _addresses(x) is None:
         return eager.moments(x)
     mean, var = x.new_empty((2, *x.shape[:2]))
     _find_moments(x, mean, var)
@@ -220,16 +245,18 @@ def standardize_forward(
     weights: Sequence[Tensor], eps: Sequence[float], dtype: torch.dtype
 ) -> Tuple[List[Tensor], Tensor, Tensor]:
     """See :mod:`.weight_standardization`."""
-    if dtype != _F32 or not all(map(_fits, weights)):
+    addresses = _addresses(*weights)
+    if dtype != _F32 or addresses is None:
         return eager.standardize_forward(weights, eps, dtype)
     outputs = [torch.empty_like(weight) for weight in weights]
     sizes = [weight.shape[0] for weight in weights]
     mean, rstd = weights[0].new_empty((2, sum(sizes)))
     kernels, threads = library(), torch.get_num_threads()
-    for weight, out, m, r, e in zip(weights, outputs, mean.split(sizes), rstd.split(sizes), eps):
+    tables = zip(mean.split(sizes), rstd.split(sizes))
+    for weight, address, out, (m, r), e in zip(weights, addresses, outputs, tables, eps):
         filters = weight.shape[0]
         kernels.wsbcn_standardize(
-            weight.data_ptr(),
+            address,
             out.data_ptr(),
             m.data_ptr(),
             r.data_ptr(),
@@ -245,14 +272,15 @@ def standardize_backward(
     grads: Sequence[Tensor], weights: Sequence[Tensor], mean: Tensor, rstd: Tensor
 ) -> List[Tensor]:
     """See :mod:`.weight_standardization`."""
-    if not (all(map(_fits, weights)) and all(grad.dtype == _F32 for grad in grads)):
+    dense_grads = [grad.contiguous() for grad in grads]
+    addresses = _addresses(mean, rstd, *dense_grads, *weights)
+    if addresses is None or any(g.shape != w.shape for g, w in zip(grads, weights)):
         return eager.standardize_backward(grads, weights, mean, rstd)
-    grads = [grad.contiguous() for grad in grads]
     outputs = [torch.empty_like(weight) for weight in weights]
     sizes = [weight.shape[0] for weight in weights]
     kernels, threads = library(), torch.get_num_threads()
     tables = zip(mean.split(sizes), rstd.split(sizes))
-    for grad, weight, out, (m, r) in zip(grads, weights, outputs, tables):
+    for grad, weight, out, (m, r) in zip(dense_grads, weights, outputs, tables):
         filters = weight.shape[0]
         kernels.wsbcn_standardize_backward(
             grad.data_ptr(),
@@ -282,33 +310,46 @@ def _find_moments(x: Tensor, mean: Tensor, var: Tensor) -> None:
     )
 
 
-def _fits(x: Tensor) -> bool:
-    """Whether the kernels are for such an activation, or such filters."""
-    return x.dtype == _F32 and x.is_contiguous() and x.numel() > 0
+_dtype_of, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
+_ONLY_F32 = {_F32}
 
 
-def _can_be_read(
+def _addresses(*tensors: Optional[Tensor]) -> Optional[List[Optional[int]]]:
+    """Where tensors lie, None for None; None if the kernels cannot read one of them: if it is not
+    contiguous, of float32 and in memory of the CPU, or has no values.
+
+    The kernels do not find out what is wrong with others; the operations of PyTorch do.
+    """
+    there = [t for t in tensors if t is not None]
+    # Asked for at every call, and so without loops in Python.
+    if not (
+        all(map(Tensor.is_contiguous, there))
+        and all(map(_is_cpu, there))
+        and {*map(_dtype_of, there)} == _ONLY_F32
+    ):
+        return None
+    addresses = [*map(Tensor.data_ptr, there)]
+    if not all(addresses):  # nor has a tensor without memory, as there are with some types
+        return None
+    if len(there) == len(tensors):
+        return addresses
+    rest = iter(addresses)
+    return [None if t is None else next(rest) for t in tensors]
+
+
+def _fit(
     x: Tensor,
     residual: Optional[Tensor],
     of_layer: Sequence[Tensor],
     seen_elements: Optional[Tensor],
 ) -> bool:
-    """Whether the kernels are for such arguments. They do not find out what is wrong with others;
-    the operations of PyTorch do."""
-    if not _fits(x) or (
-        residual is not None and (residual.shape, residual.dtype) != (x.shape, _F32)
-    ):
-        return False
+    """Whether such arguments fit together."""
     channels, groups = x.shape[1], of_layer[2].shape[0]
     sizes = [channels, channels, groups, groups, channels, channels]
     return (
-        _are_plain(of_layer)
-        and [*map(Tensor.numel, of_layer)] == sizes
+        [*map(Tensor.numel, of_layer)] == sizes
+        and groups > 0
         and channels % groups == 0
-        and (seen_elements is None or _are_plain((seen_elements,)))
+        and (residual is None or residual.shape == x.shape)
+        and (seen_elements is None or seen_elements.numel() == 1)
     )
-
-
-def _are_plain(tables: Sequence[Tensor]) -> bool:
-    # Asked for at every call, and so without a loop in Python.
-    return all(map(Tensor.is_contiguous, tables)) and {*map(_dtype_of, tables)} == _ONLY_F32

@@ -4,13 +4,14 @@
    Compiled by native_library.py and called by native_backend.py, which checks what it is given. The
    formulas and the names of the tables are those of batch_channel_norm.py.
 
-   Sums over pixels are of blocks that stay in the first-level cache, in double precision from block
-   to block, and within a block for the mean. Work is divided by images and channels or
+   Sums over pixels are of blocks that stay in the first-level cache, around a value of the block and
+   in single precision, and from block to block in double precision. Work is divided by images and channels or
    groups, never within them, so that results do not depend on the number of threads. Compiled
    without contraction to fused multiply-adds, the backward pass finds out from x what ReLU let
    through exactly as the forward pass computed it.
 */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -92,8 +93,9 @@ static Moments moments_around(const float *block, int64_t size, float center) {
 static Moments moments_of_block(const float *block, int64_t size) {
     Moments moments = moments_around(block, size, block[0]);
     double step = moments.mean - block[0];
-    /* The difference of squares has lost a digit where the center is far from the mean. */
-    if (step * step * size > 8 * moments.squares)
+    /* Where the center is far from the mean, the difference of squares has lost a digit, or they
+       overflow. */
+    if (step * step * size > 8 * moments.squares || moments.squares > FLT_MAX)
         return moments_around(block, size, moments.mean);
     return moments;
 }
@@ -271,8 +273,8 @@ int wsbcn_forward(
 ) {
     Shape shape = {images, channels, groups, pixels, threads};
     Tables tables = tables_of(all_tables, shape);
-    /* The new estimates of a channel follow from those of its moments that are there when its group
-       is normalized, which is then still in the cache. Unless one is not finite. */
+    /* With a single image the estimates of a group follow from that group, which is normalized while
+       it is in the cache. If one of any group is not finite, all are normalized again. */
     int at_once = statistics == UPDATED && images == 1 && groups >= threads;
     int64_t size = channels / groups;
     int updated = 1;
@@ -336,8 +338,8 @@ void wsbcn_again(
     }
 }
 
-/* What ReLU lets through of a gradient. Which it gets whether it does or not: a loop in which it is
-   read only then takes twice the time. */
+/* What ReLU lets through of a gradient, which is read in any case: loops that read it only then take
+   twice the time. */
 static float let_through(float grad, float value) {
     return value <= 0 ? 0 : grad;
 }

@@ -53,6 +53,7 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: if there is no compiler, or if it fails.
         OSError: if the library cannot be written or loaded.
+        subprocess.TimeoutExpired: if the compiler does not come to an end.
     """
     compiler = _compiler()
     flags = [*_FLAGS, *_flags_of_machine()]
@@ -61,13 +62,17 @@ def library() -> ctypes.CDLL:
     key = hashlib.sha256("\n".join([*parts, _instructions()]).encode()).hexdigest()[:32]
     name = f"native_kernels_{key}.so"
     cache = _cache()
-    if cache is None:
-        with tempfile.TemporaryDirectory(prefix="wsbcn_d2_") as folder:
-            return _compile(compiler, flags, Path(folder) / name)
-    try:
-        return _load(cache / name)
-    except OSError:  # it is not there, or damaged
-        return _compile(compiler, flags, cache / name)
+    if cache is not None:
+        try:
+            return _load(cache / name)
+        except (OSError, AttributeError):  # it is not there, or damaged
+            pass
+        try:
+            return _compile(compiler, flags, cache / name)
+        except OSError:  # nothing can be written there, or loaded from there
+            pass
+    with tempfile.TemporaryDirectory(prefix="wsbcn_d2_") as folder:
+        return _compile(compiler, flags, Path(folder) / name)
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -81,12 +86,15 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def _compiler() -> List[str]:
     """The command: ``CC``, or else the first compiler that there is."""
-    names = [os.environ["CC"]] if os.environ.get("CC") else _COMPILERS
-    for name in names:
-        command = shlex.split(name)
+    chosen = os.environ.get("CC", "").strip()
+    try:
+        commands = [shlex.split(chosen)] if chosen else [[name] for name in _COMPILERS]
+    except ValueError as problem:
+        raise RuntimeError(f"CC={chosen} is not a command: {problem}") from None
+    for command in commands:
         if shutil.which(command[0]) is not None:
             return command
-    raise RuntimeError(f"there is no C compiler ({', '.join(names)})")
+    raise RuntimeError(f"there is no C compiler ({', '.join(c[0] for c in commands)})")
 
 
 def _flags_of_machine() -> List[str]:
@@ -104,13 +112,16 @@ def _instructions() -> str:
 
 
 def _cache() -> Optional[Path]:
-    """The folder in the user's cache, or None if nothing can be written there."""
+    """The folder in the user's cache; None if there is none, or others can write to it, who would
+    decide what is run here."""
     try:
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wsbcn_d2"
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        status = path.stat()
     except (OSError, RuntimeError):  # the latter if there is no home
         return None
-    return path if os.access(path, os.W_OK) else None
+    ours = status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
+    return path if ours else None
 
 
 def _compile(compiler: List[str], flags: List[str], path: Path) -> ctypes.CDLL:
@@ -122,6 +133,7 @@ def _compile(compiler: List[str], flags: List[str], path: Path) -> ctypes.CDLL:
         loaded = _load(Path(temporary))
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # as loading half a library would end the process
+        os.chmod(temporary, 0o755)
         os.replace(temporary, path)  # whole, or not at all, for other processes
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -135,9 +147,11 @@ def _run(command: List[str]) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
         timeout=_TIMEOUT,
     )
     if result.returncode:
         lines = result.stdout.strip().splitlines() or ["no output"]
-        raise RuntimeError(f"{command[0]} failed with status {result.returncode}: {lines[-1]}")
+        reason = next((line for line in lines if "error" in line), lines[-1])
+        raise RuntimeError(f"{command[0]} failed with status {result.returncode}: {reason}")
     return result.stdout
