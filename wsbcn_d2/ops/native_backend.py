@@ -274,7 +274,7 @@ def standardize_backward(
     """See :mod:`.weight_standardization`."""
     dense_grads = [grad.contiguous() for grad in grads]
     addresses = _addresses(mean, rstd, *dense_grads, *weights)
-    if addresses is None or any(g.shape != w.shape for g, w in zip(grads, weights)):
+    if addresses is None:
         return eager.standardize_backward(grads, weights, mean, rstd)
     outputs = [torch.empty_like(weight) for weight in weights]
     sizes = [weight.shape[0] for weight in weights]

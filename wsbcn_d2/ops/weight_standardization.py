@@ -79,7 +79,13 @@ def standardize_all_backward(
     Args:
         grads: one dtype, which need not be that of the weights.
         weights, mean, rstd: arguments and results of :func:`standardize_all`.
+
+    Raises:
+        RuntimeError: if a gradient has another shape than its weight.
     """
+    for grad, weight in zip(grads, weights):  # which the kernels take for granted
+        if grad.shape != weight.shape:
+            raise RuntimeError(f"a gradient of shape {grad.shape} for a weight of {weight.shape}")
     weights = [w if w.is_contiguous() else _dense(w) for w in weights]
     if is_observed(weights[0]):
         return torch.ops.wsbcn_d2.standardize_backward(list(grads), weights, mean, rstd)
