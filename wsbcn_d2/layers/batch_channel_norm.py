@@ -107,7 +107,8 @@ class BatchChannelNorm(nn.GroupNorm):
     forward pass, which uses the estimates that are there then: of several calls of a layer between
     two backward passes, only the last is recomputed exactly. A batch with a non-finite value leaves
     the estimates of the layer as they are and is counted in ``skipped_updates``. The estimates stay
-    in float32 (float64 after ``.double()``) whatever the dtype of the module.
+    in float32 (float64 after ``.double()``) whatever the dtype of the module. Gradients through the
+    layer cannot be differentiated themselves, which is a RuntimeError.
 
     Attributes:
         weight, bias: affine of the batch normalization, (C,).
