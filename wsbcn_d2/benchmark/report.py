@@ -276,7 +276,7 @@ def _train_figure(results: Results) -> Figure:
         memory.set_xlabel("GiB: peak (light), saved for the backward pass (dark)")
         for axes in (times, memory):
             axes.invert_yaxis()
-            axes.margins(x=0.18)
+            axes.margins(x=0.25)
         times.set_title(f"time of a step, {train_title(results, images)}")
         memory.set_title("memory of a step")
     figure.suptitle(f"Mask R-CNN R-50-FPN, {results['device']}")
