@@ -63,13 +63,20 @@ def main() -> None:
         results[name] = {"detectron2": sets[name]["detectron2"], **run_tests(python)}
         with atomic_write(str(RESULTS), "w") as f:
             json.dump(results, f, indent=1, sort_keys=True)
+        write_page()  # which the tests of the next set compare with the results
         if results[name]["failed"]:
             failed.append(name)
+    if args.page_only:
+        write_page()
+    sys.exit(f"Tests failed with: {', '.join(failed)}" if failed else 0)
+
+
+def write_page() -> None:
+    """Shows all results in the page."""
     before, rest = PAGE.read_text().split(BEGIN)
     page = f"{before}{BEGIN}\n\n{table(json.loads(RESULTS.read_text()))}\n\n{END}"
     with atomic_write(str(PAGE), "w") as f:
         f.write(page + rest.split(END)[1])
-    sys.exit(f"Tests failed with: {', '.join(failed)}" if failed else 0)
 
 
 def make_environment(folder: Path, source: str, versions: Dict[str, Any]) -> Path:

@@ -197,7 +197,7 @@ def test_arguments_that_do_not_fit_are_errors(wrong, of):
     else:
         rest[wrong] = rest[wrong][..., :-1].contiguous()
     *rest, residual = rest
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError):
         native_backend.batch_channel_norm_forward(
             x, residual, *rest, None, None, 0.1, 1e-5, False, False, False
         )
@@ -208,7 +208,7 @@ def test_gradients_that_do_not_fit_are_errors():
     options = (None, None, None, 1e-5, False, False, False)
     _, tables = native_backend.batch_channel_norm_forward(x, None, *rest, *options)
     for wrong in (torch.randn(2, 6, 5, 6), torch.randn(2, 6, 5, 7, device="meta")):
-        with pytest.raises((RuntimeError, NotImplementedError)):
+        with pytest.raises(RuntimeError):
             native_backend.batch_channel_norm_backward(
                 wrong, x, None, rest[0], rest[2], tables, False, False, False
             )
@@ -216,9 +216,9 @@ def test_gradients_that_do_not_fit_are_errors():
     _, mean, rstd = native_backend.standardize_forward([filters], [1e-5], torch.float32)
     with pytest.raises(RuntimeError, match="gradient of shape"):
         standardize_all_backward([filters[:, :2]], [filters], mean, rstd)
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError):
         native_backend.standardize_backward([filters.to("meta")], [filters], mean, rstd)
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError):
         native_backend.standardize_forward([filters, filters.to("meta")], [0, 0], torch.float32)
 
 

@@ -168,7 +168,7 @@ def parameter_gradients(
     if dtypes.count(dtypes[0]) == len(dtypes):
         if gradients.dtype != dtypes[0]:
             gradients = gradients.to(dtypes[0])
-        # As none is changed before all are there, nothing need know that they share memory.
+        # They share a storage but no element, and so need not be views that know of each other.
         return gradients.unsafe_split_with_sizes(sizes)
     return [part.to(dtype) for part, dtype in zip(gradients.split_with_sizes(sizes), dtypes)]
 
