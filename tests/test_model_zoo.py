@@ -24,6 +24,7 @@ from test_model_families import of_deeplab, of_panoptic_deeplab, of_point_rend, 
 
 import wsbcn_d2
 from wsbcn_d2.data import make_digits_dataset
+from wsbcn_d2.engine import ConfigError, load_config
 from wsbcn_d2.layers import WeightStandardized
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +110,8 @@ def test_config_is_what_its_name_says(model):
         if model == RCNN[0]:  # its files set what the model has
             del norms["RETINANET.NORM"], norms["SEM_SEG_HEAD.NORM"]
         assert len(norms) >= 4
+        if "DC5" in model:  # fully connected layers have none
+            assert norms.pop("ROI_BOX_HEAD.NORM") == ""
         for key, value in norms.items():
             if "v3_plus" in model and key == "SEM_SEG_HEAD.NORM":  # has layers of 48 channels
                 value = value.replace("(groups=16)", "")
@@ -141,6 +144,17 @@ def test_config_is_what_its_name_says(model):
             assert ("GN" in weights) == (norm == "gn"), path
         if "scratch" in path.stem:
             assert not weights and cfg.MODEL.WSBCN.UPDATE_RATE_WARMUP, path
+
+
+@pytest.mark.parametrize("model", FILES)
+def test_programs_read_it(model):
+    of_a_project = "pointrend" in model or "deeplab" in model
+    for path, _ in FILES[model]:
+        if of_a_project:
+            with pytest.raises(ConfigError, match=f"{path.name}.*docs/in_your_project.md"):
+                load_config(str(path), needs=())
+        else:
+            load_config(str(path), needs=())
 
 
 CLASSES = {  # key below MODEL -> which classes of the dataset it counts

@@ -117,7 +117,11 @@ FAMILIES: List[Family] = [
         *BACKBONES[1:],
     ),
     _family("COCO-InstanceSegmentation", "mask_rcnn_R_50_C4", "Base-Mask-RCNN-C4.yaml", ONE_X),
-    _family("COCO-InstanceSegmentation", "mask_rcnn_R_50_DC5", "Base-Mask-RCNN-DC5.yaml", ONE_X),
+    Family(
+        "COCO-InstanceSegmentation/mask_rcnn_R_50_DC5",
+        (_BACKBONE, "Base-Mask-RCNN-DC5.yaml"),  # whose box head has no place for the norm
+        ONE_X,
+    ),
     _family(
         "COCO-Detection",
         "faster_rcnn_{backbone}_FPN",

@@ -153,6 +153,31 @@ def test_recalibration_comes_before_saving(tmp_path):
     assert torch.equal(other["norm1.running_mean"], plain["norm1.running_mean"])
 
 
+class MixedTrainer(TinyTrainer):
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        model.norm2 = nn.BatchNorm2d(4)
+        return model
+
+
+def test_precise_bn_leaves_the_estimates(tmp_path):
+    saved = []
+    for precise in ("False", "True"):
+        opts = ("TEST.PRECISE_BN.ENABLED", precise, "TEST.PRECISE_BN.NUM_ITER", "3")
+        MixedTrainer.first_batch = 0
+        trainer = MixedTrainer(tiny_config(tmp_path / precise, *opts))
+        trainer.train()
+        assert not any("update_stats" in vars(hook) for hook in trainer._hooks)
+        path = tmp_path / precise / "model_final.pth"
+        saved.append(torch.load(path, weights_only=True)["model"])
+    without, with_precise_bn = saved
+    of_batch_norm = {f"norm2.{key}" for key in ("running_mean", "running_var")}
+    for name, value in without.items():
+        if name != "norm2.num_batches_tracked":
+            assert torch.equal(value, with_precise_bn[name]) == (name not in of_batch_norm), name
+
+
 class Branches(nn.Module):
     """A layer whose bad inputs are seen by nobody else."""
 

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import require_wsbcn_config
 from .statistics import (
+    fixed_estimates,
     named_batch_channel_norms,
     recalibrate_estimates,
     seeded_batches,
@@ -288,6 +289,34 @@ class RecalibrateEstimates(HookBase):
             recalibrate_estimates(self._model, batches, progress=comm.is_main_process())
 
 
+class KeepEstimatesInPreciseBN(HookBase):
+    """Has :class:`detectron2.engine.hooks.PreciseBN` leave the estimates of BCN as they are.
+
+    That computes the statistics of BatchNorm layers by forward passes in training mode, in which
+    BCN layers would move their estimates, on each rank by other images.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """
+        Args:
+            model: the model of this rank.
+        """
+        self._model = model
+        self._changed: List[HookBase] = []
+
+    def before_train(self) -> None:
+        """Looks for such hooks of the trainer, wherever they stand."""
+        for hook in self.trainer._hooks:
+            if isinstance(hook, hooks.PreciseBN):
+                hook.update_stats = fixed_estimates(self._model)(hook.update_stats)
+                self._changed.append(hook)
+
+    def after_train(self) -> None:
+        """Gives them back what they did."""
+        while self._changed:
+            del self._changed.pop().update_stats
+
+
 def build_hooks(cfg: CfgNode, trainer: DefaultTrainer) -> List[HookBase]:
     """The hooks that the config asks for, in the order in which they must run.
 
@@ -323,6 +352,8 @@ def build_hooks(cfg: CfgNode, trainer: DefaultTrainer) -> List[HookBase]:
         ret.append(SynchronizeEstimates(model, cfg.MODEL.WSBCN.SYNC_PERIOD, also))
     if cfg.MODEL.WSBCN.MAX_SKIPPED_UPDATES > 0:
         ret.append(StopOnSkippedUpdates(model, cfg.MODEL.WSBCN.MAX_SKIPPED_UPDATES))
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        ret.append(KeepEstimatesInPreciseBN(model))
     if cfg.TEST.PRECISE_BCN.ENABLED:
         loader_cfg = cfg.clone()
         loader_cfg.defrost()

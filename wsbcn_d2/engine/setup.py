@@ -67,8 +67,12 @@ def load_config(
     try:
         cfg.merge_from_file(config_file)
         cfg.merge_from_list(opts)
-    except KeyError as error:
-        raise ConfigError(_unknown_key(cfg, str(error.args[0]))) from error
+    except KeyError as error:  # in the file, as of the others an unknown key is an AssertionError
+        raise ConfigError(
+            f"{config_file}: {_unknown_key(cfg, str(error.args[0]))}. Configs of PointRend, DeepLab "
+            "and Panoptic-DeepLab, whose keys these may be, are for the train_net.py of those "
+            "projects, as docs/in_your_project.md shows"
+        ) from error
     except (AssertionError, OSError, ValueError) as error:
         raise ConfigError(_unknown_key(cfg, str(error))) from error
     except (AttributeError, TypeError, yaml.YAMLError) as error:
@@ -141,15 +145,8 @@ def _unknown_key(cfg: CfgNode, message: str) -> str:
         return message
     keys = list(flatten_config(cfg))
     close = difflib.get_close_matches(match[1], keys, n=3)
-    return (
-        f"there is no config key {match[1]}"
-        + (f"; close to it are {', '.join(close)}" if close else "")
-        + (
-            ""
-            if close
-            else ". The configs of PointRend, DeepLab and Panoptic-DeepLab are for the "
-            "train_net.py of those projects, as docs/in_your_project.md shows"
-        )
+    return f"there is no config key {match[1]}" + (
+        f"; close to it are {', '.join(close)}" if close else ""
     )
 
 
