@@ -361,8 +361,29 @@ def test_training_from_a_lazy_config(tmp_path):
             ],
             "error: the model of the config cannot be built: unknown norm option 'BNC'",
         ),
+        (
+            ["--config-file", RETINANET, "train.norm=BCN(groups=48)+WS"],
+            "error: the model of the config cannot be built: norm option 'BCN(groups=48)+WS': 64",
+        ),
+        (["--config-file", "a.yaml"], "error: a.yaml is not a LazyConfig (.py); YAML configs are"),
+        (
+            ["--config-file", RETINANET, "train.nrom=GN"],
+            "error: the config has no key train.nrom; close to it are train.norm",
+        ),
+        (
+            ["--config-file", RETINANET, "train.wsbcn.SYNC_PERIOD=abc"],
+            "error: train.wsbcn.SYNC_PERIOD: Type mismatch",
+        ),
+        (
+            ["--config-file", RETINANET, f"train.output_dir={__file__}"],
+            "error: train.output_dir: cannot write",
+        ),
+        (["--config-file", RETINANET, "train.norm=(GN"], "error: train.norm=(GN: "),
     ],
-    ids=["no config", "no weights", "no such key", "no data", "no such norm"],
+    ids=[
+        *("no config", "no weights", "no such key", "no data", "no such norm", "groups", "yaml"),
+        *("misspelt", "no number", "no folder", "no override"),
+    ],
 )
 def test_errors_of_lazy_configs_are_one_line(tmp_path, arguments, message):
     result = run_lazyconfig(arguments, tmp_path)

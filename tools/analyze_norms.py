@@ -4,16 +4,22 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Iterator, Tuple
+from typing import Iterator, List, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 
-from wsbcn_d2.analysis.norm_analysis import analyze_checkpoint, load_analyses, write_analyses
+from wsbcn_d2.analysis.norm_analysis import (
+    Analysis,
+    analyze_checkpoint,
+    load_analyses,
+    write_analyses,
+)
 from wsbcn_d2.analysis.norms_page import norms_page
 from wsbcn_d2.analysis.probe import STEPS
 from wsbcn_d2.analysis.runs import read_run
 from wsbcn_d2.engine import load_config
+from wsbcn_d2.engine.checkpoint import check_output
 
 _NEEDS = ("TRAIN", "WEIGHTS")
 
@@ -60,33 +66,41 @@ def main() -> int:
     args = parser.parse_args()
     if sum(map(bool, (args.runs, args.config_file, args.analyses))) != 1:
         parser.error("give one of OUTPUT_DIRs, --config-file and --from")
+    file = str(Path(args.output) / f"{args.name}.json")
     try:
+        check_output(file)
         if args.analyses:
             analyses = load_analyses(args.analyses)
         else:
             setup_logger(name="fvcore")
             setup_logger()
-            analyses = [
-                analyze_checkpoint(
-                    cfg,
-                    label,
-                    num_images=args.num_images,
-                    num_probe_images=args.num_probe_images,
-                    steps=args.steps,
-                    seed=args.seed,
-                    progress=True,
-                )
-                for label, cfg in list(_configs(args))
-            ]
+            analyses = _analyze(args, file)
         paths = norms_page(analyses).write(args.output, args.name)
         if not args.analyses:
-            paths.append(str(Path(args.output) / f"{args.name}.json"))
-            write_analyses(analyses, paths[-1])
+            paths.append(file)
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print("\n".join(paths))
     return 0
+
+
+def _analyze(args: argparse.Namespace, file: str) -> List[Analysis]:
+    """Writes what there is after each checkpoint, so that an error or interruption keeps it."""
+    analyses: List[Analysis] = []
+    for label, cfg in list(_configs(args)):
+        analysis = analyze_checkpoint(
+            cfg,
+            label,
+            num_images=args.num_images,
+            num_probe_images=args.num_probe_images,
+            steps=args.steps,
+            seed=args.seed,
+            progress=True,
+        )
+        analyses.append(analysis)
+        write_analyses(analyses, file)
+    return analyses
 
 
 def _configs(args: argparse.Namespace) -> Iterator[Tuple[str, CfgNode]]:

@@ -4,7 +4,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import List, Tuple
+from typing import Iterable, List, Tuple
 
 from wsbcn_d2.analysis.comparison import (
     Results,
@@ -13,8 +13,9 @@ from wsbcn_d2.analysis.comparison import (
     merge_results,
     write_results,
 )
-from wsbcn_d2.analysis.comparison_page import comparison_page
+from wsbcn_d2.analysis.comparison_page import check_baseline, comparison_page
 from wsbcn_d2.analysis.runs import Run, label_by_config, label_by_folder, read_run
+from wsbcn_d2.engine.checkpoint import check_output
 
 GROUPINGS = {
     "config": label_by_config,
@@ -62,9 +63,10 @@ def main() -> int:
     if not args.runs and not args.files:
         parser.error("give OUTPUT_DIRs, --from JSON files, or both")
     try:
+        check_output(str(Path(args.output) / args.name))
         parts = {file: load_results(file) for file in args.files}
         if args.runs:
-            parts["the runs given"] = _compare(args)
+            parts["the runs given"] = _compare(args, parts.values())
         results = merge_results(parts) if len(parts) > 1 else next(iter(parts.values()))
         page = comparison_page(results, args.baseline)
         paths = page.write(args.output, args.name)
@@ -81,8 +83,10 @@ def main() -> int:
     return 0
 
 
-def _compare(args: argparse.Namespace) -> Results:
+def _compare(args: argparse.Namespace, others: Iterable[Results]) -> Results:
     runs, labels = _read_runs(args.runs, args.group)
+    known = [*labels, *(group["label"] for results in others for group in results["groups"])]
+    check_baseline(args.baseline, known)
     return compare_runs(
         runs,
         labels,

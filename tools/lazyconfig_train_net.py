@@ -9,6 +9,8 @@ of ``train.wsbcn``, where the config has them: ``train.wsbcn.UPDATE_RATE_WARMUP=
 """
 
 import argparse
+import contextlib
+import difflib
 import sys
 from typing import Any, Dict, List, Optional
 
@@ -33,8 +35,18 @@ from torch import nn
 from wsbcn_d2 import add_wsbcn_config
 from wsbcn_d2.data import check_datasets
 from wsbcn_d2.engine import AtomicCheckpointer, ConfigError, build_hooks
-from wsbcn_d2.engine.setup import check_values, check_weights
+from wsbcn_d2.engine.checkpoint import CompleteCheckpointer
+from wsbcn_d2.engine.setup import check_folder, check_values, check_weights
+from wsbcn_d2.norm_options import NormOption
 
+EXAMPLES = """examples:
+  lazyconfig_train_net.py --config-file configs/LazyConfig/mask_rcnn_R_50_FPN_1x.py --num-gpus 8
+  lazyconfig_train_net.py --config-file CONFIG.py 'train.norm=BCN(groups=16)+WS' optimizer.lr=0.01
+  lazyconfig_train_net.py --config-file CONFIG.py --eval-only train.init_checkpoint=model.pth
+"""
+
+# That a config need not have: what Detectron2 and this program look for.
+NEW_KEYS = ("+", "train.seed", "train.cudnn_benchmark", "train.wsbcn")
 # Of MODEL.WSBCN; the others are for the backbones that YAML configs name.
 HOOK_KEYS = ("UPDATE_RATE_SCHEDULE", "UPDATE_RATE_WARMUP", "SYNC_PERIOD", "MAX_SKIPPED_UPDATES")
 
@@ -60,7 +72,10 @@ def hooks_config(cfg: DictConfig) -> CfgNode:
     for key, value in cfg.train.get("wsbcn", {}).items():
         if key not in HOOK_KEYS:
             raise ConfigError(f"there is no train.wsbcn.{key}; allowed are {', '.join(HOOK_KEYS)}")
-        keys.merge_from_list([f"MODEL.WSBCN.{key}", value])
+        try:
+            keys.merge_from_list([f"MODEL.WSBCN.{key}", value])
+        except ValueError as error:
+            raise ConfigError(f"train.wsbcn.{key}: {error}") from error
     check_values(keys)
     keys.SOLVER.BASE_LR = cfg.optimizer.lr
     keys.SOLVER.CHECKPOINT_PERIOD = cfg.train.checkpointer.period
@@ -103,13 +118,64 @@ def load(config_file: str, overrides: List[str]) -> DictConfig:
     """
     if not config_file:
         raise ConfigError("--config-file must name a LazyConfig, as those in configs/LazyConfig")
+    if not config_file.endswith(".py"):
+        raise ConfigError(
+            f"{config_file} is not a LazyConfig (.py); YAML configs are for tools/train_net.py"
+        )
     try:
-        cfg = LazyConfig.apply_overrides(LazyConfig.load(config_file), overrides)
-    except (HydraException, KeyError, OSError, ValueError) as error:
+        cfg = LazyConfig.load(config_file)
+    except (KeyError, OSError, ValueError) as error:
         raise ConfigError(f"{config_file}: {error}") from error
+    if "train" not in cfg or "model" not in cfg:
+        raise ConfigError(f"{config_file} has no `train` or no `model`: {', '.join(cfg)}")
+    overrides = [_quoted(override) for override in overrides]
+    _check_keys(cfg, overrides)
+    try:
+        cfg = LazyConfig.apply_overrides(cfg, overrides)
+    except (HydraException, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"{' '.join(overrides)}: {' '.join(str(error).split())}. An override is KEY=VALUE, and "
+            "a value with other signs than letters, digits and + needs quotes of its own"
+        ) from error
     if cfg.train.device == "cuda" and not torch.cuda.is_available():
         cfg.train.device = "cpu"
     return cfg
+
+
+def _quoted(override: str) -> str:
+    """An override whose value is a norm option with arguments, which Hydra takes for a function
+    if it has no quotes."""
+    key, equals, value = override.partition("=")
+    if "(" in value:
+        with contextlib.suppress(ValueError):
+            NormOption.parse(value)
+            return f'{key}{equals}"{value}"'
+    return override
+
+
+def _check_keys(cfg: DictConfig, overrides: List[str]) -> None:
+    """Refuses new keys where nothing would notice them: not among the arguments of a call."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
+        new = isinstance(parent, DictConfig) and key.rpartition(".")[2] not in parent
+        if not new or "_target_" in parent or key.startswith(NEW_KEYS):
+            continue
+        close = difflib.get_close_matches(key, _keys(cfg), n=3)
+        raise ConfigError(
+            f"the config has no key {key}"
+            + (f"; close to it are {', '.join(close)}" if close else "")
+            + f". +{override} adds it"
+        )
+
+
+def _keys(node: DictConfig, prefix: str = "") -> List[str]:
+    keys = []
+    for key in node:
+        keys.append(f"{prefix}{key}")
+        if not OmegaConf.is_missing(node, key) and isinstance(node._get_node(key), DictConfig):
+            keys += _keys(node._get_node(key), f"{prefix}{key}.")
+    return keys
 
 
 def check(cfg: DictConfig, eval_only: bool, resume: bool) -> None:
@@ -119,19 +185,20 @@ def check(cfg: DictConfig, eval_only: bool, resume: bool) -> None:
         ConfigError: if files are missing, keys are wrong, or the model cannot be built.
     """
     key, output = "train.init_checkpoint", cfg.train.output_dir
+    check_folder("train.output_dir", output)
     check_weights(key, cfg.train.init_checkpoint, output, needed=eval_only, resume=resume)
     if not eval_only:
         hooks_config(cfg)
+    try:
+        instantiate(cfg.model)
+    except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"the model of the config cannot be built: {error}") from error
     for part in ("test",) if eval_only else ("train", "test"):
         names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names")
         try:
             check_datasets([names] if isinstance(names, str) else names or ())
         except (FileNotFoundError, ValueError) as error:
             raise ConfigError(f"dataloader.{part}: {error}") from error
-    try:
-        instantiate(cfg.model)
-    except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"the model of the config cannot be built: {error}") from error
 
 
 def main(args: argparse.Namespace) -> None:
@@ -140,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
     default_setup(cfg, args)
     if args.eval_only:
         model = instantiate(cfg.model).to(cfg.train.device)
-        checkpointer = AtomicCheckpointer(model, cfg.train.output_dir)
+        checkpointer = CompleteCheckpointer(model, cfg.train.output_dir)
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         test(cfg, model)
     else:
@@ -148,7 +215,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = default_argument_parser().parse_args()
+    arguments = default_argument_parser(epilog=EXAMPLES).parse_args()
     try:
         config = load(arguments.config_file, arguments.opts)
         check(config, arguments.eval_only, arguments.resume)

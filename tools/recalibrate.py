@@ -15,7 +15,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--config-file", required=True, help="config the checkpoint was made with")
-    parser.add_argument("--num-images", type=int, default=200, help="how many training images")
+    parser.add_argument(
+        "--num-images",
+        type=int,
+        help="how many training images; TEST.PRECISE_BCN.NUM_IMAGES of the config if not given",
+    )
     parser.add_argument("--output", required=True, help="checkpoint to write")
     parser.add_argument(
         "opts",
@@ -28,6 +32,8 @@ def main() -> int:
         cfg = load_config(args.config_file, args.opts, needs=("TRAIN", "WEIGHTS"))
         setup_logger(name="fvcore")
         setup_logger()
+        if args.num_images is None:
+            args.num_images = cfg.TEST.PRECISE_BCN.NUM_IMAGES
         recalibrate_checkpoint(cfg, args.output, args.num_images, progress=True)
     except (ConfigError, OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -21,7 +21,8 @@ from detectron2.utils import comm
 from torch import nn
 
 from wsbcn_d2.data import register_coco_format
-from wsbcn_d2.engine import AtomicCheckpointer, ConfigError, Trainer, check_model, load_config
+from wsbcn_d2.engine import ConfigError, Trainer, check_model, load_config
+from wsbcn_d2.engine.checkpoint import CompleteCheckpointer
 from wsbcn_d2.engine.setup import TO_EVALUATE, TO_TRAIN
 
 
@@ -39,7 +40,7 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> Optional[Dict[str, Any]]:
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        CompleteCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = Trainer.test(cfg, model)

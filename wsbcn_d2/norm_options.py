@@ -8,6 +8,7 @@
 Strings are the interface because they survive YAML files, config dumps and checkpoints.
 """
 
+import difflib
 import math
 import re
 from dataclasses import dataclass
@@ -107,8 +108,16 @@ class NormOption:
         standardized = text.endswith(_WS)
         match = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", text[: -len(_WS)] if standardized else text)
         if match is None or match[1] not in _KINDS:
+            by_small_letters = {name.lower(): name for name in _KINDS}
+            word = re.match(r"\w*", text)[0].lower()
+            close = difflib.get_close_matches(word, by_small_letters, n=3, cutoff=0.5)
             raise ValueError(
-                f"unknown norm option {option!r}; allowed are {', '.join(_KINDS)}, each optionally "
+                f"unknown norm option {option!r}"
+                + (
+                    f"; close to it are {', '.join(by_small_letters[c] for c in close)}"
+                    * bool(close)
+                )
+                + f"; allowed are {', '.join(_KINDS)}, each optionally "
                 "followed by '+WS', and '' for none. Groups are written as in 'BCN(groups=16)+WS'."
             )
         arguments = _parse_arguments(option, match[1], match[2] or "")
@@ -196,8 +205,8 @@ def _parse_arguments(option: str, name: str, text: str) -> Dict[str, Union[int, 
         if key not in defaults or key in arguments:
             raise ValueError(
                 f"norm option {option!r}: bad argument {item!r}; {name} takes "
-                + (", ".join(f"{k} (default {v})" for k, v in defaults.items()) or "none")
-                + ", each at most once"
+                + (", ".join(f"{k} (default {v})" for k, v in defaults.items()) or "no arguments")
+                + (", each at most once" if defaults else "")
             )
         arguments[key] = _parse_value(option, key, value, type(defaults[key]))
     return arguments

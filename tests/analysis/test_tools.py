@@ -160,6 +160,17 @@ def test_analyze_norms(folder, monkeypatch):
     ).read_text()
 
 
+def test_an_error_keeps_what_is_there(folder, monkeypatch):
+    (folder / "bad").mkdir()
+    (folder / "bad" / "config.yaml").write_text((folder / "gn" / "config.yaml").read_text())
+    (folder / "bad" / "model_final.pth").write_text("no checkpoint")
+    (folder / "bad" / "last_checkpoint").write_text("model_final.pth")
+    options = ["--num-images", "1", "--num-probe-images", "0", "--output", "kept"]
+    assert run_here("analyze_norms.py", ["gn", "bad", *options], folder, monkeypatch) == 2
+    kept = json.loads((folder / "kept" / "norms.json").read_text())
+    assert [analysis["label"] for analysis in kept["models"]] == ["gn"]
+
+
 @pytest.mark.parametrize(
     "tool, arguments, message",
     [
@@ -169,6 +180,13 @@ def test_analyze_norms(folder, monkeypatch):
             ["gn", "--draws", "0", "--baseline", "X"],
             "no baseline 'X'; the groups are GN",
         ),
+        ("compare.py", ["gn", "--output", "gn/metrics.json"], "gn/metrics.json' is not a folder"),
+        (
+            "analyze_norms.py",
+            ["gn", "--output", "gn/metrics.json"],
+            "metrics.json' is not a folder",
+        ),
+        ("analyze_norms.py", ["gn", "--steps", "0.1", "-1"], "steps must be positive numbers, got"),
         ("compare.py", ["gn", "--dataset", "digit_val"], "no dataset 'digit_val'"),
         ("compare.py", ["gn", "A=./gn"], "'./gn' is given twice"),
         ("compare.py", [], "error: give OUTPUT_DIRs, --from JSON files, or both"),

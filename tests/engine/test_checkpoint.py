@@ -122,9 +122,27 @@ def test_same_files_as_detectron2(tmp_path):
 def test_file_that_is_no_checkpoint(tmp_path, cls, content):
     path = tmp_path / "model.pth"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="model.pth' cannot be read as a checkpoint: ") as raised:
+    with pytest.raises(ConfigError, match="model.pth' is not a checkpoint: ") as raised:
         cls(nn.Linear(1, 1)).load(str(path))
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and "weights_only" not in str(raised.value)
+
+
+def test_entries_that_the_model_lacks(tmp_path):
+    """Those of a part that it has not are left out, those of a layer that it has are an error."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    path, state = str(tmp_path / "model.pth"), model.state_dict()
+    del model[1].num_batches_tracked  # as of a frozen one
+    torch.save(
+        {"model": {**state, "mask_head.weight": torch.ones(1), "mean": state["0.bias"]}}, path
+    )
+    CompleteCheckpointer(model).load(path)
+    for name in ("0.ws_eps", "1.group_weight", "0.norm.weight"):
+        torch.save({"model": {**state, name: torch.ones(1)}}, path)
+        with pytest.raises(
+            ConfigError, match=f"model.pth': .* 1 entries more .*, the first of them {name};"
+        ):
+            CompleteCheckpointer(model).load(path)
+        AtomicCheckpointer(model).load(path)
 
 
 def test_an_error_leaves_the_old_file_and_no_other(tmp_path):

@@ -24,7 +24,19 @@ def test_device_follows_the_machine(config_file):
     "opts,message",
     [
         (["MODEL.FPN.NORMM", "GN"], "no config key MODEL.FPN.NORMM; close to it.*MODEL.FPN.NORM"),
-        (["MODEL.FPN.NORM", "BNC"], "MODEL.FPN.NORM: unknown norm option 'BNC'; allowed.*BCN"),
+        (
+            ["MODEL.FPN.NORM", "BNC"],
+            "MODEL.FPN.NORM: unknown norm option 'BNC'; close to it are BN, BCN; ",
+        ),
+        (
+            ["MODEL.FPN.NORM", "bcn+ws"],
+            "unknown norm option 'bcn.ws'; close to it are BCN, .*allowed",
+        ),
+        (
+            ["MODEL.FPN.NORM", "BCN(groups=16"],
+            r"'BCN\(groups=16'; close to it are BCN, .*allowed are",
+        ),
+        (["MODEL.FPN.NORM", "BN(momentum=2)"], "'momentum=2'; BN takes no arguments$"),
         (["MODEL.RESNETS.NORM", "GN(size=3)"], "MODEL.RESNETS.NORM: .*'size=3'; GN takes groups"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no file 'nowhere.pth'"),
         (["DATASETS.TRAIN", "('digit_train',)"], "'digit_train'.*digits_train"),
@@ -125,8 +137,19 @@ def test_weights_are_not_needed_to_resume(config_file, tmp_path):
     opts = ["MODEL.WEIGHTS", "nowhere.pth", "OUTPUT_DIR", str(tmp_path)]
     with pytest.raises(ConfigError):
         load_config(config_file, opts, resume=True)
-    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    for name in ("", "model_0000001.pth"):  # as a process leaves it that is killed
+        (tmp_path / "last_checkpoint").write_text(name)
+        with pytest.raises(
+            ConfigError, match=f"last_checkpoint' names '{name}', which is not there"
+        ):
+            load_config(config_file, opts, resume=True)
+    (tmp_path / "model_0000001.pth").touch()
     load_config(config_file, opts, resume=True)
+
+
+def test_lazy_config():
+    with pytest.raises(ConfigError, match="a.py is a LazyConfig; .* tools/lazyconfig_train_net.py"):
+        load_config("a.py")
 
 
 def test_datasets_of_a_config(config_file, tmp_path):

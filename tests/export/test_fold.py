@@ -392,6 +392,15 @@ def test_derived_classes(module, message):
         fold(nn.Sequential(module))
 
 
+def test_hooked_norm_keeps_its_input():
+    """The convolution before it is not scaled, as it is not what the norm normalizes."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), BatchChannelNorm(8, 2)).eval()
+    model[1].running_mean.normal_()
+    model[1].register_forward_pre_hook(lambda module, inputs: (inputs[0].clamp(min=0),))
+    x = torch.randn(1, 3, 5, 5)
+    torch.testing.assert_close(fold(model)(x), model(x))
+
+
 def test_norm_options_of_the_folded_model():
     """What the request for standardization leaves on a stock layer goes, too."""
     conv = Conv2d(4, 32, 1, norm=get_norm("GN+WS", 32))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from oracles import channel_norm, estimated_bcn, large_batch_bcn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from versions import needs_compile
+from versions import needs_assign, needs_compile
 
 from wsbcn_d2 import BatchChannelNorm, ChannelNorm
 
@@ -178,6 +178,59 @@ def test_levels_have_their_own_estimates():
     torch.testing.assert_close(norm(x), oracles[0].eval()(x))
     with pytest.raises(ValueError, match="already has estimates for 3 levels"):
         norm.set_num_levels(2)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_levels_under_activation_checkpointing(use_reentrant, together):
+    """Calls are repeated in the order of the backward pass, the last level first, unless all were
+    checkpointed together."""
+    norm = randomized(BatchChannelNorm(8, 2))
+    norm.set_num_levels(3)
+    norm.running_mean.copy_(torch.randn(3, 8))
+    plain = copy.deepcopy(norm)
+    inputs = [torch.randn(1, 8, size, 4, requires_grad=True) for size in (4, 2, 1)]
+
+    def losses(norm, *inputs):
+        return torch.stack([norm(x).square().mul(x).sum() for x in inputs])
+
+    expected = torch.autograd.grad(losses(plain, *inputs).sum(), [*inputs, *plain.parameters()])
+    for _ in range(2):
+        before = copy.deepcopy(norm.state_dict())
+        if together:
+            loss = checkpoint(losses, norm, *inputs, use_reentrant=use_reentrant)
+        else:
+            parts = [checkpoint(losses, norm, x, use_reentrant=use_reentrant) for x in inputs]
+            loss = torch.cat(parts)
+        loss.sum().backward()
+        found = [t.grad for t in (*inputs, *norm.parameters())]
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b)
+        assert norm.level == 0
+        norm.load_state_dict(before)
+        for t in (*inputs, *norm.parameters()):
+            t.grad = None
+
+
+def test_levels_that_cannot_be_told_apart():
+    norm = BatchChannelNorm(8, 2)
+    norm.set_num_levels(2)
+    inputs = [torch.randn(1, 8, 4, 4, requires_grad=True) for _ in range(2)]
+    outputs = [checkpoint(norm, x, use_reentrant=False) for x in inputs]
+    with pytest.raises(RuntimeError, match=r"of shape \(1, 8, 4, 4\), which 2 of them had"):
+        sum(outputs).sum().backward()
+
+
+@needs_assign
+def test_assigned_estimates_stay_in_float32():
+    norm = BatchChannelNorm(8, 2)
+    norm.load_state_dict(BatchChannelNorm(8, 2).half().state_dict(), assign=True)
+    half = {name: value.half() for name, value in norm.state_dict().items()}
+    norm.load_state_dict(half, assign=True)
+    assert norm.weight.dtype == torch.float16
+    assert norm.running_mean.dtype == norm.running_var.dtype == torch.float32
+    norm(torch.randn(1, 8, 9, 9).half() * 3000)  # whose variance float16 cannot hold
+    assert norm.skipped_updates == 0 and norm.running_var.min() > 1e5
 
 
 def test_load_batchnorm_and_level_estimates():

@@ -138,6 +138,17 @@ def test_convolutions_of_heads(activation):
     torch.testing.assert_close(dict(conv.norm.named_buffers()), dict(stock.norm.named_buffers()))
 
 
+class Alone(BatchChannelNorm):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_subclass_that_takes_the_input_alone():
+    norm, x, residual = Alone(8, 2), torch.randn(2, 8, 3, 3), torch.randn(2, 8, 3, 3)
+    expected = F.relu(copy.deepcopy(norm)(x) + residual)
+    torch.testing.assert_close(normalize(x, norm, residual, F.relu), expected)
+
+
 @pytest.mark.parametrize("wrong", [(1, 8, 1, 4), (2, 8, 5, 1), (2, 1, 5, 4), (2, 8, 5, 5)])
 def test_residual_of_another_shape(wrong):
     """Kernels would read beyond it."""

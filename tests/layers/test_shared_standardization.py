@@ -9,6 +9,8 @@ import copy
 import gc
 import io
 import pickle
+import sys
+import threading
 import weakref
 
 import pytest
@@ -22,6 +24,7 @@ from detectron2_models import a_training_image, an_image, small_model
 from engine.two_ranks import run_two_ranks
 from oracles import standardized_weight
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
@@ -35,7 +38,7 @@ from versions import (
     needs_cpu_processes,
 )
 
-from wsbcn_d2 import WSConv2d, WSConvTranspose2d
+from wsbcn_d2 import BatchChannelNorm, WSConv2d, WSConvTranspose2d
 from wsbcn_d2.engine import accumulate_gradients
 from wsbcn_d2.layers import StandardizeOnce, standardize_together
 
@@ -1263,3 +1266,71 @@ def ranks_accumulation(rank):
             weights = [torch.empty_like(model.extra.weight) for _ in range(2)]
             dist.all_gather(weights, model.extra.weight.detach())
             assert torch.equal(*weights)
+
+
+def test_models_in_several_threads():
+    """Each trains as it does alone."""
+
+    def train(model):
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(40):
+            x = torch.randn(1, 4, 2, 2, generator=generator)
+            model(model(x)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def build():
+        torch.manual_seed(0)
+        convs = [WSConv2d(4, 4, 1, bias=False, norm=BatchChannelNorm(4, 4)) for _ in range(20)]
+        standardize_together(convs)
+        return nn.Sequential(*convs)
+
+    alone, models, errors = build(), [build() for _ in range(4)], []
+    train(alone)
+
+    def run(model):
+        try:
+            train(model)
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=run, args=(model,)) for model in models]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    for model in models:
+        for a, b in zip(model.parameters(), alone.parameters()):
+            torch.testing.assert_close(a, b)
+
+
+def test_forward_mode_derivative():
+    conv = WSConv2d(3, 4, 3, bias=False)
+    x, weight = torch.randn(1, 3, 6, 6), conv.weight.detach()
+    conv(x)
+    direction = torch.randn_like(weight)
+
+    def function(weight):
+        return functional_call(conv, {"weight": weight}, (x,))
+
+    with forward_ad.dual_level():
+        y = function(forward_ad.make_dual(weight, direction))
+        found = forward_ad.unpack_dual(y).tangent
+    step = 1e-4
+    points = [
+        F.conv2d(x.double(), standardized_weight(w, conv.eps))
+        for w in (
+            weight.double() + step * direction.double(),
+            weight.double() - step * direction.double(),
+        )
+    ]
+    torch.testing.assert_close(
+        found.double(), (points[0] - points[1]) / (2 * step), rtol=1e-3, atol=1e-3
+    )

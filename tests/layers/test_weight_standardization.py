@@ -155,3 +155,12 @@ def test_weights_without_the_mark_are_reported_once_per_load(caplog):
         assert "'+WS'" in caplog.text
     with pytest.raises(RuntimeError, match="ws_eps"):
         model.load_state_dict(plain.state_dict())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_adaptation_of_another_size_leaves_nothing_behind(strict):
+    conv = WSConv2d(3, 4, 1)
+    state = {**conv.state_dict(), "ws_scale": torch.ones(5), "ws_shift": torch.ones(4)}
+    with pytest.raises(RuntimeError, match=r"ws_scale is of shape \(5,\), not \(4,\)"):
+        conv.load_state_dict(state, strict=strict)
+    assert conv.ws_scale is None and "ws_scale" not in conv.state_dict()

@@ -16,6 +16,13 @@ from .page import Block, Heading, Page, Picture, Table, Text
 _MISSING = "–"
 
 
+def check_baseline(baseline: Optional[str], labels: Sequence[str]) -> None:
+    """Raises ValueError if there is a baseline, and no group with that label."""
+    if baseline is not None and baseline not in labels:
+        groups = ", ".join(dict.fromkeys(labels))
+        raise ValueError(f"there is no baseline {baseline!r}; the groups are {groups}")
+
+
 def comparison_page(results: Results, baseline: Optional[str] = None) -> Page:
     """Tables and pictures of a comparison.
 
@@ -27,10 +34,9 @@ def comparison_page(results: Results, baseline: Optional[str] = None) -> Page:
         ValueError: if there is no such group.
     """
     labels = [group["label"] for group in results["groups"]]
+    check_baseline(baseline, labels)
     if baseline is None:
         baseline = labels[0]
-    if baseline not in labels:
-        raise ValueError(f"there is no baseline {baseline!r}; the groups are {', '.join(labels)}")
     kinds = [kind for kind in IOU_TYPES if any(kind in g["ap"] for g in results["groups"])]
     blocks: List[Block] = [Text(_introduction(results))]
     if kinds:

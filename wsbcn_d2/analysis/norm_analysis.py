@@ -56,6 +56,8 @@ def analyze_checkpoint(
             f"num_images ({num_images}) must be positive and num_probe_images "
             f"({num_probe_images}) not negative"
         )
+    if num_probe_images and not (steps and all(step > 0 for step in steps)):
+        raise ValueError(f"steps must be positive numbers, got {list(steps)}")
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("MODEL.WEIGHTS is empty; it must name the checkpoint to analyze")
     cfg = cfg.clone()

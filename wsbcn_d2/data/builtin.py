@@ -74,7 +74,7 @@ def register_coco_format(datasets: Iterable[Any]) -> None:
         ):
             raise ValueError(
                 "DATASETS.COCO_FORMAT: each dataset must be a name, an annotation file and a "
-                f"folder of images, got {dataset!r}"
+                f"folder of images, as in ((NAME, FILE, FOLDER),), got {dataset!r}"
             )
         name, json_file, image_root = dataset
         if name not in DatasetCatalog:
@@ -118,16 +118,17 @@ def _describe_unknown(name: str, registered: List[str]) -> str:
     close = difflib.get_close_matches(name, registered, n=5)
     hint = f"similar names: {', '.join(close)}" if close else "none has a similar name"
     return (
-        f"no dataset {name!r} is registered; {len(registered)} others are, {hint}. List one of "
-        "your own in DATASETS.COCO_FORMAT (its name, annotation file and folder of images), or "
-        "register it in the program that uses it"
+        f"no dataset {name!r} is registered; {len(registered)} others are, {hint}. One of your own "
+        "is listed in DATASETS.COCO_FORMAT of a YAML config (its name, annotation file and folder "
+        "of images), or registered in a LazyConfig, or in the program that uses it"
     )
 
 
 def _describe_missing(name: str, attribute: str, path: str) -> str:
+    what = f"dataset {name!r}: its {attribute} {path!r} does not exist"
     if not os.path.abspath(path).startswith(os.path.abspath(_datasets_root()) + os.sep):
-        remedy = "put the dataset there, or register it with another path"
-    elif name in _DIGITS:
+        return f"{what}: put it there, or name another path where the dataset is registered"
+    if name in _DIGITS:
         remedy = "make the dataset with `python tools/prepare_digits.py`"
     else:
         remedy = "put the dataset there, or set DETECTRON2_DATASETS to the folder it is in"
@@ -135,7 +136,7 @@ def _describe_missing(name: str, attribute: str, path: str) -> str:
         root = f"DETECTRON2_DATASETS is {os.environ['DETECTRON2_DATASETS']!r}"
     else:
         root = f"DETECTRON2_DATASETS is not set, so it is 'datasets' in {os.getcwd()}"
-    return f"dataset {name!r}: its {attribute} {path!r} does not exist ({root}): {remedy}"
+    return f"{what} ({root}): {remedy}"
 
 
 register_digits()

@@ -14,6 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ..config import ConfigError
+from ..weights.files import cause_of
 
 
 def check_output(path: str) -> None:
@@ -83,8 +84,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         except OSError:
             raise
         except Exception as error:  # of many kinds: of zip, pickle, torch
-            cause = " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-            raise ConfigError(f"{filename!r} cannot be read as a checkpoint: {cause}") from error
+            raise ConfigError(f"{filename!r} is not a checkpoint: {cause_of(error)}") from error
 
 
 class _AtomicPathManager:
@@ -106,15 +106,41 @@ class CompleteCheckpointer(AtomicCheckpointer):
     """A checkpointer that refuses what Detectron2's only warns about.
 
     Loading raises ConfigError if entries of the model are missing in the checkpoint or have other
-    shapes there: what is made of such a model would pass for that of the checkpoint.
+    shapes there, or if the checkpoint has more entries for a layer that the model has, as it has
+    where the model was built with other norms: what is made of such a model would pass for that of
+    the checkpoint. The checkpoint may have parts that the model lacks altogether, a mask head, say.
     """
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        self._path = path
+        return super().load(path, *args, **kwargs)
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
         incompatible = super()._load_model(checkpoint)
         wrong = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
         if wrong:
             raise ConfigError(
-                f"MODEL.WEIGHTS: {len(wrong)} entries of the model are missing in the checkpoint "
+                f"{self._path!r}: {len(wrong)} entries of the model are missing in the checkpoint "
                 f"or have other shapes there, the first of them {', '.join(wrong[:3])}"
             )
+        more = [key for key in incompatible.unexpected_keys if self._is_of_a_layer(key)]
+        if more:
+            raise ConfigError(
+                f"{self._path!r}: the checkpoint has {len(more)} entries more than the model for "
+                f"layers of it, the first of them {', '.join(more[:3])}; the config's norms are "
+                "not those that it was trained with"
+            )
         return incompatible
+
+    def _is_of_a_layer(self, key: str) -> bool:
+        """Whether an entry belongs to what has parameters or buffers in the model."""
+        if key.endswith(".num_batches_tracked"):  # which frozen BatchNorm has not
+            return False
+        modules = dict(self.model.named_modules())
+        name = key.rpartition(".")[0]
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        if not name:  # the model itself has the mean and deviation of pixels
+            return False
+        own = (modules[name]._parameters, modules[name]._buffers)
+        return any(t is not None for tensors in own for t in tensors.values())

@@ -170,9 +170,10 @@ def pretrain_backbone(
         FloatingPointError: if the loss becomes infinite or NaN.
         ImportError: scikit-learn is not installed.
     """
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    # The head's batch normalization needs two crops.
+    for name, value, least in (("steps", steps, 1), ("batch_size", batch_size, 2)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
     check_output(output)

@@ -58,6 +58,10 @@ def load_config(
         raise ValueError(f"needs: {', '.join(sorted(unknown))}; allowed are {allowed}")
     if not config_file:
         raise ConfigError("--config-file must name a YAML config, as those in configs")
+    if config_file.endswith(".py"):
+        raise ConfigError(
+            f"{config_file} is a LazyConfig; these are for tools/lazyconfig_train_net.py"
+        )
     opts = list(opts)
     for option in opts:
         if str(option).startswith("--"):
@@ -67,11 +71,11 @@ def load_config(
     try:
         cfg.merge_from_file(config_file)
         cfg.merge_from_list(opts)
-    except KeyError as error:  # in the file, as of the others an unknown key is an AssertionError
+    except KeyError as error:  # in the file: in the overrides it is an AssertionError
         raise ConfigError(
-            f"{config_file}: {_unknown_key(cfg, str(error.args[0]))}. Configs of PointRend, DeepLab "
-            "and Panoptic-DeepLab, whose keys these may be, are for the train_net.py of those "
-            "projects, as docs/in_your_project.md shows"
+            f"{config_file}: {_unknown_key(cfg, str(error.args[0]))}. Configs of PointRend, "
+            "DeepLab and Panoptic-DeepLab, whose keys these may be, are for the train_net.py of "
+            "those projects, as docs/in_your_project.md shows"
         ) from error
     except (AssertionError, OSError, ValueError) as error:
         raise ConfigError(_unknown_key(cfg, str(error))) from error
@@ -89,7 +93,7 @@ def load_config(
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(str(error)) from error
     if "OUTPUT_DIR" in needs:
-        _check_output(cfg.OUTPUT_DIR)
+        check_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
     check_weights(
         "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, needed="WEIGHTS" in needs, resume=resume
     )
@@ -195,15 +199,24 @@ def check_values(cfg: CfgNode) -> None:
             raise ConfigError(f"{key}: must be at least {least}, got {value}")
 
 
-def _check_output(folder: str) -> None:
+def check_folder(key: str, folder: str) -> None:
+    """Finds out whether a program can write to its folder.
+
+    Args:
+        key: of the config, for the message.
+        folder: its value.
+
+    Raises:
+        ConfigError: if it cannot, or there is none.
+    """
     if not folder:
-        raise ConfigError("OUTPUT_DIR is empty, and must name a folder")
+        raise ConfigError(f"{key} is empty, and must name a folder")
     if "://" in folder:
         return
     try:
         check_output(os.path.join(folder, "log.txt"))
     except OSError as error:
-        raise ConfigError(f"OUTPUT_DIR: {error}") from error
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def check_weights(key: str, path: str, output_dir: str, *, needed: bool, resume: bool) -> None:
@@ -220,11 +233,21 @@ def check_weights(key: str, path: str, output_dir: str, *, needed: bool, resume:
         ConfigError: if there are none.
     """
     path = (path or "").partition("?")[0]
-    if resume and os.path.isfile(os.path.join(output_dir, "last_checkpoint")):
+    last = os.path.join(output_dir, "last_checkpoint")
+    if resume and os.path.isfile(last):
+        with open(last) as file:
+            name = file.read().strip()
+        if not name or not os.path.isfile(os.path.join(output_dir, name)):
+            found = sorted(n for n in os.listdir(output_dir) if n.endswith(".pth"))
+            raise ConfigError(
+                f"--resume: {last!r} names {name!r}, which is not there. Write the name of a "
+                f"checkpoint of that folder into it ({', '.join(found) or 'there is none'}), or "
+                "remove it to begin anew"
+            )
         return
     if needed and not path:
         raise ConfigError(
-            f"{key} is empty, and must name the checkpoint (train_net.py --resume takes that of "
+            f"{key} is empty, and must name the checkpoint (to evaluate, --resume takes that of "
             f"the output folder, {output_dir!r})"
         )
     if path and "://" not in path and not os.path.isfile(path):

@@ -1,5 +1,7 @@
 """From a config with weights to exported files."""
 
+import os
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -33,8 +35,7 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
         raise ValueError(f"unknown format {format!r}; allowed are {', '.join(FORMATS)}")
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("MODEL.WEIGHTS is empty; it must name the checkpoint to export")
-    if format != "detectron2":
-        check_output(output)
+    check_output(os.path.join(output, CONFIG) if format == "detectron2" else output)
     if format == "detectron2":
         stock_config(cfg)  # raises, before long work, if there is none
     else:  # not where Detectron2 has no working detectron2.export

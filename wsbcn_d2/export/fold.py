@@ -142,6 +142,7 @@ def _feeding_convolution(norm: nn.Module, owners: _Owners) -> Optional[nn.Module
         or len(owners[id(conv)]) != 1
         or conv.out_channels != norm.num_channels
         or conv._forward_hooks
+        or norm._forward_pre_hooks
         or getattr(conv, "norm", None) is not None
         or getattr(conv, "activation", None) is not None
     ):

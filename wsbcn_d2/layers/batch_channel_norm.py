@@ -16,6 +16,7 @@ from ..ops import batch_channel_norm, in_backward, several_ranks
 from .folded import refuse_folded
 
 MODES = ("estimate", "batch", "sync")
+_ESTIMATES = ("running_mean", "running_var", "seen_elements")
 
 
 def check_groups(num_groups: int, num_channels: int) -> None:
@@ -201,6 +202,7 @@ class BatchChannelNorm(nn.GroupNorm):
         self.running_var = self.running_var.expand(num_levels, -1).clone()
         self.seen_elements = self.seen_elements.expand(num_levels).clone()
         self.level = 0
+        self._shapes: Dict[int, torch.Size] = {}  # of the last call for each level
 
     def restart_levels(self) -> None:
         """Makes the next call use the estimates of the first level."""
@@ -232,7 +234,7 @@ class BatchChannelNorm(nn.GroupNorm):
         check_input(x, self.num_channels)
         if residual is not None and residual.shape != x.shape:
             raise ValueError(f"expected a residual of shape {x.shape}, got {residual.shape}")
-        (weight, bias, group_weight, group_bias), state, options = self.arguments()
+        (weight, bias, group_weight, group_bias), state, options = self.arguments(x.shape)
         mean, var, skipped, seen = state
         update_rate, eps, use_batch_statistics, synchronize = options
         return batch_channel_norm(
@@ -254,8 +256,14 @@ class BatchChannelNorm(nn.GroupNorm):
         )
 
     @torch.jit.unused
-    def arguments(self) -> Tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Any]]:
+    def arguments(
+        self, shape: torch.Size
+    ) -> Tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Any]]:
         """What the operation is to be called with, for one call, which it counts as one.
+
+        Args:
+            shape: of the input, or of what it is made of: by it a call is known that activation
+                checkpointing repeats.
 
         Returns:
             ``weight, bias, group_weight, group_bias``; ``running_mean, running_var,
@@ -264,13 +272,30 @@ class BatchChannelNorm(nn.GroupNorm):
         """
         *parameters, mean, var, skipped, seen = self._tensors()
         if mean.dim() == 2:
-            mean, var, seen = (estimates[self.level] for estimates in (mean, var, seen))
-            self.level = (self.level + 1) % self.num_levels
+            level = self._level_of(shape)
+            mean, var, seen = (estimates[level] for estimates in (mean, var, seen))
         training = self.training and not _are_frozen(*parameters)
         batch = training and self.mode != "estimate"
         rate = self.update_rate if training and not in_backward() else None
         options = (rate, self.eps, batch, batch and self.mode == "sync" and several_ranks())
         return parameters, (mean, var, skipped, seen), options
+
+    def _level_of(self, shape: torch.Size) -> int:
+        """The level of a call, of which there may be several."""
+        if not in_backward():
+            level = self.level
+            self.level = (level + 1) % self.num_levels
+            self._shapes[level] = shape
+            return level
+        # Calls that were checkpointed one by one are repeated in the order of the backward pass.
+        found = [level for level, other in self._shapes.items() if other == shape]
+        if len(found) != 1:
+            raise RuntimeError(
+                f"activation checkpointing repeats a call of a layer with {self.num_levels} levels "
+                f"for an input of shape {tuple(shape)}, which {len(found) or 'none'} of them had; "
+                "each level must be called once, with another size, before the backward pass"
+            )
+        return found[0]
 
     def _tensors(self) -> Tuple[Tensor, ...]:
         """All parameters, then all buffers."""
@@ -325,8 +350,7 @@ class BatchChannelNorm(nn.GroupNorm):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
         # Half precision cannot hold the variances that occur (a stem's exceeded its range after
         # one step), so a change of dtype may only raise that of the estimates.
-        names = ("running_mean", "running_var", "seen_elements")
-        estimates = {name: self._buffers[name] for name in names}
+        estimates = {name: self._buffers[name] for name in _ESTIMATES}
         super()._apply(fn, *args, **kwargs)
         for name, old in estimates.items():
             new = self._buffers[name]
@@ -353,6 +377,8 @@ class BatchChannelNorm(nn.GroupNorm):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        for name in _ESTIMATES:  # with assign=True they are those given
+            self._buffers[name] = _at_least_float32(self._buffers[name])
 
     def _load_levels(self, state_dict: Dict[str, Tensor], prefix: str, name: str) -> None:
         """Takes the estimates of the levels from the layers of a CycleBatchNormList."""
@@ -361,6 +387,10 @@ class BatchChannelNorm(nn.GroupNorm):
             state_dict.pop(f"{prefix}{i}.num_batches_tracked", None)
         if all(level is not None for level in levels):
             state_dict[prefix + name] = torch.stack(levels)
+
+
+def _at_least_float32(table: Tensor) -> Tensor:
+    return table.float() if torch.finfo(table.dtype).bits < 32 else table
 
 
 def _are_frozen(weight: Tensor, bias: Tensor, group_weight: Tensor, group_bias: Tensor) -> bool:

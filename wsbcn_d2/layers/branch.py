@@ -65,7 +65,8 @@ def _links(convs: Sequence[nn.Module], x: Tensor) -> Optional[List[Link]]:
         if filters.dtype != dtype:
             filters = filters.to(dtype)
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        parameters, state, options = norm.arguments()
+        # That of the branch's input: all its convolutions are repeated together.
+        parameters, state, options = norm.arguments(x.shape)
         links.append(Link(filters, again, geometry, parameters, state, *options))
     return links
 

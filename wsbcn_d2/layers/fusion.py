@@ -24,7 +24,9 @@ def normalize(
     listens to its output.
     """
     relu = is_relu(activation)
-    if isinstance(norm, BatchChannelNorm) and not is_hooked(norm) and (relu or activation is None):
+    # A subclass may take the input alone.
+    ours = norm is not None and type(norm).forward is BatchChannelNorm.forward
+    if ours and not is_hooked(norm) and (relu or activation is None):
         return norm(x, residual=residual, relu=relu)
     if norm is not None:
         x = norm(x)

@@ -8,7 +8,8 @@ convolution remembers is valid for its weight tensor as it is: its identity, ver
 counts a version for every change in place, also by ``load_state_dict`` and in-place operations
 under ``no_grad``, but not for those of fused optimizers and through ``weight.data``; so after a
 step of an optimizer, a backward pass, a change of mode or a conversion of the module, filters are
-standardized anew in any case.
+standardized anew in any case. Nor does it for what other processes write: collectives of
+``torch.distributed`` that receive into a weight, shared memory.
 
 The convolutions of one model share the work (:func:`standardize_together`): the first that needs
 its filters has those of some megabytes of its neighbours standardized as well, by one operation,
@@ -21,12 +22,14 @@ pass reaches them.
 """
 
 import itertools
+import threading
 import weakref
 from types import TracebackType
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple, Type
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 try:
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -45,7 +48,9 @@ _HOOKS_ARE_KNOWN = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks
 _scope: Optional["StandardizeOnce"] = None
 
 # Those whose standardized filters a graph needs and does not keep, and that have not been let go.
+# The backward pass, which lets them go, runs in threads of its own.
 _unsaved: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_unsaved_lock = threading.Lock()
 
 # How many steps optimizers have made in this process.
 _steps = 0
@@ -336,14 +341,14 @@ def kept_filters(conv: nn.Module, filters: Tensor) -> Optional["Kept"]:
         if record.pending:
             _finish_call(conv, record)
         else:
-            _unsaved.add(conv)
+            _keep_for_now(conv)
         return None
     record.pending += 1
     record.calls += 1
     if record.calls == record.expected_calls:
         _drop(conv, record)
     else:
-        _unsaved.add(conv)
+        _keep_for_now(conv)
     if not in_graph or _hooks_of_others():
         return None
     return Kept(conv, record, filters)
@@ -425,13 +430,21 @@ def _hooks_of_others() -> bool:
     return hooks._top_saved_tensors_default_hooks(False) is not None
 
 
+def _keep_for_now(conv: nn.Module) -> None:
+    with _unsaved_lock:
+        _unsaved.add(conv)
+
+
 def _let_go(conv: Optional[nn.Module], neighbours: Iterable[nn.Module]) -> None:
     """Drops the standardized filters of all convolutions but one and its neighbours."""
-    for other in list(_unsaved):
+    with _unsaved_lock:
+        others = list(_unsaved)
+        _unsaved.clear()
+    for other in others:
         near = other is conv or (other._neighbours and other._neighbours is neighbours)
-        if other._standardized is not None and not near:
-            _drop(other, other._standardized)
-    _unsaved.clear()
+        record = other._standardized
+        if record is not None and not near:
+            _drop(other, record)
 
 
 def _drop(conv: Optional[nn.Module], record: Standardized) -> None:
@@ -640,8 +653,8 @@ else:  # PyTorch 2.0 to 2.3
 
 
 def _is_transformed(weight: Tensor) -> bool:
-    """Whether a tensor stands for another one, or torch.func is at work."""
-    if _functorch_is_active():
+    """Whether a tensor stands for another one, or has a tangent, or torch.func is at work."""
+    if _functorch_is_active() or forward_ad._current_level >= 0:
         return True
     try:
         weight.data_ptr()

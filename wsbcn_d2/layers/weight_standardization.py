@@ -148,6 +148,10 @@ class WeightStandardized(nn.Module):
         if prefix + "weight" in state_dict:
             for name in _ADAPTATION:
                 given = state_dict.get(prefix + name)
+                if given is not None and given.shape != (self.out_channels,):
+                    found, expected = tuple(given.shape), (self.out_channels,)
+                    error_msgs.append(f"{prefix}{name} is of shape {found}, not {expected}")
+                    continue  # and leave nothing behind
                 self._buffers[name] = None if given is None else self._filter_table()
             if (self.ws_scale is None) != (self.ws_shift is None):
                 found, missing = _ADAPTATION if self.ws_shift is None else _ADAPTATION[::-1]

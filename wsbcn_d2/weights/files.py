@@ -106,9 +106,16 @@ def _read_tensors(path: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many types, and other ones in other versions of PyTorch
         raise CheckpointError(
-            f"{path}: not a file of tensors that is safe to read (torch.load with "
-            f"weights_only=True says: {error})"
+            f"{path}: not a file of tensors that is safe to read ({cause_of(error)})"
         ) from error
+
+
+def cause_of(error: Exception) -> str:
+    """What went wrong when PyTorch read a file, in a line, without its advice to trust the file."""
+    lines = str(error).strip().splitlines()[:1]
+    if "weights_only" in str(error):
+        lines = ["it holds something else than tensors"]
+    return ": ".join([type(error).__name__, *lines])
 
 
 def _read_arrays(path: str) -> Any:
