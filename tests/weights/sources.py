@@ -99,11 +99,12 @@ def make_resnet50(random, norm_entries, prefix="", norm="bn", stem="", groups=1,
             into = o
 
 
-def resnet50(x, sd, filters, normalize, prefix="", norm="bn", stem="", groups=1):
-    """The outputs of its stages; the stride is in the 3x3 convolution."""
+def resnet50(x, sd, filters, normalize, prefix="", norm="bn", stem="", groups=1, dilated=False):
+    """The outputs of its stages; the stride is in the 3x3 convolution, and the last stage has none
+    if it is dilated."""
 
-    def conv(x, name, stride=1, padding=0, groups=1):
-        return F.conv2d(x, filters(sd[name + ".weight"]), None, stride, padding, 1, groups)
+    def conv(x, name, stride=1, padding=0, groups=1, dilation=1):
+        return F.conv2d(x, filters(sd[name + ".weight"]), None, stride, padding, dilation, groups)
 
     x = F.relu(normalize(conv(x, f"{prefix}{stem}conv1", 2, 3), sd, f"{prefix}{stem}{norm}1"))
     x = F.max_pool2d(x, 3, 2, 1)
@@ -111,9 +112,10 @@ def resnet50(x, sd, filters, normalize, prefix="", norm="bn", stem="", groups=1)
     for s, blocks in enumerate(BLOCKS):
         for b in range(blocks):
             name = f"{prefix}layer{s + 1}.{b}."
-            stride = 2 if s > 0 and b == 0 else 1
+            dilation = 2 if dilated and s == 3 else 1
+            stride = 2 if s > 0 and b == 0 and dilation == 1 else 1
             y = F.relu(normalize(conv(x, name + "conv1"), sd, name + f"{norm}1"))
-            y = conv(y, name + "conv2", stride, 1, groups)
+            y = conv(y, name + "conv2", stride, dilation, groups, dilation)
             y = F.relu(normalize(y, sd, name + f"{norm}2"))
             y = normalize(conv(y, name + "conv3"), sd, name + f"{norm}3")
             if b == 0:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -34,12 +35,20 @@ from sources import (
 from torch import nn
 
 import wsbcn_d2
+from wsbcn_d2.export import fold
+from wsbcn_d2.export.stock import save_for_detectron2
 from wsbcn_d2.layers import WeightStandardized
 from wsbcn_d2.weights import CheckpointError, ConversionError, convert_state_dict, read_checkpoint
 from wsbcn_d2.weights.formulas import rescaled_weight, source_filters
 
 ROOT = Path(__file__).parents[2]
-MASK_RCNN = ROOT / "configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_ws_2x_1img.yaml"
+CONFIGS = ROOT / "configs"
+MASK_RCNN = CONFIGS / "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_ws_2x_1img.yaml"
+MODELS = {
+    "FPN": MASK_RCNN,
+    "C4": CONFIGS / "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_ws_1x_1img.yaml",
+    "DC5": CONFIGS / "COCO-InstanceSegmentation/mask_rcnn_R_50_DC5_gn_ws_1x_1img.yaml",
+}
 SMALL = [
     *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.STEM_OUT_CHANNELS", 32),
     *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.WIDTH_PER_GROUP", 32),
@@ -48,13 +57,14 @@ SMALL = [
     *("MODEL.ROI_HEADS.NUM_CLASSES", 3),
 ]
 RESNEXT = ["MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 1]
+HEADS_WITH_GN = ["MODEL.ROI_BOX_HEAD.NORM", "GN", "MODEL.ROI_MASK_HEAD.NORM", "GN"]
 BATCH_NORMS = {"running_mean", "running_var"}
 
 
-def config(norm=None, extra=()):
+def config(norm=None, extra=(), kind="FPN"):
     cfg = get_cfg()
     wsbcn_d2.add_wsbcn_config(cfg)
-    cfg.merge_from_file(str(MASK_RCNN))
+    cfg.merge_from_file(str(MODELS[kind]))
     norms = [] if norm is None else ["MODEL.RESNETS.NORM", norm]
     cfg.merge_from_list([*SMALL, *norms, *extra])
     return cfg
@@ -82,6 +92,14 @@ def assert_same(ours, theirs, tolerance=1e-4):
         assert (a - b).abs().max() / b.abs().max() < tolerance
 
 
+def last_stages(model, x):
+    """What the ResNet of a model returns: all stages with an FPN, else the last ones."""
+    stages = list(getattr(model.backbone, "bottom_up", model.backbone)(x).values())
+    if hasattr(model.roi_heads, "res5"):
+        stages.append(model.roi_heads.res5(stages[-1]))
+    return stages
+
+
 def in_double(model, sd):
     """The comparison is of formulas; rounding of a deep network in float32 would hide errors."""
     return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in sd.items()}
@@ -96,25 +114,77 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("groups", [1, 32])
+@pytest.mark.parametrize("kind, groups", [("FPN", 1), ("FPN", 32), ("C4", 1), ("DC5", 1)])
 @pytest.mark.parametrize("source", SOURCES)
-def test_backbones(source, groups, tmp_path):
+def test_backbones(source, kind, groups, tmp_path):
     norm, entries, filters, normalize = SOURCES[source]
     random = Random()
     make_resnet50(random, entries, groups=groups)
     random.linear("fc", 10, 512)
     path = save({f"module.{k}": v for k, v in random.sd.items()}, tmp_path / "source.pth.tar")
-    cfg = config(norm, RESNEXT if groups == 32 else [])
+    cfg = config(norm, RESNEXT if groups == 32 else [], kind)
     model, report = loaded(path, cfg, tmp_path)
-    assert not report.missing and set(report.left_over) == set()
+    assert not report.missing and not report.left_over and not report.other_norms
     model, sd = in_double(model, random.sd)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
-        ours = list(model.backbone.bottom_up(x).values())
-        theirs = resnet50(x, sd, filters, normalize, groups=groups)
-    assert_same(ours, theirs, 1e-5)
-    standardized = [m for m in model.backbone.bottom_up.modules() if isinstance(m, nn.Conv2d)]
-    assert report.filters.total() == (0 if source == "bn" else len(standardized))
+        ours = last_stages(model, x)
+        theirs = resnet50(x, sd, filters, normalize, groups=groups, dilated=kind == "DC5")
+    assert len(ours) == {"FPN": 4, "C4": 2, "DC5": 1}[kind]
+    assert_same(ours, theirs[-len(ours) :], 1e-5)
+    convolutions = [value for value in sd.values() if value.dim() == 4]
+    assert report.filters.total() == (0 if source == "bn" else len(convolutions))
+
+
+# Where the stem and the last stage are.
+PLACES = {
+    "FPN": ("backbone.bottom_up.stem.", "backbone.bottom_up.res5."),
+    "C4": ("backbone.stem.", "roi_heads.res5."),
+    "DC5": ("backbone.stem.", "backbone.res5."),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_names_of_the_model(kind, tmp_path):
+    random = Random()
+    make_resnet50(random, SOURCES["bn"][1])
+    path = save(random.sd, tmp_path / "bn.pth")
+    model = build_model(config("BN", kind=kind))
+    state, report = convert_state_dict(read_checkpoint(path), model)
+    stem, res5 = PLACES[kind]
+    assert torch.equal(state[f"{stem}conv1.weight"], random.sd["conv1.weight"])
+    assert torch.equal(state[f"{stem}conv1.norm.running_var"], random.sd["bn1.running_var"])
+    for ours, theirs in (("conv3", "conv3"), ("conv3.norm", "bn3")):
+        assert torch.equal(state[f"{res5}2.{ours}.weight"], random.sd[f"layer4.2.{theirs}.weight"])
+    shortcut = random.sd["layer4.0.downsample.1.running_mean"]
+    assert torch.equal(state[f"{res5}0.shortcut.norm.running_mean"], shortcut)
+    trained = [name for name in random.sd if "num_batches" not in name]
+    assert len(state) == len(trained) and list(report.taken) == trained
+    new = {"proposal_generator.rpn_head.conv.weight", "roi_heads.mask_head.predictor.bias"}
+    assert new < set(report.initialized) and not report.missing
+
+
+def test_deeplab_stem_and_decoder(tmp_path):
+    """Names as in Detectron2's DeepLab models; the decoder has parts that are called as stages."""
+    deeplab = pytest.importorskip("detectron2.projects.deeplab")
+
+    def build(norm):
+        cfg = get_cfg()
+        deeplab.add_deeplab_config(cfg)
+        cfg.merge_from_file(str(CONFIGS / "Cityscapes/deeplab_v3_plus_R_103_gn_484e_1img.yaml"))
+        size = ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.STEM_OUT_CHANNELS", 64]
+        cfg.merge_from_list([*SMALL, *size, "MODEL.RESNETS.NORM", norm])
+        return build_model(cfg)
+
+    trained = build("BN").backbone.state_dict()
+    arrays = {name: value.numpy() for name, value in trained.items()}
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "detectron2"}))
+    state, report = convert_state_dict(read_checkpoint(str(path)), build("BCN"))
+    assert not report.missing and not report.left_over
+    for name in ("stem.conv3.weight", "res2.0.conv1.weight", "res5.2.conv3.norm.running_var"):
+        assert torch.equal(state[f"backbone.{name}"], trained[name])
+    assert "sem_seg_head.decoder.res2.project_conv.weight" in report.initialized
 
 
 @pytest.mark.parametrize("target", ["BN+WS", "FrozenBN+WS", "BN"])
@@ -156,14 +226,43 @@ def test_batch_norm_becomes_the_first_part_of_bcn(tmp_path):
             assert torch.equal(state[f"{ours}.norm.{entry}"], random.sd[f"{theirs}.{entry}"])
         assert (state[f"{ours}.norm.group_weight"] == 1).all()
         assert f"backbone.bottom_up.{ours}.norm.group_weight" in report.initialized
-    assert not report.missing
+    assert not report.missing and not report.other_norms
+
+
+@pytest.mark.parametrize("source, target", [("bn", "GN"), ("bn", "GN+WS"), ("bcn_ws", "BN")])
+def test_norms_of_another_kind(source, target, tmp_path):
+    """The result is complete, and another function: the report says so."""
+    random = Random()
+    make_resnet50(random, SOURCES[source][1])
+    path = save(random.sd, tmp_path / "source.pth")
+    state, report = convert_state_dict(read_checkpoint(path), build_model(config(target)))
+    assert not report.missing and report.left_over
+    assert len(report.other_norms) == 53
+    assert report.other_norms[0] == "backbone.bottom_up.stem.conv1.norm"
+    assert "warning: 53 norms of the file are of another kind" in str(report)
+    norm = "bn1.pbn" if source == "bcn_ws" else "bn1"
+    stem = state["backbone.bottom_up.stem.conv1.norm.weight"]
+    assert torch.equal(stem, random.sd[f"{norm}.weight"])
+
+
+def test_norms_that_the_model_does_not_have(tmp_path):
+    random = Random()
+    make_resnet50(random, gn_entries)
+    path = save(random.sd, tmp_path / "gn_ws.pth")
+    model = build_model(config(""))
+    _, report = convert_state_dict(read_checkpoint(path), model)
+    assert not report.missing and len(report.other_norms) == 53
+    _, report = convert_state_dict(read_checkpoint(path), build_model(config("GN")))
+    assert not report.other_norms and "warning" not in str(report)
 
 
 CAFFE2 = {"weight": "bn_s", "bias": "bn_b", "running_mean": "bn_rm", "running_var": "bn_riv"}
 
 
-def test_caffe2_names(tmp_path):
-    """MSRA's R-50 as Detectron2 hosts it: a pickled dictionary of arrays."""
+@pytest.mark.parametrize("kind", MODELS)
+def test_caffe2_names(kind, tmp_path):
+    """MSRA's R-50 as Detectron2 hosts it, a pickled dictionary of arrays: in a stock model, which
+    Detectron2 loads it into by itself, it computes the same."""
     random = Random()
     make_resnet50(random, SOURCES["bn"][1])
     blobs = {"conv1_w": random.sd["conv1.weight"].numpy()}
@@ -180,13 +279,19 @@ def test_caffe2_names(tmp_path):
                 for entry, suffix in CAFFE2.items():
                     blobs[f"{c2}_{suffix}"] = random.sd[f"{source}{bn}.{entry}"].numpy()
     path = tmp_path / "R-50.pkl"
-    path.write_bytes(pickle.dumps({"model": blobs, "matching_heuristics": True}))
-    model, report = loaded(str(path), config("FrozenBN"), tmp_path)
+    path.write_bytes(pickle.dumps({"blobs": blobs}))
+    model, report = loaded(str(path), config("FrozenBN", kind=kind), tmp_path)
     assert not report.missing and not report.left_over
+    cfg = model_zoo.get_config(f"COCO-InstanceSegmentation/mask_rcnn_R_50_{kind}_1x.yaml")
+    cfg.merge_from_list([*SMALL, "MODEL.RESNETS.STRIDE_IN_1X1", False])
+    stock = build_model(cfg).eval()
+    DetectionCheckpointer(stock).load(str(path))
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        ours = list(model.backbone.bottom_up(x).values())
-        assert_same(ours, resnet50(x, random.sd, lambda w: w, batch_norm), 1e-3)
+        ours = last_stages(model, x)
+        assert_same(ours, last_stages(stock, x), 1e-6)
+        theirs = resnet50(x, random.sd, lambda w: w, batch_norm, dilated=kind == "DC5")
+        assert_same(ours, theirs[-len(ours) :], 1e-3)
 
 
 def test_torchvision_as_detectron2_converts_it(tmp_path):
@@ -273,6 +378,32 @@ def test_own_checkpoints_stay_as_they_are(tmp_path):
         assert torch.equal(value, trained.state_dict()[name]), name
     with pytest.raises(ConversionError, match=r"\+WS"):
         convert_state_dict(read_checkpoint(path), build_model(config("BCN")))
+
+
+def test_nothing_that_the_model_has_a_place_for(tmp_path):
+    backbone = build_model(config("BN")).backbone
+    sd = {f"backbone.{k}": v for k, v in backbone.state_dict().items() if k.startswith("bottom_up")}
+    path = save(sd, tmp_path / "fpn.pth")
+    message = "no place for any of the 265 weights.*backbone.bottom_up.stem.conv1.weight"
+    with pytest.raises(ConversionError, match=message):
+        convert_state_dict(read_checkpoint(path), build_model(config("BN", kind="C4")))
+
+
+@pytest.mark.parametrize("norm", ["BCN", "CN", "GN+WS"])
+def test_folded_checkpoints(norm, tmp_path):
+    """What is refused in loading is refused here; without layers of this package nothing is."""
+    cfg = config(norm)
+    cfg.MODEL.FPN.NORM = cfg.MODEL.ROI_BOX_HEAD.NORM = cfg.MODEL.ROI_MASK_HEAD.NORM = norm
+    model = build_model(cfg)
+    save_for_detectron2(fold(model), cfg, str(tmp_path))
+    checkpoint = read_checkpoint(str(tmp_path / "model.pth"))
+    with pytest.raises(ConversionError, match="come from a folded model.*use the checkpoint"):
+        convert_state_dict(checkpoint, model)
+    if norm == "GN+WS":
+        stock = build_model(config("GN", ["MODEL.FPN.NORM", "GN", *HEADS_WITH_GN]))
+        state, report = convert_state_dict(checkpoint, stock)
+        assert not report.missing and not report.left_over
+        assert all(torch.equal(value, checkpoint.tensors[name]) for name, value in state.items())
 
 
 # ---------------------------------------------------------------------------------------- formulas

@@ -3,18 +3,18 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, Iterable, List, Optional, Tuple
 
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from torch import Tensor, nn
 
-from ..layers import BatchChannelNorm, WeightStandardized
+from ..layers import BatchChannelNorm, ChannelNorm, WeightStandardized
+from ..layers.folded import refuse_folded
 from .files import Checkpoint
 from .formulas import FORMULAS, adaptation, rescaled_weight, source_filters
 from .layouts import LAYOUTS, Layout, detect_layout
 
-_BACKBONE = "backbone.bottom_up."
 # What a model has without a checkpoint.
 _NOT_TRAINED = r"pixel_(?:mean|std)|.*anchor_generator\..*|.*\.num_batches_tracked"
 
@@ -35,6 +35,8 @@ class ConversionReport:
         initialized: weights of the model that the checkpoint cannot have and that start anew.
         left_over: names in the checkpoint that the model has no place for.
         missing: names of the model that should have been in the checkpoint.
+        other_norms: norms, by their names in the model, with entries in the checkpoint that the
+            model has no place for: it has norms of another kind after these convolutions, or none.
     """
 
     layout: str
@@ -44,6 +46,7 @@ class ConversionReport:
     initialized: List[str] = field(default_factory=list)
     left_over: List[str] = field(default_factory=list)
     missing: List[str] = field(default_factory=list)
+    other_norms: List[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         standardization = f"formula {self.formula!r}" if self.formula else "none"
@@ -57,6 +60,12 @@ class ConversionReport:
             names = getattr(self, what)
             lines.append(f"{what.replace('_', ' ')}: {len(names)}")
             lines.extend(f"  {name}" for name in names)
+        if self.other_norms:
+            lines.append(
+                f"warning: {len(self.other_norms)} norms of the file are of another kind in the "
+                "model, or not there, so it does not compute what the source does"
+            )
+            lines.extend(f"  {name}" for name in self.other_norms)
         return "\n".join(lines)
 
 
@@ -68,7 +77,8 @@ def convert_state_dict(
 ) -> Tuple[Dict[str, Tensor], ConversionReport]:
     """Makes a state dict for a model of what another project has trained.
 
-    The model computes what the source does, by these rules for convolutions:
+    The model computes what the source does if its norms are of the same kind (else the report lists
+    them), by these rules for convolutions:
 
     - the source standardizes and the model does: the filters are scaled so that our formula gives
       what the source's gives (:func:`wsbcn_d2.weights.formulas.rescaled_weight`);
@@ -91,8 +101,10 @@ def convert_state_dict(
         weights, in which case the state dict is not complete.
 
     Raises:
-        ConversionError: if the layout is not known or a shape differs.
+        ConversionError: if the layout is not known, a shape differs, the model has no place for any
+            of the weights, or they come from a folded model.
     """
+    _refuse_folded(checkpoint, model)
     tensors = checkpoint.tensors
     if checkpoint.caffe2:
         tensors, _ = convert_c2_detectron_names(dict(tensors))
@@ -100,6 +112,7 @@ def convert_state_dict(
     formula = _formula(source, checkpoint.text, formula)
     report = ConversionReport(source.name, formula)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    stages = _stages(shapes)
     convs = {
         f"{name}.weight".lstrip("."): module
         for name, module in model.named_modules()
@@ -111,13 +124,18 @@ def convert_state_dict(
         if source.ignores(name):
             continue
         target = source.rename(name)
-        if target is not None and target.endswith(".ws_eps") and target not in shapes:
+        if target is None:
+            report.left_over.append(name)
+            continue
+        target = _placed(target, stages)
+        if target.endswith(".ws_eps") and target not in shapes:
             raise ConversionError(
                 f"{name}: the convolution was trained with weight standardization, which that of "
                 "the model does not have: use a config with '+WS', or wsbcn_d2.fold"
             )
-        if target is None or (target not in shapes and not _is_adaptation(target, shapes)):
+        if target not in shapes and not _is_adaptation(target, shapes):
             report.left_over.append(name)
+            _note_other_norm(target, shapes, report)
             continue
         value = source.transform(target, value)
         if target in shapes and tuple(value.shape) != shapes[target]:
@@ -129,11 +147,26 @@ def convert_state_dict(
         raise ConversionError(
             "the checkpoint is of another model than the config: " + "; ".join(problems)
         )
+    if not report.taken:
+        raise ConversionError(
+            f"the model has no place for any of the {len(report.left_over)} weights (layout "
+            f"{source.name}): {', '.join(report.left_over[:3])}, ..."
+        )
     for name in list(state):
         if name in convs and state[name].dim() == 4:
             _convert_filters(name, convs[name], state, formula, report)
-    _account_for_the_rest(model, shapes, state, report)
+    _account_for_the_rest(model, shapes, stages, state, report)
     return state, report
+
+
+def _refuse_folded(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Raises ConversionError where loading the checkpoint into the model would be an error."""
+    for name, module in model.named_modules():
+        if isinstance(module, (BatchChannelNorm, ChannelNorm, WeightStandardized)):
+            try:
+                refuse_folded(checkpoint.metadata.get(name, {}), f"{name}.")
+            except ValueError as error:
+                raise ConversionError(str(error)) from error
 
 
 def _layout(tensors: Dict[str, Tensor], name: Optional[str]) -> Layout:
@@ -160,6 +193,36 @@ def _formula(layout: Layout, text: str, formula: str) -> Optional[str]:
         plain = layout.name == "mmdetection" and text and "ConvWS" not in text
         return None if plain else layout.formula
     return None if formula == "none" else formula
+
+
+def _stages(names: Iterable[str]) -> Dict[str, str]:
+    """The stages of a model's ResNet: from their full names to those that layouts have for them.
+
+    They are in ``backbone.bottom_up`` with an FPN, otherwise in ``backbone``, and the last one of
+    C4 models is in ``roi_heads``.
+    """
+    stages = {}
+    for name in names:
+        # not DeepLab's decoders, which have a part "res2", too
+        match = re.fullmatch(r"((?:.*\.)?(stem|res\d))(?:\.\d+)?\.conv1\.weight", name)
+        if match:
+            stages[match[1]] = match[2]
+    return stages
+
+
+def _placed(name: str, stages: Dict[str, str]) -> str:
+    """The full name in the model of what a layout calls ``name``."""
+    stage, _, rest = name.partition(".")
+    return next((f"{place}.{rest}" for place, known in stages.items() if known == stage), name)
+
+
+def _note_other_norm(
+    name: str, shapes: Dict[str, Tuple[int, ...]], report: ConversionReport
+) -> None:
+    """To be called with what the model has no place for, under its name in Detectron2."""
+    conv, found, _ = name.rpartition(".norm.")
+    if found and f"{conv}.weight" in shapes and f"{conv}.norm" not in report.other_norms:
+        report.other_norms.append(f"{conv}.norm")
 
 
 def _is_adaptation(name: str, shapes: Dict[str, Tuple[int, ...]]) -> bool:
@@ -207,10 +270,12 @@ def _is_normalized(conv: nn.Module, state: Dict[str, Tensor], owner: str) -> boo
 def _account_for_the_rest(
     model: nn.Module,
     shapes: Dict[str, Tuple[int, ...]],
+    stages: Dict[str, str],
     state: Dict[str, Tensor],
     report: ConversionReport,
 ) -> None:
-    backbone_only = all(name.startswith(_BACKBONE) for name in state)
+    backbone = tuple(f"{stage}." for stage in stages)
+    backbone_only = all(name.startswith(backbone) for name in state)
     groups = {
         f"{name}.{entry}"
         for name, module in model.named_modules()
@@ -220,7 +285,7 @@ def _account_for_the_rest(
     for name in shapes:
         if name in state or re.fullmatch(_NOT_TRAINED, name):
             continue
-        if name in groups or (backbone_only and not name.startswith(_BACKBONE)):
+        if name in groups or (backbone_only and not name.startswith(backbone)):
             report.initialized.append(name)
         else:
             report.missing.append(name)

@@ -3,7 +3,7 @@
 import io
 import os
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Dict
 
 import numpy as np
@@ -40,11 +40,13 @@ class Checkpoint:
         tensors: the weights by their names.
         text: what the file says of its config, if it does, otherwise empty.
         caffe2: whether the names are those of Caffe2, as in Detectron2's MSRA models.
+        metadata: what the state dict says of the modules, by their names; empty if it says nothing.
     """
 
     tensors: Dict[str, Tensor]
     text: str
     caffe2: bool
+    metadata: Dict[str, Dict[str, Any]] = field(default_factory=dict)
 
 
 def read_checkpoint(path: str) -> Checkpoint:
@@ -90,7 +92,8 @@ def read_checkpoint(path: str) -> Checkpoint:
     for name, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise CheckpointError(f"{path}: {name} has infinite or NaN values")
-    return Checkpoint(tensors, text, any(name.endswith("_w") for name in tensors) or caffe2)
+    caffe2 = caffe2 or any(name.endswith("_w") for name in tensors)
+    return Checkpoint(tensors, text, caffe2, _metadata(weights))
 
 
 def _downloaded(address: str) -> str:
@@ -140,6 +143,14 @@ def _unwrapped(content: Dict[Any, Any]) -> Dict[Any, Any]:
         if isinstance(inner, dict):
             return _unwrapped(inner)
     return content
+
+
+def _metadata(weights: Dict[Any, Any]) -> Dict[str, Dict[str, Any]]:
+    """What PyTorch keeps beside the entries of a state dict, and saves with it."""
+    metadata = getattr(weights, "_metadata", None)
+    if not isinstance(metadata, dict):
+        return {}
+    return {name: entry for name, entry in metadata.items() if isinstance(entry, dict)}
 
 
 def _some(names: Any) -> str:

@@ -12,6 +12,8 @@ Where each layout was looked up:
   with ``BottleneckWithGN``, ``make_layers.py``, ``FPNXconv1fcFeatureExtractor``,
   ``MaskRCNNFPNFeatureExtractor``, ``MaskRCNNC4Predictor``);
 - ``detectron2``: Detectron2's own, and its Caffe2 names, which it renames itself.
+
+The detectors of the other projects are those with an FPN.
 """
 
 import re
@@ -51,7 +53,11 @@ class Layout:
         return all(any(re.fullmatch(mark, name) for name in names) for mark in self.marks)
 
     def rename(self, name: str) -> Optional[str]:
-        """The name in Detectron2; None if there is none."""
+        """The name in Detectron2; None if there is none.
+
+        For the weights of a ResNet it begins with the stage (``stem``, ``res2``, ...): where the
+        stage is depends on the model.
+        """
         for pattern, replacement in self.rules:
             match = re.fullmatch(pattern, name)
             if match:
@@ -74,7 +80,6 @@ class Layout:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
 
-_RES = "backbone.bottom_up."
 _AFFINE = "(?P<p>weight|bias|running_mean|running_var)"
 
 
@@ -86,10 +91,10 @@ def _resnet(prefix: str, norms: str) -> Tuple[Tuple[str, str], ...]:
         norms: pattern of the names of norms, without the number: ``bn`` or ``gn``.
     """
     block = rf"{prefix}layer(?P<s>\d)\.(?P<b>\d+)\."
-    to = _RES + r"res{s+1}.\g<b>."
+    to = r"res{s+1}.\g<b>."
     return (
-        (rf"{prefix}(?:stem\.)?conv1\.weight", _RES + "stem.conv1.weight"),
-        (rf"{prefix}(?:stem\.)?{norms}1\.{_AFFINE}", _RES + r"stem.conv1.norm.\g<p>"),
+        (rf"{prefix}(?:stem\.)?conv1\.weight", "stem.conv1.weight"),
+        (rf"{prefix}(?:stem\.)?{norms}1\.{_AFFINE}", r"stem.conv1.norm.\g<p>"),
         (block + r"conv(?P<c>\d)\.weight", to + r"conv\g<c>.weight"),
         (block + rf"{norms}(?P<c>\d)\.{_AFFINE}", to + r"conv\g<c>.norm.\g<p>"),
         (block + r"downsample\.0\.weight", to + "shortcut.weight"),
@@ -239,7 +244,7 @@ LAYOUTS: Dict[str, Layout] = {
         Layout(
             "detectron2",
             (r"(?:backbone\.bottom_up\.|backbone\.)?stem\.conv1\.weight",),
-            ((r"(?P<n>(?:stem|res\d)\..*)", _RES + r"\g<n>"), (r"(?P<n>.*)", r"\g<n>")),
+            ((r".*", r"\g<0>"),),
             ignored=(
                 r".*num_batches_tracked",
                 r"pixel_(?:mean|std)",
