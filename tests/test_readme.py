@@ -12,6 +12,7 @@ import pytest
 from wsbcn_d2.data import make_digits_dataset
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # for patterns in file names, one that must exist
 PLACEHOLDERS = {"<norm>": "bcn_ws", "<schedule>": "2x", "<images>": "1img"}
@@ -42,8 +43,32 @@ def one_class_with_polygons(annotations):
     annotations.write_text(json.dumps(data))
 
 
+def test_your_own_lazy_config(tmp_path):
+    (config,) = re.findall(r"^```python\n([^`]*lr_multiplier.*?)```", README, re.S | re.M)
+    (norm,) = re.findall(r"--config-file my_lazy.py '(train.norm=.*?)'`", README)
+    make_digits_dataset(
+        str(tmp_path / "balloon"), num_train=2, num_val=2, image_size=64, progress=False
+    )
+    for annotations in (tmp_path / "balloon" / "annotations").iterdir():
+        one_class_with_polygons(annotations)
+    (tmp_path / "my_lazy.py").write_text(config)
+    size = "mapper.augmentations.0.short_edge_length"
+    small = [
+        *("train.max_iter=1", "train.device=cpu"),
+        *("dataloader.train.num_workers=0", "dataloader.test.num_workers=0"),
+        *(f"dataloader.train.{size}=[64]", f"dataloader.test.{size}=64"),
+    ]
+    command = [sys.executable, str(ROOT / "tools" / "lazyconfig_train_net.py")]
+    command += ["--config-file", "my_lazy.py", norm, *small]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "groups=16" in (tmp_path / "output" / "lazy" / "config.yaml").read_text()
+    assert (tmp_path / "output" / "lazy" / "model_final.pth").is_file()
+
+
 def test_your_own_dataset(tmp_path):
-    text = (ROOT / "README.md").read_text()
+    text = README
     section = re.search(r"## Your own dataset\n(.*?)\n## ", text, re.S)
     # and one of COCO's configs, which needs weights from the network
     commands = re.findall(r"^```\n(.*?)```", section[1], re.S | re.M)[:2]

@@ -11,8 +11,9 @@ of ``train.wsbcn``, where the config has them: ``train.wsbcn.UPDATE_RATE_WARMUP=
 import argparse
 import contextlib
 import difflib
+import functools
 import sys
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
@@ -110,8 +111,11 @@ def train(cfg: DictConfig, resume: bool) -> None:
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
 
 
-def load(config_file: str, overrides: List[str]) -> DictConfig:
+@functools.lru_cache(maxsize=None)
+def load(config_file: str, overrides: Tuple[str, ...]) -> DictConfig:
     """Reads a config; without a GPU, the device "cuda" becomes "cpu".
+
+    Once in a process, as a config may register its datasets, which can be done only once.
 
     Raises:
         ConfigError: if there is none, or an override is none.
@@ -128,13 +132,13 @@ def load(config_file: str, overrides: List[str]) -> DictConfig:
         raise ConfigError(f"{config_file}: {error}") from error
     if "train" not in cfg or "model" not in cfg:
         raise ConfigError(f"{config_file} has no `train` or no `model`: {', '.join(cfg)}")
-    overrides = [_quoted(override) for override in overrides]
-    _check_keys(cfg, overrides)
+    quoted = [_quoted(override) for override in overrides]
+    _check_keys(cfg, quoted)
     try:
-        cfg = LazyConfig.apply_overrides(cfg, overrides)
+        cfg = LazyConfig.apply_overrides(cfg, quoted)
     except (HydraException, KeyError, ValueError) as error:
         raise ConfigError(
-            f"{' '.join(overrides)}: {' '.join(str(error).split())}. An override is KEY=VALUE, and "
+            f"{' '.join(quoted)}: {' '.join(str(error).split())}. An override is KEY=VALUE, and "
             "a value with other signs than letters, digits and + needs quotes of its own"
         ) from error
     if cfg.train.device == "cuda" and not torch.cuda.is_available():
@@ -203,7 +207,7 @@ def check(cfg: DictConfig, eval_only: bool, resume: bool) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Runs in every process."""
-    cfg = load(args.config_file, args.opts)
+    cfg = load(args.config_file, tuple(args.opts))
     default_setup(cfg, args)
     if args.eval_only:
         model = instantiate(cfg.model).to(cfg.train.device)
@@ -217,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = default_argument_parser(epilog=EXAMPLES).parse_args()
     try:
-        config = load(arguments.config_file, arguments.opts)
+        config = load(arguments.config_file, tuple(arguments.opts))
         check(config, arguments.eval_only, arguments.resume)
         launch(
             main,

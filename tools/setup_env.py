@@ -261,7 +261,7 @@ def install(environment: Environment) -> None:
         environment.pip_install("installing what is missing", *pinned, *needs, *project)
         return
     environment.pip_install(
-        "installing PyTorch and what Detectron2 needs (2.5 GB, 1 to 3 minutes)",
+        "installing PyTorch and what Detectron2 needs (2.5 GB to download, 1 to 3 minutes)",
         *pinned,
         *["--requirement", str(DETECTRON2_NEEDS)],
         *project,

@@ -39,8 +39,9 @@ def fold(model: nn.Module) -> nn.Module:
     """Makes a copy of a model that needs nothing of this package.
 
     - A weight-standardized convolution becomes the plain one with the standardized filters.
-    - BCN behind a convolution (as its ``norm``, or next to it in a Sequential or in a module of
-      Detectron2) becomes filters and bias of the convolution, and :class:`torch.nn.GroupNorm`.
+    - BCN behind a convolution (as its ``norm``, or next to it in a Sequential, which must be called
+      as a whole, or in a module of Detectron2) becomes filters and bias of the convolution, and
+      :class:`torch.nn.GroupNorm`.
     - BCN elsewhere becomes Detectron2's FrozenBatchNorm2d followed by GroupNorm: where it follows
       something else, where one of the two is used in several places, and behind a DeformConv,
       which has no bias.

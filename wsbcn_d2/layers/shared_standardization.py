@@ -204,7 +204,7 @@ class StandardizeOnce:
     """Context of several forward and backward passes for one step of the optimizer.
 
     Filters are standardized once, and the gradients of all but the last pass are carried on to the
-    weights together.
+    weights together. This is of all models of the process: no other thread may train meanwhile.
 
     Attributes:
         last: to be set when the last of the passes begins.

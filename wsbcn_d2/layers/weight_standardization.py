@@ -45,8 +45,10 @@ class WeightStandardized(nn.Module):
 
     The standardized filters are kept for as long as the weight stays the same, in training until
     the forward pass has used them; the backward pass makes them again. A change through
-    ``weight.data`` cannot be seen; after one, call :meth:`forget_standardized_weight`, unless a
-    backward pass or a change between training and evaluation lies between it and the next use.
+    ``weight.data``, by a collective of ``torch.distributed`` that receives into the weight, or of
+    memory that is shared, cannot be seen; after one, call :meth:`forget_standardized_weight`,
+    unless a backward pass or a change between training and evaluation lies between it and the next
+    use.
 
     Attributes:
         eps: added to the variance of a filter, inside the root; loaded with the weights.
