@@ -118,6 +118,16 @@ def test_predictions_of_another_dataset():
         CocoEvaluation(load(content), [*predictions, {**predictions[0], "image_id": 7}], "bbox")
 
 
+def test_what_cannot_be_evaluated():
+    content, predictions = random_coco()
+    polygons = {**predictions[0], "segmentation": [[0, 0, 9, 0, 9, 9]]}
+    with pytest.raises(ValueError, match="mask of a prediction for .* is not run-length encoded"):
+        CocoEvaluation(load(content), [*predictions, polygons], "segm")
+    CocoEvaluation(load(content), [*predictions, polygons], "bbox")
+    with pytest.raises(ValueError, match="the annotations have no categories"):
+        CocoEvaluation(load({**content, "categories": []}), [], "bbox")
+
+
 def test_predictions_are_left_alone():
     content, predictions = random_coco()
     before = copy.deepcopy(predictions)

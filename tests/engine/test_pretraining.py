@@ -253,7 +253,7 @@ def test_large_batch_form(norm, expected):
     "change,message",
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 2, got 1"),
+        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"crop_size": 16}, "crop_size is 16"),
         ({"eval_crops": 0}, "num_crops is 0"),

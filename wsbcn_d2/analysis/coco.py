@@ -60,14 +60,23 @@ class CocoEvaluation:
                 whether it is small, medium or large is that of its mask for "segm".
 
         Raises:
-            ValueError: if a prediction is of an image that the dataset lacks.
+            ValueError: if a prediction is of an image that the dataset lacks, or its mask is not
+                run-length encoded, or the dataset has no categories.
         """
+        if not ground_truth.getCatIds():
+            raise ValueError("the annotations have no categories")
         image_ids = set(ground_truth.getImgIds())
         for prediction in predictions:
             if prediction["image_id"] not in image_ids:
                 raise ValueError(
                     f"there are predictions for image_id {prediction['image_id']!r}, which is not "
                     "in the dataset"
+                )
+            if iou_type == "segm" and not isinstance(prediction["segmentation"], dict):
+                raise ValueError(
+                    f"the mask of a prediction for image_id {prediction['image_id']!r} is not "
+                    "run-length encoded ({'size': [height, width], 'counts': ...}), as those that "
+                    "COCOEvaluator writes are"
                 )
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports by print
             judge = COCOeval(ground_truth, _detections(ground_truth, predictions, iou_type))
