@@ -379,10 +379,23 @@ def test_training_from_a_lazy_config(tmp_path):
             "error: train.output_dir: cannot write",
         ),
         (["--config-file", RETINANET, "train.norm=(GN"], "error: train.norm=(GN: "),
+        (
+            ["--config-file", RETINANET, "train.a.b=1"],
+            "error: the config has no key train.a.b; close to",
+        ),
+        (["--config-file", RETINANET, "~train"], "error: ~train: "),
+        (
+            [
+                *("--config-file", RETINANET, "train.ddp.static_graph=True", "+train.a=1"),
+                *("train.seed=1", "model.head.norm=BCN+SW", "model.backbone.bottom_up.a=2"),
+            ],
+            "error: the model of the config cannot be built: ",
+        ),
     ],
     ids=[
         *("no config", "no weights", "no such key", "no data", "no such norm", "groups", "yaml"),
         *("misspelt", "no number", "no folder", "no override"),
+        *("new node", "deleted", "new keys"),
     ],
 )
 def test_errors_of_lazy_configs_are_one_line(tmp_path, arguments, message):

@@ -47,7 +47,9 @@ EXAMPLES = """examples:
 """
 
 # That a config need not have: what Detectron2 and this program look for.
-NEW_KEYS = ("+", "train.seed", "train.cudnn_benchmark", "train.wsbcn")
+NEW_KEYS = ("+", "~", "train.seed", "train.cudnn_benchmark", "train.wsbcn")
+# Whose keys are the arguments of a call, as those of a node with a _target_ are.
+ARGUMENTS = ("train.ddp", "train.checkpointer")
 # Of MODEL.WSBCN; the others are for the backbones that YAML configs name.
 HOOK_KEYS = ("UPDATE_RATE_SCHEDULE", "UPDATE_RATE_WARMUP", "SYNC_PERIOD", "MAX_SKIPPED_UPDATES")
 
@@ -133,10 +135,12 @@ def load(config_file: str, overrides: Tuple[str, ...]) -> DictConfig:
     if "train" not in cfg or "model" not in cfg:
         raise ConfigError(f"{config_file} has no `train` or no `model`: {', '.join(cfg)}")
     quoted = [_quoted(override) for override in overrides]
-    _check_keys(cfg, quoted)
     try:
+        _check_keys(cfg, quoted)
         cfg = LazyConfig.apply_overrides(cfg, quoted)
-    except (HydraException, KeyError, ValueError) as error:
+    except ConfigError:
+        raise
+    except (HydraException, KeyError, NotImplementedError, ValueError) as error:
         raise ConfigError(
             f"{' '.join(quoted)}: {' '.join(str(error).split())}. An override is KEY=VALUE, and "
             "a value with other signs than letters, digits and + needs quotes of its own"
@@ -161,9 +165,7 @@ def _check_keys(cfg: DictConfig, overrides: List[str]) -> None:
     """Refuses new keys where nothing would notice them: not among the arguments of a call."""
     for override in overrides:
         key = override.partition("=")[0]
-        parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
-        new = isinstance(parent, DictConfig) and key.rpartition(".")[2] not in parent
-        if not new or "_target_" in parent or key.startswith(NEW_KEYS):
+        if key.startswith(NEW_KEYS) or not _is_new(cfg, key):
             continue
         close = difflib.get_close_matches(key, _keys(cfg), n=3)
         raise ConfigError(
@@ -171,6 +173,17 @@ def _check_keys(cfg: DictConfig, overrides: List[str]) -> None:
             + (f"; close to it are {', '.join(close)}" if close else "")
             + f". +{override} adds it"
         )
+
+
+def _is_new(cfg: DictConfig, key: str) -> bool:
+    node, path = cfg, ""
+    for part in key.split("."):
+        if not isinstance(node, DictConfig):
+            return False
+        if node._get_node(part) is None:
+            return "_target_" not in node and path not in ARGUMENTS
+        node, path = node._get_node(part), f"{path}.{part}".lstrip(".")
+    return False
 
 
 def _keys(node: DictConfig, prefix: str = "") -> List[str]:

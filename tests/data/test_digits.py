@@ -327,6 +327,12 @@ class TestCheckDatasets:
         path = str(tmp_path / "digits/annotations/instances_val.json")
         for part in ("digits_val", path, repr(str(tmp_path)), "python tools/prepare_digits.py"):
             assert part in str(error.value)
+        monkeypatch.delenv("DETECTRON2_DATASETS")
+        monkeypatch.chdir(tmp_path)
+        forget_digits()
+        register_digits()
+        with pytest.raises(FileNotFoundError, match="DETECTRON2_DATASETS is not set, so it is"):
+            check_datasets(["digits_val"])
 
     @pytest.mark.parametrize(
         "attribute",
@@ -341,8 +347,9 @@ class TestCheckDatasets:
         MetadataCatalog.get("my_dataset").set(**{attribute: path})
         with pytest.raises(FileNotFoundError) as error:
             check_datasets(iter(["my_dataset"]))
-        for part in ("my_dataset", attribute, path, "DETECTRON2_DATASETS is not set"):
+        for part in ("my_dataset", attribute, path, "put it there, or name another path"):
             assert part in str(error.value)
+        assert "DETECTRON2_DATASETS" not in str(error.value)  # which has nothing to do with it
         os.mkdir(path)
         check_datasets(["my_dataset"])
 

@@ -136,6 +136,10 @@ def test_entries_that_the_model_lacks(tmp_path):
         {"model": {**state, "mask_head.weight": torch.ones(1), "mean": state["0.bias"]}}, path
     )
     CompleteCheckpointer(model).load(path)
+    model[1].register_buffer("num_batches_tracked", torch.tensor(0))
+    del state["1.num_batches_tracked"]  # as older frozen ones, which do not count
+    torch.save({"model": dict(state)}, path)
+    CompleteCheckpointer(model).load(path)
     for name in ("0.ws_eps", "1.group_weight", "0.norm.weight"):
         torch.save({"model": {**state, name: torch.ones(1)}}, path)
         with pytest.raises(

@@ -189,7 +189,9 @@ def test_levels_under_activation_checkpointing(use_reentrant, together):
     norm.set_num_levels(3)
     norm.running_mean.copy_(torch.randn(3, 8))
     plain = copy.deepcopy(norm)
-    inputs = [torch.randn(1, 8, size, 4, requires_grad=True) for size in (4, 2, 1)]
+    # With equal sizes only the order of calls that are repeated together tells the levels apart.
+    sizes = (4, 2, 2) if together else (4, 2, 1)
+    inputs = [torch.randn(1, 8, size, 4, requires_grad=True) for size in sizes]
 
     def losses(norm, *inputs):
         return torch.stack([norm(x).square().mul(x).sum() for x in inputs])
@@ -219,6 +221,35 @@ def test_levels_that_cannot_be_told_apart():
     outputs = [checkpoint(norm, x, use_reentrant=False) for x in inputs]
     with pytest.raises(RuntimeError, match=r"of shape \(1, 8, 4, 4\), which 2 of them had"):
         sum(outputs).sum().backward()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 4), (4, 2, 2)])
+def test_levels_repeated_one_by_one_with_equal_sizes(sizes):
+    norm = BatchChannelNorm(8, 2)
+    norm.set_num_levels(3)
+    inputs = [torch.randn(1, 8, size, 4, requires_grad=True) for size in sizes]
+    outputs = [checkpoint(norm, x, use_reentrant=False) for x in inputs]
+    with pytest.raises(RuntimeError, match="which 2 of them had"):
+        torch.cat([y.flatten() for y in outputs]).sum().backward()
+
+
+@needs_compile
+def test_levels_are_compiled_once_for_all_sizes():
+    norm = BatchChannelNorm(8, 2)
+    norm.set_num_levels(2)
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(norm, backend=backend, dynamic=True)
+    counts = []
+    for size in (9, 8, 7, 12, 11):
+        for divisor in (1, 2):
+            compiled(torch.randn(2, 8, size, size // divisor))
+        counts.append(len(graphs))
+    assert counts[-1] == counts[1]
 
 
 @needs_assign

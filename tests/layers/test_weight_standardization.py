@@ -157,10 +157,17 @@ def test_weights_without_the_mark_are_reported_once_per_load(caplog):
         model.load_state_dict(plain.state_dict())
 
 
+def tables(scales, shifts):
+    return {"ws_scale": torch.ones(scales), "ws_shift": torch.ones(shifts)}
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_adaptation_of_another_size_leaves_nothing_behind(strict):
     conv = WSConv2d(3, 4, 1)
-    state = {**conv.state_dict(), "ws_scale": torch.ones(5), "ws_shift": torch.ones(4)}
+    conv.load_state_dict({**conv.state_dict(), **tables(4, 4)})
+    conv.load_state_dict({k: v for k, v in conv.state_dict().items() if "ws_s" not in k})
+    state = {**conv.state_dict(), **tables(5, 4)}
     with pytest.raises(RuntimeError, match=r"ws_scale is of shape \(5,\), not \(4,\)"):
         conv.load_state_dict(state, strict=strict)
-    assert conv.ws_scale is None and "ws_scale" not in conv.state_dict()
+    assert conv.ws_scale is None and conv.ws_shift is None
+    assert sorted(conv.state_dict()) == ["bias", "weight", "ws_eps"]

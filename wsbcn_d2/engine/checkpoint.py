@@ -102,6 +102,9 @@ class _AtomicPathManager:
         return self._path_manager.open(path, mode, **kwargs)
 
 
+_COUNTER = ".num_batches_tracked"
+
+
 class CompleteCheckpointer(AtomicCheckpointer):
     """A checkpointer that refuses what Detectron2's only warns about.
 
@@ -118,6 +121,8 @@ class CompleteCheckpointer(AtomicCheckpointer):
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
         incompatible = super()._load_model(checkpoint)
         wrong = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
+        # Of no use but to train BatchNorm, and older frozen ones have none.
+        wrong = [key for key in wrong if not key.endswith(_COUNTER)]
         if wrong:
             raise ConfigError(
                 f"{self._path!r}: {len(wrong)} entries of the model are missing in the checkpoint "
@@ -133,14 +138,16 @@ class CompleteCheckpointer(AtomicCheckpointer):
         return incompatible
 
     def _is_of_a_layer(self, key: str) -> bool:
-        """Whether an entry belongs to what has parameters or buffers in the model."""
-        if key.endswith(".num_batches_tracked"):  # which frozen BatchNorm has not
+        """Whether an entry belongs to a layer of the model, or to the norm of its convolution."""
+        if key.endswith(_COUNTER):
             return False
         modules = dict(self.model.named_modules())
-        name = key.rpartition(".")[0]
+        owner = name = key.rpartition(".")[0]
         while name and name not in modules:
             name = name.rpartition(".")[0]
         if not name:  # the model itself has the mean and deviation of pixels
             return False
+        if name != owner:
+            return isinstance(modules[name], nn.Conv2d)
         own = (modules[name]._parameters, modules[name]._buffers)
         return any(t is not None for tensors in own for t in tensors.values())

@@ -307,7 +307,7 @@ class KeepEstimatesInPreciseBN(HookBase):
     def before_train(self) -> None:
         """Looks for such hooks of the trainer, wherever they stand."""
         for hook in self.trainer._hooks:
-            if isinstance(hook, hooks.PreciseBN):
+            if isinstance(hook, hooks.PreciseBN) and hook not in self._changed:
                 hook.update_stats = fixed_estimates(self._model)(hook.update_stats)
                 self._changed.append(hook)
 

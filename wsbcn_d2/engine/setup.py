@@ -235,7 +235,7 @@ def check_weights(key: str, path: str, output_dir: str, *, needed: bool, resume:
     path = (path or "").partition("?")[0]
     last = os.path.join(output_dir, "last_checkpoint")
     if resume and os.path.isfile(last):
-        with open(last) as file:
+        with open(last, errors="replace") as file:
             name = file.read().strip()
         if not name or not os.path.isfile(os.path.join(output_dir, name)):
             found = sorted(n for n in os.listdir(output_dir) if n.endswith(".pth"))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import batch_channel_norm, in_backward, several_ranks
+from ..ops import batch_channel_norm, in_backward, is_compiling, several_ranks
 from .folded import refuse_folded
 
 MODES = ("estimate", "batch", "sync")
@@ -202,7 +202,6 @@ class BatchChannelNorm(nn.GroupNorm):
         self.running_var = self.running_var.expand(num_levels, -1).clone()
         self.seen_elements = self.seen_elements.expand(num_levels).clone()
         self.level = 0
-        self._shapes: Dict[int, torch.Size] = {}  # of the last call for each level
 
     def restart_levels(self) -> None:
         """Makes the next call use the estimates of the first level."""
@@ -282,20 +281,32 @@ class BatchChannelNorm(nn.GroupNorm):
 
     def _level_of(self, shape: torch.Size) -> int:
         """The level of a call, of which there may be several."""
+        if self.num_levels == 1:
+            return 0
+        shapes = self.__dict__.setdefault("_shapes", {})  # of the last call for each level
         if not in_backward():
             level = self.level
             self.level = (level + 1) % self.num_levels
-            self._shapes[level] = shape
+            if not is_compiling():  # which would compile anew for each
+                shapes[level] = shape
             return level
-        # Calls that were checkpointed one by one are repeated in the order of the backward pass.
-        found = [level for level, other in self._shapes.items() if other == shape]
-        if len(found) != 1:
+        # Calls that were checkpointed one by one are repeated in the order of the backward pass,
+        # those that were checkpointed together in their own.
+        found = [level for level, other in shapes.items() if other == shape]
+        task = torch._C._current_graph_task_id()
+        following = self.__dict__.get("_following")
+        if len(found) == 1:
+            level = found[0]
+        elif following is not None and following[0] == task and following[1] in found:
+            level = following[1]
+        else:
             raise RuntimeError(
                 f"activation checkpointing repeats a call of a layer with {self.num_levels} levels "
                 f"for an input of shape {tuple(shape)}, which {len(found) or 'none'} of them had; "
                 "each level must be called once, with another size, before the backward pass"
             )
-        return found[0]
+        self._following = task, level + 1
+        return level
 
     def _tensors(self) -> Tuple[Tensor, ...]:
         """All parameters, then all buffers."""

@@ -148,20 +148,30 @@ class WeightStandardized(nn.Module):
                 )
             missing_keys.append(prefix + _MARK)
         if prefix + "weight" in state_dict:
-            for name in _ADAPTATION:
-                given = state_dict.get(prefix + name)
-                if given is not None and given.shape != (self.out_channels,):
-                    found, expected = tuple(given.shape), (self.out_channels,)
-                    error_msgs.append(f"{prefix}{name} is of shape {found}, not {expected}")
-                    continue  # and leave nothing behind
-                self._buffers[name] = None if given is None else self._filter_table()
-            if (self.ws_scale is None) != (self.ws_shift is None):
-                found, missing = _ADAPTATION if self.ws_shift is None else _ADAPTATION[::-1]
-                error_msgs.append(f"{prefix}{found} is there, but {prefix}{missing} is missing")
+            self._expect_adaptation(state_dict, prefix, error_msgs)
         self.forget_standardized_weight()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _expect_adaptation(
+        self, state_dict: Dict[str, Tensor], prefix: str, error_msgs: List[str]
+    ) -> None:
+        """Makes room for what the state dict has of it; if it cannot be right, for nothing."""
+        given = {name: state_dict.get(prefix + name) for name in _ADAPTATION}
+        expected, problems = (self.out_channels,), []
+        for name, table in given.items():
+            if table is None:
+                problems.append(f"{prefix}{name} is missing")
+            elif table.shape != expected:
+                problems.append(f"{prefix}{name} is of shape {tuple(table.shape)}, not {expected}")
+        fits = not problems
+        if problems and any(table is not None for table in given.values()):
+            error_msgs.extend(problems)
+            for name in _ADAPTATION:
+                state_dict.pop(prefix + name, None)
+        for name in _ADAPTATION:
+            self._buffers[name] = self._filter_table() if fits else None
 
     def _filter_table(self) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)

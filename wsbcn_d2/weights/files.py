@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 from dataclasses import dataclass, field
 from typing import Any, Dict
 
@@ -115,10 +116,13 @@ def _read_tensors(path: str) -> Any:
 
 def cause_of(error: Exception) -> str:
     """What went wrong when PyTorch read a file, in a line, without its advice to trust the file."""
-    lines = str(error).strip().splitlines()[:1]
-    if "weights_only" in str(error):
-        lines = ["it holds something else than tensors"]
-    return ": ".join([type(error).__name__, *lines])
+    message = str(error).strip()
+    reason = re.search(r"WeightsUnpickler error: (.*)", message)
+    if reason is not None:
+        message = reason[1].partition(". Please")[0]
+    elif "weights_only" in message:
+        message = "it holds something else than tensors"
+    return ": ".join([type(error).__name__, *message.splitlines()[:1]])
 
 
 def _read_arrays(path: str) -> Any:
