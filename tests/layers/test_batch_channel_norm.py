@@ -236,20 +236,20 @@ def test_levels_repeated_one_by_one_with_equal_sizes(sizes):
 @needs_compile
 def test_levels_are_compiled_once_for_all_sizes():
     norm = BatchChannelNorm(8, 2)
-    norm.set_num_levels(2)
+    norm.set_num_levels(3)
     graphs = []
 
     def backend(module, _):
         graphs.append(module)
         return module.forward
 
-    compiled = torch.compile(norm, backend=backend, dynamic=True)
+    compiled = torch.compile(norm, backend=backend, dynamic=True, fullgraph=True)
     counts = []
-    for size in (9, 8, 7, 12, 11):
-        for divisor in (1, 2):
-            compiled(torch.randn(2, 8, size, size // divisor))
+    for size in (32, 28, 24, 20, 36):
+        for divisor in (1, 2, 4):
+            compiled(torch.randn(2, 8, size // divisor, size // divisor))
         counts.append(len(graphs))
-    assert counts[-1] == counts[1]
+    assert counts[-1] == counts[1] and norm.level == 0
 
 
 @needs_assign

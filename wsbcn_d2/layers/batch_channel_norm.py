@@ -283,15 +283,15 @@ class BatchChannelNorm(nn.GroupNorm):
         """The level of a call, of which there may be several."""
         if self.num_levels == 1:
             return 0
-        shapes = self.__dict__.setdefault("_shapes", {})  # of the last call for each level
         if not in_backward():
             level = self.level
             self.level = (level + 1) % self.num_levels
             if not is_compiling():  # which would compile anew for each
-                shapes[level] = shape
+                self.__dict__.setdefault("_shapes", {})[level] = shape
             return level
         # Calls that were checkpointed one by one are repeated in the order of the backward pass,
         # those that were checkpointed together in their own.
+        shapes = self.__dict__.get("_shapes", {})
         found = [level for level, other in shapes.items() if other == shape]
         task = torch._C._current_graph_task_id()
         following = self.__dict__.get("_following")
