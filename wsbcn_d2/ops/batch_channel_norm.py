@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 
 from .backend import call_on_device_of, kernels_for
+from .extension import extension
 from .library import LIBRARY
 from .memory_format import dense
 from .once import once_differentiable
@@ -118,6 +119,17 @@ def batch_channel_norm(
         RuntimeError: if parameters or residual are on another device than x; from the backward
             pass, if the gradients are differentiated.
     """
+    synchronize = synchronize and use_batch_statistics
+    options = (update_rate, eps, use_batch_statistics, relu, synchronize)
+    if not is_compiling():
+        compiled = extension()
+        if compiled is not None:
+            parameters = (weight, bias, group_weight, group_bias)
+            state = (running_mean, running_var, skipped_updates, seen_elements)
+            kernels = kernels_for(x)
+            y = compiled.batch_channel_norm(kernels, Named, x, residual, parameters, state, options)
+            if y is not None:
+                return y
     # Kernels are given addresses, and would read elsewhere.
     if weight.device != x.device:
         raise RuntimeError(f"x is on {x.device}, but the parameters are on {weight.device}")
@@ -135,8 +147,6 @@ def batch_channel_norm(
         skipped_updates,
         seen_elements,
     )
-    synchronize = synchronize and use_batch_statistics
-    options = (update_rate, eps, use_batch_statistics, relu, synchronize)
     if is_observed(x) or torch._C._are_functorch_transforms_active():
         return _BatchChannelNorm.apply(None, options, *tensors)
     return _apply(kernels_for(x), options, *tensors)
@@ -178,6 +188,12 @@ _backward_once = once_differentiable(_gradients)
 
 class Named:
     """A backend whose functions are the operations that PyTorch knows by name."""
+
+    SAVES_OUTPUT_OF_RELU = True
+
+    @staticmethod
+    def for_extension() -> Tuple[Any, ...]:
+        return ()
 
     @staticmethod
     def batch_channel_norm_forward(x: Tensor, *args: Any) -> Tuple[Tensor, Tensor]:

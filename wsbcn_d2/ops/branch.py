@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .backend import call_on_device_of, kernels_for
 from .batch_channel_norm import Named, parameter_gradients
+from .extension import extension
 from .once import once_differentiable
 from .state import is_observed
 
@@ -69,6 +70,11 @@ def branch(
     Raises:
         ValueError: if the residual has another shape.
     """
+    compiled = extension()
+    if compiled is not None:
+        y = compiled.branch(kernels_for(x), Named, links, x, residual, relu)
+        if y is not None:
+            return y
     tensors = [t for link in links for t in (link.filters, *link.parameters)]
     # Inside of the function nothing says whether gradients are wanted.
     return _apply(links, relu, torch.is_grad_enabled(), x, residual, *tensors)

@@ -5,7 +5,7 @@ compute dtype. Temporaries of the size of the activation are reused in place: on
 of a new one costs more than the arithmetic on it.
 """
 
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ from .tables import new_tables, split_tables
 # The backward pass needs the output of a fused ReLU, which costs no memory: what follows, in
 # general a convolution, saves it as well.
 SAVES_OUTPUT_OF_RELU = True
+
+
+def for_extension() -> Tuple[Any, ...]:
+    """See :file:`extension.cpp`: there is nothing that it could call."""
+    return ()
 
 # Up to so many pixels, and values in all, a product and a sum take less time than a dot product
 # for each row.

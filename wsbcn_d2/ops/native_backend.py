@@ -16,11 +16,17 @@ from torch import Tensor
 from . import eager
 from .estimates import pool_images, sum_over_ranks, use_batch
 from .memory_format import dense
-from .native_library import library
+from .native_library import kernel_addresses, library
 from .tables import new_tables, split_tables, tables_size
 
 # As of plain PyTorch, which may have to do the backward pass.
 SAVES_OUTPUT_OF_RELU = eager.SAVES_OUTPUT_OF_RELU
+
+
+def for_extension() -> Tuple[int, ...]:
+    """See :file:`extension.cpp`: the addresses of the kernels."""
+    return tuple(kernel_addresses("wsbcn_forward", "wsbcn_again", "wsbcn_backward"))
+
 
 _F32 = torch.float32
 # Of ``wsbcn_forward``: what to normalize by.
