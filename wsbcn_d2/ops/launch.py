@@ -88,10 +88,19 @@ class Launch:
         self._again: Any = None
         self._launcher: Any = None
 
+    @property
+    def parts(self) -> Optional[Tuple[Any, ...]]:
+        """For :file:`extension.cpp`, what it is made of each time: the function in C that launches
+        the compiled kernel, the grid, the arguments between the stream and those given to this
+        object, and those after them. None if it is not known, or not such a function."""
+        if self._launcher is None:
+            return None
+        return (*self._launcher, tuple(self._values))
+
     def __call__(self, stream: int, *args: Any) -> None:
-        if self._launcher is not None and not _watched():
-            launch, x, y, z, constants = self._launcher
-            launch(x, y, z, stream, *constants, *args, *self._values)
+        if self._launcher is not None and not is_watched():
+            launch, grid, constants = self._launcher
+            launch(*grid, stream, *constants, *args, *self._values)
             return
         if self._again is not None:
             self._again(*args, *self._values, stream=stream)
@@ -104,7 +113,7 @@ class Launch:
             self.known = True
 
 
-def _watched() -> bool:
+def is_watched() -> bool:
     """Whether something wants to be told of launches, which the compiled kernel does."""
     enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     # Chains of hooks, which are empty; None, or a hook, if someone replaced them.
@@ -120,4 +129,4 @@ def _launcher(compiled: Any, grid: Tuple[int, int, int]) -> Optional[Tuple[Any, 
     cooperative, dependent = run.launch_cooperative_grid, run.launch_pdl
     metadata = (compiled.packed_metadata, None, None, None)  # no hooks
     constants = (compiled.function, cooperative, dependent, None, None, *metadata)
-    return (run.launch, *grid, constants)
+    return run.launch, grid, constants

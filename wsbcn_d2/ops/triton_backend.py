@@ -25,7 +25,8 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from . import triton_kernels as kernels
 from .estimates import sum_over_ranks, use_batch
-from .launch import Launch, addresses_of, current_stream, signature
+from .extension import extension
+from .launch import Launch, addresses_of, current_stream, is_watched, signature
 from .memory_format import dense, in_format_of
 from .tables import new_tables, split_tables, tables_size
 
@@ -173,6 +174,30 @@ def _flags(device: torch.device, stream: int) -> Tensor:
     one leaves the estimates as well.
     """
     return _flags_of(device)[_flags.cache_info().currsize % _STREAMS]
+
+
+def for_extension() -> Tuple[Any, ...]:
+    """See :file:`extension.cpp`: what it asks for at each pass."""
+    return current_stream, _flags, is_watched
+
+
+def _hand_over(
+    function: str, args: Tuple[Any, ...], scratch: int, launches: Sequence[Optional[Launch]]
+) -> None:
+    """Gives the extension the launches of a pass, which it is to make from now on.
+
+    Args:
+        function: of the extension.
+        args: what was given to the pass.
+        scratch: see :class:`_Forward`.
+        launches: in their order; None for one that is not made.
+    """
+    compiled = extension()
+    if compiled is None:
+        return
+    parts = [None if launch is None else launch.parts for launch in launches]
+    if parts.count(None) == launches.count(None):
+        getattr(compiled, function)(*args, scratch, parts)
 
 
 def try_out(device: torch.device) -> None:
@@ -591,6 +616,15 @@ def batch_channel_norm_forward(
         float(eps),
     )
     launches.known = launches.apply.known  # the last: all have been launched
+    if launches.known and not use_batch_statistics:
+        state = (*running, skipped_updates, seen_elements)
+        options = (update_rate, eps, use_batch_statistics, relu, synchronize)
+        _hand_over(
+            "remember_forward",
+            (x, residual, parameters, state, options),
+            launches.scratch,
+            [launches.moments, launches.pool, launches.tables, launches.apply],
+        )
     return y, tables
 
 
@@ -640,6 +674,8 @@ def batch_channel_norm_again(x: Tensor, tables: Tensor, groups: int, relu: bool)
         )
         first = addresses if launch.known else tensors
         launch(current_stream(x.device), *first, *_NOT_FOR_TABLES, 0.0, 0.0)
+        if launch.known:
+            _hand_over("remember_again", (x, tables, groups, relu), 0, [launch])
     return y
 
 
@@ -719,6 +755,13 @@ def batch_channel_norm_backward(
         parameters_,
     )
     launches.known = launches.apply.known
+    if launches.known and not use_batch_statistics:
+        _hand_over(
+            "remember_backward",
+            (grad, x, y, weight, group_weight, tables, relu, has_residual),
+            launches.scratch,
+            [launches.sums, launches.tables, launches.apply],
+        )
     if total.dim() > 1:
         total = parameters.view(-1) if images == 1 else parameters.sum(dim=0)
     return grad_x, grad_residual, total
