@@ -120,11 +120,11 @@ def test_normalizations_are_fused():
         nodes, names[kind] = [y.grad_fn], []
         while nodes:
             node = nodes.pop()
-            name = type(node).__name__
-            if name not in ("AccumulateGrad", "_ConnectBackward"):
+            name = node.name()
+            if "AccumulateGrad" not in name and "Connect" not in name:
                 names[kind].append(name)
                 nodes += [following for following, _ in node.next_functions if following]
-    assert names["fused"] == ["_BranchBackward", "_BranchBackward"]
+    assert len(names["fused"]) == 2 and all("Branch" in name for name in names["fused"])
     assert len(names["stock"]) == 4 * 2 + 4  # convolutions and their norms, 3 ReLU, 1 sum
 
 

@@ -4,8 +4,9 @@ from ops.cases import DEVICE
 from versions import TRITON_INTERPRETS, needs_c_compiler
 
 from wsbcn_d2.ops import backend_name, set_backend
+from wsbcn_d2.ops.extension import extension
 
-KINDS = ["eager", "native", "triton"]
+KINDS = ["eager", "native", "triton", "without extension"]
 
 
 def use(kind, device):
@@ -23,12 +24,19 @@ def use(kind, device):
                 pytest.skip("without its interpreter, Triton is for tensors on a GPU")
             if not TRITON_INTERPRETS:
                 pytest.skip("this Triton has no interpreter")
-    set_backend(kind)
-    try:
-        assert backend_name(device) == kind
-        yield kind
-    finally:
-        set_backend(None)
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "without extension":
+            patch.setenv("WSBCN_D2_EXTENSION", "0")
+            extension.cache_clear()
+        else:
+            set_backend(kind)
+            assert backend_name(device) == kind
+        try:
+            yield kind
+        finally:
+            set_backend(None)
+            if kind == "without extension":
+                extension.cache_clear()
 
 
 @pytest.fixture(params=KINDS)

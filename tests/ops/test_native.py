@@ -20,6 +20,7 @@ from wsbcn_d2.ops import (
     set_backend,
     standardize_all_backward,
 )
+from wsbcn_d2.ops.extension import extension
 
 pytestmark = needs_c_compiler
 
@@ -45,6 +46,7 @@ def compiler(tmp_path, monkeypatch):
 def begin_anew():
     """As if the process had just started."""
     native_library.library.cache_clear()
+    extension.cache_clear()
     backend._native_fails.cache_clear()
     set_backend(None)
 
@@ -53,6 +55,7 @@ def begin_anew():
 def cache(tmp_path, monkeypatch):
     """A user's cache, empty, and a process that has not looked into it."""
     monkeypatch.delenv("WSBCN_D2_BACKEND", raising=False)
+    monkeypatch.setenv("WSBCN_D2_EXTENSION", "0")  # which would be compiled there, too
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     begin_anew()
     yield tmp_path / "cache"

@@ -126,8 +126,9 @@ def batch_channel_norm(
         if compiled is not None:
             parameters = (weight, bias, group_weight, group_bias)
             state = (running_mean, running_var, skipped_updates, seen_elements)
-            kernels = kernels_for(x)
-            y = compiled.batch_channel_norm(kernels, Named, x, residual, parameters, state, options)
+            y = compiled.batch_channel_norm(
+                kernels_for, Named, x, residual, parameters, state, options
+            )
             if y is not None:
                 return y
     # Kernels are given addresses, and would read elsewhere.

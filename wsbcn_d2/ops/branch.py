@@ -72,7 +72,7 @@ def branch(
     """
     compiled = extension()
     if compiled is not None:
-        y = compiled.branch(kernels_for(x), Named, links, x, residual, relu)
+        y = compiled.branch(kernels_for, Named, links, x, residual, relu)
         if y is not None:
             return y
     tensors = [t for link in links for t in (link.filters, *link.parameters)]

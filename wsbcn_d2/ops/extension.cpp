@@ -781,7 +781,7 @@ struct Backward : Node {
     bool relu, has_residual;
 
     std::string name() const override {
-        return "BatchChannelNormBackward";
+        return links.front().convolves ? "BranchBackward" : "BatchChannelNormBackward";
     }
 
     void release_variables() override {
@@ -912,12 +912,13 @@ variable_list Backward::gradients(Tensor grad) {
     return results;
 }
 
-/* The result as an object of Python; None if it is for Python to find. */
+/* The result as an object of Python; None if it is for Python to find. Of Python come a function
+   that gives the backend for a tensor, and the operations that PyTorch knows by name. */
 PyObject *run(
-    const Backend &backend, const Backend &named, const Tensor &x, const Tensor &residual,
+    PyObject *kernels_for, PyObject *named, const Tensor &x, const Tensor &residual,
     std::vector<Link> &links, bool relu
 ) {
-    std::vector<const Tensor *> tensors{&x, &residual}, observed; /* in the order of the gradients */
+    std::vector<const Tensor *> tensors{&x, &residual}; /* in the order of the gradients */
     for (Link &link : links) {
         tensors.push_back(&link.filters);
         for (auto parameter : link.layer.parameters())
@@ -933,26 +934,30 @@ PyObject *run(
     if (elsewhere || has_tangent || is_observed(tensors))
         Py_RETURN_NONE;
     records &= at::GradMode::is_enabled();
+    Reference of_x = object_of(x);
+    Reference kernels = checked(PyObject_CallFunctionObjArgs(kernels_for, of_x.get(), nullptr));
+    const Backend &backend = backend_of(kernels.get());
     std::shared_ptr<Backward> node;
     if (records) {
         node = std::shared_ptr<Backward>(new Backward(), torch::autograd::deleteNode);
         torch::autograd::edge_list edges;
+        edges.reserve(tensors.size());
         for (auto tensor : tensors)
             edges.push_back(
                 tensor->defined() ? torch::autograd::impl::gradient_edge(*tensor)
                                   : torch::autograd::Edge()
             );
         node->set_next_edges(std::move(edges));
-        node->links.reserve(links.size());
     }
     Tensor y = x;
+    std::vector<Tensor> normalized, tables;
     {
         at::AutoGradMode no_grad(false);
         c10::OptionalDeviceGuard guard(x.device());
         for (Link &link : links) {
-            bool is_last = &link == &links.back(), convolves = link.filters.defined();
+            bool is_last = &link == &links.back();
             Tensor z = std::move(y);
-            if (convolves) {
+            if (link.filters.defined()) {
                 const Geometry &geometry = link.geometry;
                 WithoutGil no_gil;
                 z = at::conv2d(
@@ -967,31 +972,38 @@ PyObject *run(
             );
             Output out = backend.forward(z, added, link.layer, relu || !is_last);
             y = std::move(out.y);
-            if (!records)
-                continue;
-            Layer &layer = link.layer;
-            node->links.push_back({
-                SavedVariable(z, false), SavedVariable(layer.weight, false),
-                SavedVariable(layer.group_weight, false), SavedVariable(out.tables, false),
-                SavedVariable(link.again.get() ? Tensor() : link.filters, false),
-                std::move(link.again), std::move(link.geometry), {}, convolves,
-                layer.options.synchronize,
-            });
-            auto dtype = node->links.back().dtypes.begin();
-            for (auto parameter : layer.parameters())
-                *dtype++ = parameter->scalar_type();
+            if (records) {
+                normalized.push_back(std::move(z));
+                tables.push_back(std::move(out.tables));
+            }
         }
     }
     if (records) {
         torch::autograd::set_history(y, node);
         node->backend = &backend;
-        node->named = &named;
+        node->named = &backend_of(named);
         node->relu = relu;
         node->has_residual = residual.defined();
         if (links.front().filters.defined())
             node->x = SavedVariable(x, false);
         if (relu && (residual.defined() || backend.saves_output_of_relu))
             node->y = SavedVariable(y, true);
+        node->links.reserve(links.size());
+        for (size_t i = 0; i < links.size(); i++) {
+            const Layer &layer = links[i].layer;
+            bool convolves = links[i].filters.defined();
+            if (links[i].again.get())
+                links[i].filters = Tensor();
+            node->links.push_back({
+                SavedVariable(normalized[i], false), SavedVariable(layer.weight, false),
+                SavedVariable(layer.group_weight, false), SavedVariable(tables[i], false),
+                SavedVariable(links[i].filters, false), std::move(links[i].again),
+                std::move(links[i].geometry),
+                {layer.weight.scalar_type(), layer.bias.scalar_type(),
+                 layer.group_weight.scalar_type(), layer.group_bias.scalar_type()},
+                convolves, layer.options.synchronize,
+            });
+        }
     }
     return THPVariable_Wrap(std::move(y));
 }
@@ -1049,8 +1061,7 @@ PyObject *branch(PyObject *, PyObject *const *args, Py_ssize_t count) {
     for (Py_ssize_t i = 0; i < items.size(); i++)
         links.push_back(link_of(items[i]));
     return run(
-        backend_of(args[0]), backend_of(args[1]), tensor_of(args[3]), tensor_of(args[4]), links,
-        truth_of(args[5])
+        args[0], args[1], tensor_of(args[3]), tensor_of(args[4]), links, truth_of(args[5])
     );
     END_HANDLE_TH_ERRORS
 }
@@ -1065,8 +1076,7 @@ PyObject *batch_channel_norm(PyObject *, PyObject *const *args, Py_ssize_t count
         options_of(options[0], options[1], options[2], options[4])
     )});
     return run(
-        backend_of(args[0]), backend_of(args[1]), tensor_of(args[2]), tensor_of(args[3]), links,
-        truth_of(options[3])
+        args[0], args[1], tensor_of(args[2]), tensor_of(args[3]), links, truth_of(options[3])
     );
     END_HANDLE_TH_ERRORS
 }
@@ -1138,11 +1148,11 @@ PyMethodDef method(const char *name, Function function, const char *doc) {
 PyMethodDef methods[] = {
     method(
         "branch", branch,
-        "branch(kernels, named, links, x, residual, relu) -> Tensor or None"
+        "branch(kernels_for, named, links, x, residual, relu) -> Tensor or None"
     ),
     method(
         "batch_channel_norm", batch_channel_norm,
-        "batch_channel_norm(kernels, named, x, residual, parameters, state, options) -> Tensor or "
+        "batch_channel_norm(kernels_for, named, x, residual, parameters, state, options) -> Tensor or "
         "None"
     ),
     method(
