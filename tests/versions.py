@@ -80,3 +80,7 @@ needs_c_compiler = pytest.mark.skipif(
 )
 # Detectron2 0.6 makes the norm of RetinaNet's head for one channel, to look at its type.
 RETINANET_TAKES_GN = "get_norm(norm, 1)" not in inspect.getsource(retinanet)
+needs_extension = pytest.mark.skipif(
+    TORCH < (2, 1) or not any(map(shutil.which, ("c++", "g++", "clang++"))),
+    reason="there is no C++ compiler, or this PyTorch is too old for the extension",
+)

@@ -1,5 +1,7 @@
 """Launches everything twice, with Triton's own launch code and by repetition, and compares the two.
 
+They are repeated by Python, or by the extension (``with`` and ``without``, the only argument).
+
 In a process of its own, without GPU and interpreter: Triton compiles for a GPU, and a driver notes
 what comes to be launched, down to the compiled kernel.
 """
@@ -10,10 +12,12 @@ import sys
 from unittest import mock
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from triton.runtime import JITFunction, driver
 
 from wsbcn_d2.benchmark import host
 from wsbcn_d2.ops import Link, batch_channel_norm, branch, set_backend, triton_backend
+from wsbcn_d2.ops.extension import extension
 
 LAUNCHED = []
 
@@ -25,7 +29,8 @@ class Launcher(host._Launcher):
     def launch(self, *args):
         # Of the launch itself all but what Triton makes anew for those that listen to launches.
         launch, arguments = args[:10], args[13:]
-        LAUNCHED.append((self.name, launch, *(described(a) for a in arguments)))
+        arguments = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+        LAUNCHED.append((self.name, launch, *arguments))
 
 
 class Utilities(host._Utilities):
@@ -39,14 +44,18 @@ class NoDevice(host._NoDevice):
     utils = Utilities()
 
 
-def described(argument):
-    """Of tensors, or their addresses, what they have in common; the compiled kernel, which is
-    compared too, knows the type."""
-    if isinstance(argument, torch.Tensor):
-        argument = argument.data_ptr()
-    if isinstance(argument, int) and argument > 2**24:  # larger than any count here
-        return "address", argument % 16
-    return argument
+def described(launched, tensors):
+    """Launches with addresses replaced by what lies there: one of the tensors, by name, or else,
+    which are outputs and temporaries, by order. The compiled kernel, which is compared too, knows
+    the type."""
+    names = {tensor.data_ptr(): name for name, tensor in tensors.items() if tensor is not None}
+
+    def name(argument):
+        if isinstance(argument, int) and argument > 2**24:  # larger than any count here
+            return names.setdefault(argument, len(names)), argument % 16
+        return argument
+
+    return [tuple(map(name, launch)) for launch in launched]
 
 
 def at(offset, x):
@@ -78,8 +87,20 @@ def step(shape, dtype, last, parameters, offset, level, options):
     options = {**options, **(counters if options["update_rate"] is not None else {})}
     if options.pop("residual", False):
         options["residual"] = at(offset, x)
-    y = batch_channel_norm(at(offset, x).requires_grad_(), *tensors, **options)
-    y.backward(at(offset, torch.ones_like(y)))
+    x = at(offset, x).requires_grad_()
+    saved = []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = batch_channel_norm(x, *tensors, **options)
+    inputs = dict(enumerate([*tensors, *counters.values()]), x=x, residual=options.get("residual"))
+    (tables,) = (t for t in saved if t.dim() == 1 and t.numel() > 2 * channels)
+    forward = described(LAUNCHED, {**inputs, "y": y, "tables": tables})
+    del LAUNCHED[:]
+    grad = at(offset, torch.ones_like(y))
+    y.backward(grad)
+    outputs = {"y": y, "tables": tables, "grad": grad, "grad of x": x.grad}
+    if shape[0] == 1 and dtype == parameters:  # otherwise these are not what kernels wrote
+        outputs["grad of weight"] = tensors[0].grad
+    return forward + described(LAUNCHED, {**inputs, **outputs})
 
 
 def step_of_a_branch(shape, dtype, last, parameters, level):
@@ -96,6 +117,11 @@ def step_of_a_branch(shape, dtype, last, parameters, level):
         x = x.contiguous(memory_format=torch.channels_last)
     y = branch(x, links)
     y.backward(torch.ones_like(y))
+    # What lies where is that of the single operations.
+    return [
+        tuple("address" if isinstance(a, int) and a > 2**24 else a for a in launch)
+        for launch in LAUNCHED
+    ]
 
 
 UPDATE = {"update_rate": 0.1}
@@ -135,29 +161,39 @@ BRANCHES = [
 def launches(case, repeated):
     del LAUNCHED[:]
     with mock.patch("wsbcn_d2.ops.launch._COMPILED_KERNELS_REPEAT", repeated):
-        (step_of_a_branch if case in BRANCHES else step)(*case)
-    return list(LAUNCHED)
+        return (step_of_a_branch if case in BRANCHES else step)(*case)
 
 
-def main():
+def counted(function):
+    """A list that gets longer with each call of the function, and that. (A mock would keep the
+    arguments, and autograd would copy the gradients among them.)"""
+    calls = []
+    return calls, lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs)
+
+
+def main(has_extension):
     assert not triton_backend.INTERPRETED
     with contextlib.ExitStack() as stack:
         driver.set_active(NoDevice())
         stack.enter_context(mock.patch("wsbcn_d2.ops.backend._triton_fails", lambda *_: False))
         set_backend("triton")
+        assert (extension() is not None) == has_extension
         cases = CASES + BRANCHES
         expected = [launches(case, repeated=False) for case in cases]
-        run = stack.enter_context(
-            mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run)
-        )
-        total = 0
+        run, counted_run = counted(JITFunction.run)
+        stack.enter_context(mock.patch.object(JITFunction, "run", counted_run))
+        in_python, counted_dense = counted(triton_backend.dense)  # which each pass calls
+        stack.enter_context(mock.patch.object(triton_backend, "dense", counted_dense))
+        total, passes = 0, 0
         # All once to find the kernels, then in other orders.
         for case in cases + cases[::-1] + cases:
             got = launches(case, repeated=True)
             assert got == expected[cases.index(case)], (case, got)
             total += len(got)
-    print(f"{total - run.call_count} of {total} launches repeated")
+            passes += 5 if case in BRANCHES else 2
+    print(f"{total - len(run)} of {total} launches repeated")
+    print(f"{passes - len(in_python)} of {passes} passes without Python")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(has_extension=sys.argv[1] == "with"))
