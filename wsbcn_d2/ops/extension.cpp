@@ -14,6 +14,7 @@
 #include <ATen/DeviceGuard.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
@@ -22,6 +23,7 @@
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Device.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
@@ -32,6 +34,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -389,7 +392,8 @@ struct Pass {
 using Key = std::array<int64_t, 20>;
 
 struct Hash {
-    size_t operator()(const Key &key) const {
+    template <typename Words>
+    size_t operator()(const Words &key) const {
         uint64_t result = 14695981039346656037u; /* FNV-1a */
         for (int64_t value : key)
             result = (result ^ static_cast<uint64_t>(value)) * 1099511628211u;
@@ -492,13 +496,17 @@ void launch(
     checked(PyObject_Call(launch.function.get(), arguments.get(), nullptr));
 }
 
+bool is_watched() {
+    Reference watched = checked(PyObject_CallFunctionObjArgs(triton.is_watched.get(), nullptr));
+    return truth_of(watched.get());
+}
+
 /* Null if it is to be launched by Python, which may hand it over, or tell others of launches. */
 std::shared_ptr<const Pass> find(const std::optional<Key> &key) {
     auto found = key ? passes.find(*key) : passes.end();
     if (found == passes.end())
         return nullptr;
-    Reference watched = checked(PyObject_CallFunctionObjArgs(triton.is_watched.get(), nullptr));
-    return truth_of(watched.get()) ? nullptr : found->second;
+    return is_watched() ? nullptr : found->second;
 }
 
 /* Whether an activation lies in memory as NCHW or channels_last, and has values. */
@@ -645,6 +653,105 @@ std::optional<Gradients> triton_backward(const Tensor &given, const Saved &saved
     if (images > 1)
         out.parameters = out.parameters.view({images, parameters}).sum(0);
     return out;
+}
+
+/* ---- Filters of several convolutions, which are standardized together, by kernels of Triton ---- */
+
+/* What triton_backend.py finds out of them: tensors, the values between the beginnings of two of the
+   results, and how many values and filters there are in all. */
+struct Filters {
+    Tensor starts, places, eps;
+    std::vector<int64_t> rooms;
+    int64_t room, count;
+    Launch launch;
+};
+
+using Row = std::vector<Tensor>;
+
+/* Of the kind of launch, and all that distinguishes filters. */
+using FiltersKey = std::vector<int64_t>;
+std::unordered_map<FiltersKey, std::shared_ptr<const Filters>, Hash> filters_known;
+
+bool is_dense(const Tensor &weight) {
+    return weight.is_contiguous() || weight.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+/* The eps are of the forward, mean, rstd and gradients of the backward pass. */
+std::optional<FiltersKey> key_of_filters(
+    const Row &weights, at::ScalarType dtype, const std::vector<double> &eps, const Tensor &mean,
+    const Tensor &rstd, const Row &grads
+) {
+    const Tensor &first = weights.at(0);
+    FiltersKey key{
+        static_cast<int64_t>(dtype), static_cast<int64_t>(first.scalar_type()),
+        static_cast<int64_t>(first.device().type()) << 8 | (first.device().index() + 1),
+        static_cast<int64_t>(eps.size())
+    };
+    for (const Tensor *table : {&mean, &rstd})
+        key.push_back(
+            table->defined() ? static_cast<int64_t>(table->scalar_type()) << 1 |
+                    (reinterpret_cast<uintptr_t>(address(*table)) % 16 == 0)
+                             : -1
+        );
+    for (size_t i = 0; i < weights.size(); i++) {
+        const Tensor &weight = weights[i];
+        if (weight.layout() != at::kStrided || !is_dense(weight) || !weight.numel() ||
+            weight.scalar_type() != first.scalar_type() || weight.device() != first.device())
+            return {};
+        key.push_back(weight.size(0));
+        key.push_back(weight.numel());
+        if (!eps.empty()) {
+            int64_t bits;
+            std::memcpy(&bits, &eps.at(i), sizeof bits);
+            key.push_back(bits);
+            continue;
+        }
+        const Tensor &grad = grads.at(i);
+        bool same_order = (grad.is_contiguous() && weight.is_contiguous()) ||
+            grad.strides() == weight.strides();
+        if (grad.sizes() != weight.sizes() || !same_order || grad.scalar_type() != dtype ||
+            grad.device() != first.device())
+            return {};
+    }
+    return key;
+}
+
+/* A tensor in the memory of another one, which autograd does not take for a view of it: they are
+   changed separately. */
+Tensor at_offset(
+    const Tensor &other, int64_t offset, at::IntArrayRef sizes, at::IntArrayRef strides
+) {
+    Tensor part = at::detail::make_tensor<at::TensorImpl>(
+        c10::Storage(other.storage()), other.key_set(), other.dtype()
+    );
+    part.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides);
+    part.unsafeGetTensorImpl()->set_storage_offset(other.storage_offset() + offset);
+    return part;
+}
+
+/* In their order in memory, which of a dense tensor is that of its strides. */
+Tensor concatenated(const Row &tensors) {
+    Row rows;
+    rows.reserve(tensors.size());
+    for (const Tensor &tensor : tensors)
+        rows.push_back(at_offset(tensor, 0, {tensor.numel()}, {1}));
+    return at::cat(rows);
+}
+
+Row divided(const Tensor &flat, const Row &like, const std::vector<int64_t> &rooms) {
+    Row parts;
+    parts.reserve(like.size());
+    int64_t offset = 0;
+    for (size_t i = 0; i < like.size(); i++) {
+        parts.push_back(at_offset(flat, offset, like[i].sizes(), like[i].strides()));
+        offset += rooms.empty() ? like[i].numel() : rooms[i];
+    }
+    return parts;
+}
+
+std::shared_ptr<const Filters> find(const std::optional<FiltersKey> &key) {
+    auto found = key ? filters_known.find(*key) : filters_known.end();
+    return found == filters_known.end() || is_watched() ? nullptr : found->second;
 }
 
 /* ---- The operations, by the kernels of a backend or by its functions in Python ---- */
@@ -1081,23 +1188,23 @@ PyObject *batch_channel_norm(PyObject *, PyObject *const *args, Py_ssize_t count
     END_HANDLE_TH_ERRORS
 }
 
+Launch launch_of(PyObject *object) {
+    Items parts(object, 4);
+    for (Py_ssize_t i = 1; i < parts.size(); i++)
+        TORCH_CHECK_TYPE(PyTuple_Check(parts[i]), "expected a tuple");
+    return {
+        Reference::to(parts[0]), Reference::to(parts[1]), Reference::to(parts[2]),
+        Reference::to(parts[3]),
+    };
+}
+
 void remember(const std::optional<Key> &key, PyObject *scratch, PyObject *launches) {
     if (!key)
         return;
     Pass pass{integer_of(scratch), {}};
     Items items(launches);
     for (Py_ssize_t i = 0; i < items.size(); i++) {
-        Launch launch;
-        if (items[i] != Py_None) {
-            Items parts(items[i], 4);
-            for (Py_ssize_t part = 1; part < 4; part++)
-                TORCH_CHECK_TYPE(PyTuple_Check(parts[part]), "expected a tuple");
-            launch = {
-                Reference::to(parts[0]), Reference::to(parts[1]), Reference::to(parts[2]),
-                Reference::to(parts[3]),
-            };
-        }
-        pass.launches.push_back(std::move(launch));
+        pass.launches.push_back(items[i] == Py_None ? Launch() : launch_of(items[i]));
     }
     if (passes.size() >= REMEMBERED)
         passes.clear();
@@ -1139,6 +1246,123 @@ PyObject *remember_backward(PyObject *, PyObject *const *args, Py_ssize_t count)
     END_HANDLE_TH_ERRORS
 }
 
+Row row_of(PyObject *sequence) {
+    Items items(sequence);
+    Row row;
+    row.reserve(items.size());
+    for (Py_ssize_t i = 0; i < items.size(); i++)
+        row.push_back(tensor_of(items[i]));
+    return row;
+}
+
+Reference list_of(const Row &row) {
+    Reference list = checked(PyList_New(row.size()));
+    for (size_t i = 0; i < row.size(); i++)
+        PyList_SET_ITEM(list.get(), i, object_of(row[i]).release());
+    return list;
+}
+
+std::vector<double> numbers_of(PyObject *sequence) {
+    Items items(sequence);
+    std::vector<double> numbers;
+    for (Py_ssize_t i = 0; i < items.size(); i++)
+        numbers.push_back(number_of(items[i]));
+    return numbers;
+}
+
+at::ScalarType dtype_of(PyObject *object) {
+    TORCH_CHECK_TYPE(THPDtype_Check(object), "expected a dtype, got ", Py_TYPE(object)->tp_name);
+    return reinterpret_cast<THPDtype *>(object)->scalar_type;
+}
+
+PyObject *remember_filters(
+    const std::optional<FiltersKey> &key, PyObject *tensors, PyObject *rooms, PyObject *count,
+    PyObject *launch
+) {
+    if (key) {
+        Row of_filters = row_of(tensors);
+        of_filters.resize(3);
+        Filters filters{of_filters[0], of_filters[1], of_filters[2], integers_of(rooms), 0,
+                        integer_of(count), launch_of(launch)};
+        for (int64_t room : filters.rooms)
+            filters.room += room;
+        if (filters_known.size() >= REMEMBERED)
+            filters_known.clear();
+        filters_known[*key] = std::make_shared<const Filters>(std::move(filters));
+    }
+    Py_RETURN_NONE;
+}
+
+PyObject *remember_standardize(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    expect(count, 8);
+    backend_of(args[0]);
+    Row weights = row_of(args[1]);
+    auto key = key_of_filters(weights, dtype_of(args[3]), numbers_of(args[2]), {}, {}, {});
+    return remember_filters(key, args[4], args[5], args[6], args[7]);
+    END_HANDLE_TH_ERRORS
+}
+
+PyObject *remember_standardize_backward(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    expect(count, 9);
+    backend_of(args[0]);
+    Row grads = row_of(args[1]), weights = row_of(args[2]);
+    auto key = key_of_filters(
+        weights, grads.at(0).scalar_type(), {}, tensor_of(args[3]), tensor_of(args[4]), grads
+    );
+    return remember_filters(key, args[5], args[6], args[7], args[8]);
+    END_HANDLE_TH_ERRORS
+}
+
+PyObject *standardize(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    expect(count, 3);
+    Row weights = row_of(args[0]);
+    at::ScalarType dtype = dtype_of(args[2]);
+    auto filters = find(key_of_filters(weights, dtype, numbers_of(args[1]), {}, {}, {}));
+    if (!filters)
+        Py_RETURN_NONE;
+    at::AutoDispatchBelowADInplaceOrView no_autograd;
+    Tensor flat = concatenated(weights);
+    auto compute = c10::promoteTypes(flat.scalar_type(), at::kFloat);
+    Tensor out = at::empty({filters->room}, flat.options().dtype(dtype));
+    Tensor tables = at::empty({2 * filters->count}, flat.options().dtype(compute));
+    Tensor mean = at_offset(tables, 0, {filters->count}, {1});
+    Tensor rstd = at_offset(tables, filters->count, {filters->count}, {1});
+    launch(
+        filters->launch, Stream(flat),
+        {address(flat), address(out), address(mean), address(rstd), address(filters->starts),
+         address(filters->places), address(filters->eps)}
+    );
+    Reference outputs = list_of(divided(out, weights, filters->rooms));
+    return Py_BuildValue(
+        "NNN", outputs.release(), object_of(mean).release(), object_of(rstd).release()
+    );
+    END_HANDLE_TH_ERRORS
+}
+
+PyObject *standardize_backward(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    expect(count, 4);
+    Row grads = row_of(args[0]), weights = row_of(args[1]);
+    Tensor mean = tensor_of(args[2]), rstd = tensor_of(args[3]);
+    auto filters = find(
+        key_of_filters(weights, grads.at(0).scalar_type(), {}, mean, rstd, grads)
+    );
+    if (!filters)
+        Py_RETURN_NONE;
+    at::AutoDispatchBelowADInplaceOrView no_autograd;
+    Tensor flat = concatenated(weights), grad = concatenated(grads), out = at::empty_like(flat);
+    launch(
+        filters->launch, Stream(flat),
+        {address(grad), address(flat), address(out), address(mean), address(rstd),
+         address(filters->starts)}
+    );
+    return list_of(divided(out, weights, {})).release();
+    END_HANDLE_TH_ERRORS
+}
+
 template <typename Function>
 PyMethodDef method(const char *name, Function function, const char *doc) {
     auto given = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
@@ -1167,6 +1391,23 @@ PyMethodDef methods[] = {
         "remember_backward", remember_backward,
         "remember_backward(grad, x, y, weight, group_weight, tables, relu, has_residual, scratch, "
         "launches)"
+    ),
+    method(
+        "standardize", standardize,
+        "standardize(weights, eps, dtype) -> (list of Tensor, Tensor, Tensor) or None"
+    ),
+    method(
+        "standardize_backward", standardize_backward,
+        "standardize_backward(grads, weights, mean, rstd) -> list of Tensor or None"
+    ),
+    method(
+        "remember_standardize", remember_standardize,
+        "remember_standardize(kernels, weights, eps, dtype, tensors, rooms, count, launch)"
+    ),
+    method(
+        "remember_standardize_backward", remember_standardize_backward,
+        "remember_standardize_backward(kernels, grads, weights, mean, rstd, tensors, rooms, count, "
+        "launch)"
     ),
     {nullptr, nullptr, 0, nullptr},
 };

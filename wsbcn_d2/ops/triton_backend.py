@@ -13,6 +13,7 @@ together is in one tensor.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -811,15 +812,23 @@ def standardize_forward(
     weights: Sequence[Tensor], eps: Sequence[float], dtype: torch.dtype
 ) -> Tuple[List[Tensor], Tensor, Tensor]:
     """See :mod:`.weight_standardization`."""
+    compiled = extension()
+    if compiled is not None:
+        results = compiled.standardize(weights, eps, dtype)
+        if results is not None:
+            return results
     flat = _concatenated(weights)
     shapes = tuple([w.shape for w in weights])
     filters = _filters(shapes, flat.device)
     compute = torch.promote_types(flat.dtype, torch.float32)
     out = torch.empty(filters.room, dtype=dtype, device=flat.device)
     mean, rstd = torch.empty(2, filters.count, dtype=compute, device=flat.device).unbind()
-    eps_ = _eps_of_filters(tuple(eps), shapes, flat.device)
-    tensors = (flat, out, mean, rstd, filters.starts, filters.places, eps_)
-    _launch_for_filters(kernels.standardize_kernel, filters.count, compute, tensors)
+    found = (filters.starts, filters.places, _eps_of_filters(tuple(eps), shapes, flat.device))
+    tensors = (flat, out, mean, rstd, *found)
+    launch = _launch_for_filters(kernels.standardize_kernel, filters.count, compute, tensors)
+    if compiled is not None and launch.parts is not None:
+        of_filters = (found, filters.rooms, filters.count, launch.parts)
+        compiled.remember_standardize(sys.modules[__name__], weights, eps, dtype, *of_filters)
     return _divided(out, weights, filters.rooms, filters.rooms == filters.numel), mean, rstd
 
 
@@ -827,6 +836,11 @@ def standardize_backward(
     grads: Sequence[Tensor], weights: Sequence[Tensor], mean: Tensor, rstd: Tensor
 ) -> List[Tensor]:
     """See :mod:`.weight_standardization`."""
+    compiled = extension()
+    if compiled is not None:
+        results = compiled.standardize_backward(grads, weights, mean, rstd)
+        if results is not None:
+            return results
     flat = _concatenated(weights)
     grads = [
         grad
@@ -837,17 +851,22 @@ def standardize_backward(
     filters = _filters(tuple([w.shape for w in weights]), flat.device)
     out = torch.empty_like(flat)
     tensors = (_concatenated(grads), flat, out, mean, rstd, filters.starts)
-    _launch_for_filters(kernels.standardize_backward_kernel, filters.count, mean.dtype, tensors)
+    kernel = kernels.standardize_backward_kernel
+    launch = _launch_for_filters(kernel, filters.count, mean.dtype, tensors)
+    if compiled is not None and launch.parts is not None:
+        args = (grads, weights, mean, rstd, (filters.starts,), filters.numel, filters.count)
+        compiled.remember_standardize_backward(sys.modules[__name__], *args, launch.parts)
     return _divided(out, weights, filters.numel, True)
 
 
 def _launch_for_filters(
     kernel: Any, count: int, compute: torch.dtype, tensors: Tuple[Tensor, ...]
-) -> None:
+) -> Launch:
     """Launches a kernel with a program for each filter."""
     addresses, device = addresses_of(tensors), tensors[0].device
     launch = _filters_launch(kernel, count, device, compute, signature(tensors, addresses))
     launch(current_stream(device), *(addresses if launch.known else tensors))
+    return launch
 
 
 @lru_cache(maxsize=_REMEMBERED)
