@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..ops import Link, branch, is_traced
 from .batch_channel_norm import BatchChannelNorm
 from .fusion import is_hooked, is_relu, normalize
-from .shared_standardization import compute_dtype, kept_filters
+from .shared_standardization import compute_dtype, kept_filters, weight_of
 from .weight_standardization import WSConv2d
 
 
@@ -51,7 +51,7 @@ def _links(convs: Sequence[nn.Module], x: Tensor) -> Optional[List[Link]]:
     found = []
     for conv in convs:
         norm = _norm_of(conv)
-        if norm is None or compute_dtype(conv.weight) != dtype:  # autocast casts the input
+        if norm is None or compute_dtype(weight_of(conv)) != dtype:  # autocast casts the input
             return None
         found.append((conv, norm))
     links = []
@@ -61,7 +61,7 @@ def _links(convs: Sequence[nn.Module], x: Tensor) -> Optional[List[Link]]:
             filters = conv.filters()
             again = kept_filters(conv, filters)
         else:
-            filters = conv.weight
+            filters = weight_of(conv)
         if filters.dtype != dtype:
             filters = filters.to(dtype)
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -81,9 +81,9 @@ def _norm_of(conv: nn.Module) -> Optional[BatchChannelNorm]:
         type(norm) is BatchChannelNorm
         and norm.num_channels == conv.out_channels
         and (conv.activation is None or is_relu(conv.activation))
-        and conv.bias is None
+        and conv._parameters.get("bias", conv) is None
         and conv.padding_mode == "zeros"
-        and all(isinstance(g, tuple) for g in (conv.stride, conv.padding, conv.dilation))
+        and type(conv.stride) is type(conv.padding) is type(conv.dilation) is tuple
         and not is_hooked(conv)
         and not is_hooked(norm)
     ):

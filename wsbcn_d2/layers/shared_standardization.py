@@ -176,7 +176,8 @@ class Neighbours:
         self._convs = [weakref.ref(conv) for conv in convs]
 
     def __iter__(self) -> Any:
-        return (conv for conv in (ref() for ref in self._convs) if conv is not None)
+        convs = [ref() for ref in self._convs]
+        return iter([conv for conv in convs if conv is not None])
 
 
 def standardize_together(convs: Iterable[nn.Module]) -> None:
@@ -283,7 +284,7 @@ def shared_standardized_weight(conv: nn.Module) -> Tensor:
     Args:
         conv: a weight-standardized convolution whose filters are the first dimension of its weight.
     """
-    weight = conv.weight
+    weight = weight_of(conv)
     dtype = compute_dtype(weight)
     record, connected = conv._standardized, conv._connected
     if (
@@ -469,7 +470,7 @@ def _value_of(record: Standardized, neighbours: Iterable[nn.Module]) -> Tensor:
             and other is not record
             and other.value is None
             and (other.pending or not only_pending)
-            and other.is_made_of(conv.weight, conv.eps, record.dtype)
+            and other.is_made_of(weight_of(conv), conv.eps, record.dtype)
             and other.weight.dtype == record.weight.dtype
             and other.weight.device == record.weight.device
         ):
@@ -500,14 +501,15 @@ def _standardize(conv: nn.Module, weight: Tensor, dtype: torch.dtype) -> List[nn
         These convolutions; none if a mode is active in which tensors have no data.
     """
     convs, weights = [conv], [weight]
+    requires_grad = weight.requires_grad
     for other in conv._neighbours:
         if other is conv:
             continue
-        near, record = other.weight, other._standardized
+        near, record = weight_of(other), other._standardized
         if (
-            _matches(near, weight)
             # Of GPU kernels all results are in one buffer: those of frozen filters would keep it.
-            and near.requires_grad == weight.requires_grad
+            near.requires_grad == requires_grad
+            and _matches(near, weight)
             and (record is None or not record.holds_for(near, other.eps, dtype))
         ):
             convs.append(other)
@@ -522,6 +524,14 @@ def _standardize(conv: nn.Module, weight: Tensor, dtype: torch.dtype) -> List[nn
         forget_standardized_weight(c)
         c.__dict__["_standardized"] = Standardized(c, w, value, statistics, index)
     return convs
+
+
+def weight_of(conv: nn.Module) -> Tensor:
+    """The weight of a convolution."""
+    try:  # as an attribute it takes more time
+        return conv._parameters["weight"]
+    except KeyError:  # a replica of DataParallel, or FSDP, has a tensor in its place
+        return conv.weight
 
 
 def _connect(
@@ -549,8 +559,8 @@ def _connect(
                 and (other._connected is None or other._connected[0] is not near)
                 and (
                     made
-                    or _matches(other.weight, record.weight)
-                    and near.holds_for(other.weight, other.eps, record.dtype)
+                    or _matches(weight_of(other), record.weight)
+                    and near.holds_for(weight_of(other), other.eps, record.dtype)
                 )
             ):
                 other.__dict__["_in_graph"] = False
@@ -623,8 +633,10 @@ def _statistics_of(records: List[Standardized]) -> Tuple[Tensor, Tensor]:
 
 
 def _matches(a: Tensor, b: Tensor) -> bool:
-    same = a.dtype == b.dtype and a.device == b.device
-    return same and a.is_leaf and not a.is_inference() and not _is_transformed(a)
+    """Whether a weight can be standardized with another one, of which that is known."""
+    if a.dtype != b.dtype or a.device != b.device or not a.is_leaf or a.is_inference():
+        return False
+    return _has_data(a)
 
 
 if hasattr(torch, "get_autocast_dtype"):
@@ -654,13 +666,15 @@ else:  # PyTorch 2.0 to 2.3
 
 def _is_transformed(weight: Tensor) -> bool:
     """Whether a tensor stands for another one, or has a tangent, or torch.func is at work."""
-    if _functorch_is_active() or forward_ad._current_level >= 0:
-        return True
+    return _functorch_is_active() or forward_ad._current_level >= 0 or not _has_data(weight)
+
+
+def _has_data(tensor: Tensor) -> bool:
     try:
-        weight.data_ptr()
-        return False
-    except RuntimeError:
+        tensor.data_ptr()
         return True
+    except RuntimeError:
+        return False
 
 
 def _functorch_is_active() -> bool:
