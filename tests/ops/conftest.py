@@ -4,7 +4,7 @@ from ops.cases import DEVICE
 from versions import TRITON_INTERPRETS, needs_c_compiler
 
 from wsbcn_d2.ops import backend_name, set_backend
-from wsbcn_d2.ops.extension import extension
+from wsbcn_d2.ops.extension import load
 
 KINDS = ["eager", "native", "triton", "without extension"]
 
@@ -27,7 +27,7 @@ def use(kind, device):
     with pytest.MonkeyPatch.context() as patch:
         if kind == "without extension":
             patch.setenv("WSBCN_D2_EXTENSION", "0")
-            extension.cache_clear()
+            load.cache_clear()
         else:
             set_backend(kind)
             assert backend_name(device) == kind
@@ -36,7 +36,7 @@ def use(kind, device):
         finally:
             set_backend(None)
             if kind == "without extension":
-                extension.cache_clear()
+                load.cache_clear()
 
 
 @pytest.fixture(params=KINDS)

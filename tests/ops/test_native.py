@@ -20,7 +20,7 @@ from wsbcn_d2.ops import (
     set_backend,
     standardize_all_backward,
 )
-from wsbcn_d2.ops.extension import extension
+from wsbcn_d2.ops.extension import load
 
 pytestmark = needs_c_compiler
 
@@ -46,7 +46,7 @@ def compiler(tmp_path, monkeypatch):
 def begin_anew():
     """As if the process had just started."""
     native_library.library.cache_clear()
-    extension.cache_clear()
+    load.cache_clear()
     backend._native_fails.cache_clear()
     set_backend(None)
 

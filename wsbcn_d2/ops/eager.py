@@ -23,6 +23,7 @@ def for_extension() -> Tuple[Any, ...]:
     """See :file:`extension.cpp`: there is nothing that it could call."""
     return ()
 
+
 # Up to so many pixels, and values in all, a product and a sum take less time than a dot product
 # for each row.
 _SHORT_ROW = 600

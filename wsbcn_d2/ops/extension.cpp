@@ -915,13 +915,26 @@ struct Backward : Node {
                 if (result.defined())
                     result = result.detach().set_requires_grad(true);
         }
-        auto refusing = std::make_shared<torch::autograd::DelayedError>(ONCE, results.size());
-        return (*refusing)(std::move(results));
+        torch::autograd::DelayedError refusing(ONCE, results.size());
+        return refusing.apply(std::move(results));
     }
 
   private:
     variable_list gradients(Tensor grad);
 };
+
+/* A node is held by a shared_ptr, in later versions of PyTorch by an intrusive_ptr. */
+using Holder = decltype(torch::autograd::Edge::function);
+
+template <typename Class>
+auto new_node(const std::shared_ptr<Node> *) {
+    return std::shared_ptr<Class>(new Class(), [](Class *node) { deleteNode(node); });
+}
+
+template <typename Class>
+auto new_node(const c10::intrusive_ptr<Node> *) {
+    return c10::make_intrusive<Class>();
+}
 
 /* Whether something wants to see operations on these tensors, or they stand for others. */
 bool is_observed(const std::vector<const Tensor *> &tensors) {
@@ -957,7 +970,7 @@ variable_list Backward::gradients(Tensor grad) {
     const Backend &kernels = is_observed({&grad}) ? *named : *backend;
     bool keep = torch::autograd::get_current_graph_task_keep_graph();
     variable_list results(num_outputs());
-    Tensor input = x.unpack(), output = y.unpack(shared_from_this());
+    Tensor input = x.unpack(), output = y.unpack(getptr());
     if (!keep) {
         x.reset_data();
         y.reset_data();
@@ -1044,9 +1057,9 @@ PyObject *run(
     Reference of_x = object_of(x);
     Reference kernels = checked(PyObject_CallFunctionObjArgs(kernels_for, of_x.get(), nullptr));
     const Backend &backend = backend_of(kernels.get());
-    std::shared_ptr<Backward> node;
+    decltype(new_node<Backward>(static_cast<Holder *>(nullptr))) node;
     if (records) {
-        node = std::shared_ptr<Backward>(new Backward(), torch::autograd::deleteNode);
+        node = new_node<Backward>(static_cast<Holder *>(nullptr));
         torch::autograd::edge_list edges;
         edges.reserve(tensors.size());
         for (auto tensor : tensors)

@@ -10,11 +10,12 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
+import sys
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 
@@ -28,9 +29,18 @@ _NAME = "wsbcn_d2_extension"
 _OLDEST = (2, 1)
 
 
-@lru_cache(maxsize=None)
 def extension() -> Optional[ModuleType]:
     """The extension; None where Python is to do its work."""
+    # Compiled autograd asks a node what it is made of, which one of the extension does not say.
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled is not None and getattr(compiled, "compiled_autograd_enabled", False):
+        return None
+    return load()
+
+
+@lru_cache(maxsize=None)
+def load() -> Optional[ModuleType]:
+    """The extension, compiled if need be; None where that fails or is not wanted."""
     if os.environ.get(_VARIABLE, "1") == "0" or _version_of_torch() < _OLDEST:
         return None
     try:
@@ -47,7 +57,7 @@ def _announce() -> None:
     logger.info("Compiling the extension of PyTorch for BCN (once, about half a minute) ...")
 
 
-def _version_of_torch() -> tuple:
+def _version_of_torch() -> Tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
@@ -61,7 +71,8 @@ def _program() -> Program:
         variable="CXX",
         compilers=("c++", "g++", "clang++"),
         flags=(
-            "-std=c++17",
+            # What the headers of PyTorch want.
+            "-std=c++20" if _version_of_torch() >= (2, 14) else "-std=c++17",
             "-O1",  # there is nothing to compute
             "-w",
             "-shared",

@@ -1,0 +1,258 @@
+"""The extension of PyTorch: that it computes what Python does, and how it comes to be."""
+
+import gc
+import itertools
+import logging
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from ops.test_branch import Again, inputs, make_links
+from torch.utils.checkpoint import checkpoint
+from versions import needs_compile, needs_extension
+
+from wsbcn_d2 import BatchChannelNorm
+from wsbcn_d2.ops import branch
+from wsbcn_d2.ops.extension import extension, load
+
+pytestmark = needs_extension
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def in_python(monkeypatch):
+    """A function that makes Python do the work until it is called again."""
+
+    def switch(on):
+        monkeypatch.setenv("WSBCN_D2_EXTENSION", "0" if on else "1")
+        load.cache_clear()
+
+    yield switch
+    monkeypatch.undo()
+    load.cache_clear()
+
+
+def passes(dtype, parameters, batch, residual, relu, frozen, retained=False):
+    """A forward pass and its backward passes: all that they give and change."""
+    torch.manual_seed(0)
+    x, added = inputs(3, dtype)
+    links = make_links(3, dtype, batch=batch, parameters=parameters)
+    leaves = [t for link in links for t in (link.filters, *link.parameters)]
+    for leaf in leaves[::2] if frozen else []:
+        leaf.requires_grad_(False)
+    x.requires_grad_(not frozen)
+    added = added.requires_grad_() if residual else None
+    y = branch(x, links, added, relu)
+    for last in (False, True) if retained else (True,):
+        y.square().sum().backward(retain_graph=not last)
+    grads = [t.grad for t in (x, *leaves, added) if t is not None]
+    return [y.detach(), *grads, *(t for link in links for t in link.state)], y.grad_fn.name()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("batch", [False, True])
+def test_same_bits_as_python(in_python, dtype, batch):
+    kinds = list(itertools.product([False, True], repeat=4))
+    for parameters in {dtype, torch.promote_types(dtype, torch.float32)}:
+        for residual, relu, frozen, retained in kinds:
+            results = []
+            for on in (False, True):
+                in_python(on)
+                case = (dtype, parameters, batch, residual, relu, frozen, retained)
+                results.append(passes(*case))
+            (ours, name), (theirs, other_name) = results
+            assert (name, other_name) == ("BranchBackward", "_BranchBackward")
+            assert len(ours) == len(theirs)
+            for a, b in zip(ours, theirs):
+                assert (a is None) == (b is None)
+                assert a is None or (torch.equal(a, b) and a.dtype == b.dtype)
+
+
+def test_nothing_is_left_of_a_graph():
+    """Neither of filters that are made again nor of what was saved."""
+    x, residual = inputs(3, torch.float32)
+    links = make_links(3, torch.float32)
+    for backward in (False, True):
+        again = [Again(link.filters) for link in links]
+        refs = [weakref.ref(a) for a in again]
+        y = branch(
+            x, [link._replace(again=a) for link, a in zip(links, again)], residual.requires_grad_()
+        )
+        assert y.grad_fn.name() == "BranchBackward"
+        if backward:
+            y.sum().backward()
+        del again, y
+        gc.collect()
+        assert [ref() for ref in refs] == [None] * 3
+
+
+def test_saved_tensors_are_watched():
+    layer = BatchChannelNorm(8, 2)
+    x = torch.randn(1, 8, 3, 3, requires_grad=True)
+    y = layer(x.clone())
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = layer(x)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.sum().backward()
+
+
+def test_error_of_python_comes_through():
+    class Failing(Again):
+        def filters(self):
+            raise KeyError("no filters")
+
+    x, residual = inputs(1, torch.float32)
+    (link,) = make_links(1, torch.float32)
+    y = branch(x, [link._replace(again=Failing(link.filters))], residual)
+    with pytest.raises(KeyError, match="no filters"):
+        y.sum().backward()
+
+
+def test_tangents_are_refused():
+    layer, x = BatchChannelNorm(8, 2), torch.randn(1, 8, 3, 3)
+    with pytest.raises(RuntimeError, match="forward"):
+        with torch.autograd.forward_ad.dual_level():
+            layer(torch.autograd.forward_ad.make_dual(x, x))
+
+
+@needs_compile
+def test_compiled_autograd():
+    from torch._dynamo import compiled_autograd
+
+    if not hasattr(compiled_autograd, "_enable"):
+        pytest.skip("this PyTorch has no compiled autograd by this name")
+    x = torch.randn(1, 8, 3, 3, requires_grad=True)
+    grads = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        layer = BatchChannelNorm(8, 2)
+        grad = torch.randn(x.shape)
+        if enabled:
+            with compiled_autograd._enable(torch.compile(backend="eager")):
+                layer(x).backward(grad)
+        else:
+            layer(x).backward(grad)
+        grads.append((x.grad, layer.weight.grad))
+        x.grad = None
+    torch.testing.assert_close(*grads)
+
+
+def test_recomputation_stops_early():
+    """Where activation checkpointing has all that it needs, which is inside of the operation."""
+    layers = torch.nn.Sequential(*(BatchChannelNorm(8, 2) for _ in range(2))).eval()
+    x = torch.randn(1, 8, 3, 3, requires_grad=True)
+    plain = torch.autograd.grad(layers(x).square().sum(), [x, *layers.parameters()])
+    y = checkpoint(layers, x, use_reentrant=False)
+    assert y.grad_fn.name() == "BatchChannelNormBackward"
+    torch.testing.assert_close(
+        torch.autograd.grad(y.square().sum(), [x, *layers.parameters()]), plain, rtol=0, atol=0
+    )
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Sets a compiler, a shell script, of whose calls a file has a line each, and an empty cache."""
+
+    def set_to(body):
+        path, calls = tmp_path / "compiler", tmp_path / "calls"
+        path.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n{body}\n')
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(path))
+        return calls
+
+    load()
+    load.cache_clear()
+    whole = load().__file__  # the one in the user's cache, also where the first has compiled it
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    set_to.copies = f'while [ "$1" != -o ]; do test $# = 0 && exit; shift; done; cp {whole} "$2"'
+    load.cache_clear()
+    yield set_to
+    monkeypatch.undo()
+    load.cache_clear()
+
+
+def test_compiled_once_by_several_processes(compiler):
+    """Which begin at the same time."""
+    calls = compiler(f"case $1 in --version) ;; *) sleep 3 ;; esac; {compiler.copies}")
+    script = "from wsbcn_d2.ops.extension import extension; print(extension().__name__)"
+    command = [sys.executable, "-c", script]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    assert outputs == ["wsbcn_d2_extension\n"] * 3
+    lines = calls.read_text().splitlines()
+    assert lines.count("--version") == 3 and len(lines) == 4
+
+
+def test_says_that_it_takes_time(compiler, caplog):
+    compiler(compiler.copies)
+    with caplog.at_level(logging.INFO, "detectron2.wsbcn_d2"):
+        assert extension() is not None
+        load.cache_clear()
+        assert extension() is not None
+    assert [r.message for r in caplog.records] == [
+        "Compiling the extension of PyTorch for BCN (once, about half a minute) ..."
+    ]
+
+
+@pytest.mark.parametrize(
+    "body,reason",
+    [
+        ("exit 1", "failed with status 1"),
+        (
+            "test $1 = --version || { echo 'error: Python.h is missing'; exit 1; }",
+            "Python.h is missing",
+        ),
+        (
+            'while [ "$1" != -o ]; do test $# = 0 && exit; shift; done; echo no >"$2"',
+            "file too short",
+        ),
+    ],
+)
+def test_falls_back_and_says_why_once(compiler, caplog, body, reason):
+    compiler(body)
+    layer, x = BatchChannelNorm(8, 2), torch.randn(1, 8, 3, 3, requires_grad=True)
+    with caplog.at_level(logging.WARNING, "detectron2.wsbcn_d2"):
+        for _ in range(2):
+            assert layer(x).grad_fn.name() == "_BatchChannelNormBackward"
+    (record,) = caplog.records
+    assert record.message.startswith("The extension of PyTorch cannot be compiled, so BCN and WS")
+    assert reason in record.message
+
+
+def test_without_a_cache(compiler, caplog, tmp_path):
+    """It is not compiled in each process."""
+    (tmp_path / "cache").touch()  # not a folder
+    calls = compiler(compiler.copies)
+    with caplog.at_level(logging.WARNING, "detectron2.wsbcn_d2"):
+        assert extension() is None
+    assert "there is no folder to keep what takes long to compile" in caplog.text
+    assert calls.read_text() == "--version\n"
+
+
+def test_environment_variable(compiler, monkeypatch):
+    calls = compiler(compiler.copies)
+    monkeypatch.setenv("WSBCN_D2_EXTENSION", "0")
+    assert extension() is None
+    assert not calls.exists()
+
+
+def test_older_pytorch(monkeypatch):
+    load.cache_clear()
+    try:
+        monkeypatch.setattr(torch, "__version__", "2.0.1+cu118")
+        assert extension() is None
+    finally:
+        monkeypatch.undo()
+        load.cache_clear()
