@@ -37,7 +37,7 @@ setup(
     author="wsbcn_d2 authors",
     license="MIT",
     packages=find_packages(include=["wsbcn_d2", "wsbcn_d2.*"]),
-    package_data={"wsbcn_d2": ["py.typed", "ops/native_kernels.c"]},
+    package_data={"wsbcn_d2": ["py.typed", "ops/native_kernels.c", "ops/extension.cpp"]},
     cmdclass={"build_py": BuildWithConfigs},
     python_requires=">=3.9",
     # Detectron2 itself cannot be named here: PyPI does not have it under its own name, so pip would

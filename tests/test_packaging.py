@@ -103,7 +103,7 @@ def test_sdist_has_what_the_wheel_is_built_from(unpacked_sdist):
 
 
 def test_wheel_from_the_sdist(wheel):
-    others = ("py.typed", "ops/native_kernels.c", f"configs/{YAML}")
+    others = ("py.typed", "ops/native_kernels.c", "ops/extension.cpp", f"configs/{YAML}")
     assert {f"wsbcn_d2/{name}" for name in others} <= contents(wheel)
     assert contents(wheel) == expected_contents()
 

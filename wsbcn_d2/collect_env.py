@@ -22,7 +22,13 @@ from .modeling import BACKBONES
 from .version import __version__
 
 _OTHER_PACKAGES = ("torchvision", "triton", "fvcore", "pycocotools", "numpy", "cv2", "PIL")
-_VARIABLES = ("CUDA_VISIBLE_DEVICES", "DETECTRON2_DATASETS", "OMP_NUM_THREADS")
+_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "DETECTRON2_DATASETS",
+    "OMP_NUM_THREADS",
+    "WSBCN_D2_BACKEND",
+    "WSBCN_D2_EXTENSION",
+)
 _NAME_WIDTH = 22
 _LINE_WIDTH = 100
 
@@ -57,6 +63,7 @@ def _collect() -> List[Tuple[str, str]]:
     info += [(f"${name}", os.environ[name]) for name in _VARIABLES if name in os.environ]
     info += [
         ("kernels", ops.backend_name()),
+        ("extension", "in use" if ops.has_extension() else "not in use: Python does its work"),
         ("registered", "yes" if detectron2_hooks.is_registered() else "no"),
         ("norm options", ", ".join(norm_options.list_norm_options()) + "; each also with +WS"),
         ("backbones", ", ".join(_backbones()) or "none"),

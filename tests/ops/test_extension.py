@@ -160,7 +160,7 @@ def test_recomputation_stops_early():
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
-    """Sets a compiler, a shell script, of whose calls a file has a line each, and an empty cache."""
+    """Sets a compiler, a shell script whose calls a file has, one a line; the cache is empty."""
 
     def set_to(body):
         path, calls = tmp_path / "compiler", tmp_path / "calls"
@@ -173,7 +173,7 @@ def compiler(tmp_path, monkeypatch):
     load.cache_clear()
     whole = load().__file__  # the one in the user's cache, also where the first has compiled it
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    set_to.copies = f'while [ "$1" != -o ]; do test $# = 0 && exit; shift; done; cp {whole} "$2"'
+    set_to.copies = f'{UNTIL_OUTPUT}; cp {whole} "$2"'
     load.cache_clear()
     yield set_to
     monkeypatch.undo()
@@ -206,18 +206,15 @@ def test_says_that_it_takes_time(compiler, caplog):
     ]
 
 
+UNTIL_OUTPUT = 'while [ "$1" != -o ]; do test $# = 0 && exit; shift; done'
+
+
 @pytest.mark.parametrize(
     "body,reason",
     [
         ("exit 1", "failed with status 1"),
-        (
-            "test $1 = --version || { echo 'error: Python.h is missing'; exit 1; }",
-            "Python.h is missing",
-        ),
-        (
-            'while [ "$1" != -o ]; do test $# = 0 && exit; shift; done; echo no >"$2"',
-            "file too short",
-        ),
+        ("test $1 = --version || { echo 'error: no Python.h'; exit 1; }", "error: no Python.h"),
+        (f'{UNTIL_OUTPUT}; echo no >"$2"', "file too short"),
     ],
 )
 def test_falls_back_and_says_why_once(compiler, caplog, body, reason):

@@ -3,12 +3,13 @@
 With one or two images a step a GPU is often done before the host has issued the next operation, and
 the time of a step is that of the host. Here the inputs are tiny tensors on the CPU, so that next to
 nothing but the calls takes time, and Triton compiles its kernels for a GPU and goes through all of
-a launch but the last: its driver is replaced by one that has no device.
+a launch but the last: its driver is replaced by one that has no device. The layers of this package
+are measured with their extension of PyTorch, and as Python does without it.
 """
 
 import contextlib
 import time
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 from unittest import mock
 
 import torch
@@ -20,7 +21,7 @@ from triton.runtime import driver
 
 from ..layers import BatchChannelNorm, WSConv2d, is_convolution, standardize_, standardize_together
 from ..modeling import fuse_
-from ..ops import backend, set_backend, triton_backend
+from ..ops import backend, extension, set_backend, triton_backend
 from .machine import describe_machine
 from .measure import Times, interleaved, spread
 
@@ -142,7 +143,8 @@ def benchmark_host(repetitions: int = 300, warmup: int = 30) -> Dict[str, Any]:
 
     Returns:
         ``machine``, and ``rows`` with ``layer``, ``forward`` and ``backward`` (medians and
-        quartiles of microseconds for each layer), and ``launches``, of Triton, for both.
+        quartiles of microseconds for each layer), and ``launches``, of Triton, for both; for layers
+        of this package also ``in_python``, with ``forward`` and ``backward`` without the extension.
 
     Raises:
         RuntimeError: if Triton has been imported as an interpreter.
@@ -157,36 +159,54 @@ def benchmark_host(repetitions: int = 300, warmup: int = 30) -> Dict[str, Any]:
 
 
 def _measure(repetitions: int, warmup: int) -> Dict[str, Any]:
-    models = {
-        "GroupNorm": (nn.GroupNorm(32, 256), 1),
-        "BCN": (BatchChannelNorm(256), 1),
-        "GroupNorm, ReLU": (_Activated(nn.GroupNorm(32, 256)), 1),
-        "BCN+ReLU": (_Activated(BatchChannelNorm(256)), 1),
-        "Conv2d": (_convolutions(nn.Conv2d), _CONVOLUTIONS),
-        "WSConv2d": (_convolutions(WSConv2d), _CONVOLUTIONS),
-        "bottleneck block, GN": (_blocks(_group_norm, standardized=False), _BLOCKS),
-        "bottleneck block, GN+WS": (_blocks(_group_norm, standardized=True), _BLOCKS),
-        "bottleneck block, BCN": (_blocks(_batch_channel_norm, standardized=False), _BLOCKS),
-        "bottleneck block, BCN+WS": (_blocks(_batch_channel_norm, standardized=True), _BLOCKS),
+    models: Dict[str, Tuple[Callable[[], nn.Module], int]] = {
+        "GroupNorm": (lambda: nn.GroupNorm(32, 256), 1),
+        "BCN": (lambda: BatchChannelNorm(256), 1),
+        "GroupNorm, ReLU": (lambda: _Activated(nn.GroupNorm(32, 256)), 1),
+        "BCN+ReLU": (lambda: _Activated(BatchChannelNorm(256)), 1),
+        "Conv2d": (lambda: _convolutions(nn.Conv2d), _CONVOLUTIONS),
+        "WSConv2d": (lambda: _convolutions(WSConv2d), _CONVOLUTIONS),
+        "bottleneck block, GN": (lambda: _blocks(_group_norm, False), _BLOCKS),
+        "bottleneck block, GN+WS": (lambda: _blocks(_group_norm, True), _BLOCKS),
+        "bottleneck block, BCN": (lambda: _blocks(_batch_channel_norm, False), _BLOCKS),
+        "bottleneck block, BCN+WS": (lambda: _blocks(_batch_channel_norm, True), _BLOCKS),
     }
     launches: Dict[str, List[int]] = {}
     runs = {}
-    for name, (model, layers) in models.items():
-        x = torch.randn(1, 256 if layers == 1 else 16, 2, 2, requires_grad=True)
-        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-        runs[name] = _run(model, x, optimizer, layers, launches.setdefault(name, []))
+    for name, (make, layers) in models.items():
+        ours = "BCN" in name or "WS" in name
+        for key in [name, _in_python(name)] if ours else [name]:
+            model = make()
+            x = torch.randn(1, 256 if layers == 1 else 16, 2, 2, requires_grad=True)
+            optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+            run = _run(model, x, optimizer, layers, launches.setdefault(key, []))
+            runs[key] = run if key == name else _without_extension(run)
     times = interleaved(runs, repetitions, warmup)
-    rows = [
-        {
-            "layer": name,
-            **{phase: spread(values) for phase, values in times[name].items()},
-            "launches": launches[name][-1] / models[name][1],
-        }
-        for name in models
-    ]
+    rows = []
+    for name, (_, layers) in models.items():
+        row = {"layer": name, **_spreads(times[name]), "launches": launches[name][-1] / layers}
+        if _in_python(name) in times:
+            row["in_python"] = _spreads(times[_in_python(name)])
+        rows.append(row)
     machine = describe_machine(torch.device("cpu"))
     machine["software"] += f", Triton {triton.__version__}"
     return {"kind": "host", "machine": machine, "repetitions": repetitions, "rows": rows}
+
+
+def _in_python(name: str) -> str:
+    return f"{name}, in Python"
+
+
+def _without_extension(run: Callable[[], Times]) -> Callable[[], Times]:
+    def without() -> Times:
+        with mock.patch.object(extension, "load", lambda: None):
+            return run()
+
+    return without
+
+
+def _spreads(times: Dict[str, List[float]]) -> Dict[str, Dict[str, float]]:
+    return {phase: spread(values) for phase, values in times.items()}
 
 
 def _run(
@@ -221,13 +241,20 @@ def markdown(results: Dict[str, Any]) -> str:
     lines = [f"- {key}: {value}" for key, value in results["machine"].items()]
     lines += [
         "",
-        "| layer | forward, µs (quartiles) | backward, µs (quartiles) | launches of Triton |",
-        "| --- | ---: | ---: | ---: |",
+        "| layer | forward, µs (quartiles) | backward, µs (quartiles) | launches of Triton "
+        "| forward, in Python | backward, in Python |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in results["rows"]:
-        cells = [
-            f"{row[phase]['median']:.0f} ({row[phase]['q1']:.0f}–{row[phase]['q3']:.0f})"
-            for phase in ("forward", "backward")
-        ]
-        lines.append(f"| {row['layer']} | {' | '.join(cells)} | {row['launches']:.1f} |")
+        cells = [*_cells(row), f"{row['launches']:.1f}", *_cells(row.get("in_python"))]
+        lines.append(f"| {row['layer']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cells(times: Optional[Dict[str, Dict[str, float]]]) -> List[str]:
+    if times is None:
+        return ["", ""]
+    return [
+        f"{times[phase]['median']:.0f} ({times[phase]['q1']:.0f}–{times[phase]['q3']:.0f})"
+        for phase in ("forward", "backward")
+    ]

@@ -36,7 +36,8 @@ def describe_machine(device: torch.device) -> Dict[str, str]:
         f"Python {platform.python_version()}, PyTorch {torch.__version__}, "
         f"Detectron2 {detectron2.__version__}, wsbcn_d2 {__version__}"
     )
-    machine["kernels of wsbcn_d2"] = ops.backend_name(device)
+    added = ", with the extension of PyTorch" if ops.has_extension() else ""
+    machine["kernels of wsbcn_d2"] = ops.backend_name(device) + added
     return machine
 
 

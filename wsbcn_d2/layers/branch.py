@@ -83,7 +83,7 @@ def _norm_of(conv: nn.Module) -> Optional[BatchChannelNorm]:
         and (conv.activation is None or is_relu(conv.activation))
         and conv._parameters.get("bias", conv) is None
         and conv.padding_mode == "zeros"
-        and type(conv.stride) is type(conv.padding) is type(conv.dilation) is tuple
+        and {type(conv.stride), type(conv.padding), type(conv.dilation)} == {tuple}
         and not is_hooked(conv)
         and not is_hooked(norm)
     ):

@@ -1,4 +1,4 @@
-"""What is compiled on the machine where it runs, when it is first needed: installing compiles nothing.
+"""What is compiled where it runs, when it is first needed: installing compiles nothing.
 
 Later processes find the result in the user's cache (``$XDG_CACHE_HOME/wsbcn_d2``, by default
 ``~/.cache/wsbcn_d2``).

@@ -53,8 +53,15 @@ def load() -> Optional[ModuleType]:
         return None
 
 
+def has_extension() -> bool:
+    """Whether the extension is there, which is found out by compiling it, once on a machine."""
+    return load() is not None
+
+
 def _announce() -> None:
-    logger.info("Compiling the extension of PyTorch for BCN (once, about half a minute) ...")
+    # A warning, for it is the level that is shown where nothing has been set up to show messages,
+    # and a program that says nothing for so long seems to hang.
+    logger.warning("Compiling the extension of PyTorch for BCN (once, about half a minute) ...")
 
 
 def _version_of_torch() -> Tuple[int, ...]:
