@@ -27,7 +27,7 @@ SOURCES += ("constraints.txt", "wsbcn_d2", "configs")
 def files(folder):
     """Of the checkout, relative to it."""
     found = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.*")}
-    return {path for path in found if path.endswith((".py", ".c", ".yaml", ".typed"))}
+    return {path for path in found if path.endswith((".py", ".c", ".cpp", ".yaml", ".typed"))}
 
 
 def run(*command, **kwargs):

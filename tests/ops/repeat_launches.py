@@ -7,6 +7,7 @@ what comes to be launched, down to the compiled kernel.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import sys
 from unittest import mock
@@ -16,7 +17,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from triton.runtime import JITFunction, driver
 
 from wsbcn_d2.benchmark import host
-from wsbcn_d2.ops import Link, batch_channel_norm, branch, set_backend, triton_backend
+from wsbcn_d2.ops import (
+    Link,
+    batch_channel_norm,
+    branch,
+    set_backend,
+    standardize_all,
+    standardize_all_backward,
+    triton_backend,
+)
 from wsbcn_d2.ops.extension import extension
 
 LAUNCHED = []
@@ -30,7 +39,24 @@ class Launcher(host._Launcher):
         # Of the launch itself all but what Triton makes anew for those that listen to launches.
         launch, arguments = args[:10], args[13:]
         arguments = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-        LAUNCHED.append((self.name, launch, *arguments))
+        LAUNCHED.append(
+            (self.name, launch, *(Address(a) if is_address(a) else a for a in arguments))
+        )
+
+
+def is_address(argument):
+    return isinstance(argument, int) and argument > 2**24  # larger than any count here
+
+
+def value_at(address):
+    return ctypes.c_float.from_address(address).value
+
+
+class Address(int):
+    """With what was there first when the launch was made."""
+
+    def __init__(self, address):
+        self.value = value_at(address)
 
 
 class Utilities(host._Utilities):
@@ -44,15 +70,20 @@ class NoDevice(host._NoDevice):
     utils = Utilities()
 
 
-def described(launched, tensors):
+def described(launched, tensors, copies=()):
     """Launches with addresses replaced by what lies there: one of the tensors, by name, or else,
     which are outputs and temporaries, by order. The compiled kernel, which is compared too, knows
-    the type."""
+    the type.
+
+    ``copies``: values with which temporaries begin that are no outputs; they are their names.
+    """
     names = {tensor.data_ptr(): name for name, tensor in tensors.items() if tensor is not None}
 
     def name(argument):
-        if isinstance(argument, int) and argument > 2**24:  # larger than any count here
-            return names.setdefault(argument, len(names)), argument % 16
+        if isinstance(argument, Address):
+            value = argument.value
+            names.setdefault(argument, value if value in copies else len(names))
+            return names[argument], argument % 16
         return argument
 
     return [tuple(map(name, launch)) for launch in launched]
@@ -119,9 +150,32 @@ def step_of_a_branch(shape, dtype, last, parameters, level):
     y.backward(torch.ones_like(y))
     # What lies where is that of the single operations.
     return [
-        tuple("address" if isinstance(a, int) and a > 2**24 else a for a in launch)
-        for launch in LAUNCHED
+        tuple("address" if isinstance(a, Address) else a for a in launch) for launch in LAUNCHED
     ]
+
+
+def step_of_filters(shapes, dtype, last, out_dtype, eps):
+    """The same of filters that are standardized together."""
+    weights = [torch.full(shape, 3.0, dtype=dtype) for shape in shapes]
+    grads = [torch.full(shape, 5.0, dtype=out_dtype) for shape in shapes]
+    if last:
+        weights = [w.contiguous(memory_format=torch.channels_last) for w in weights]
+        grads = [g.contiguous(memory_format=torch.channels_last) for g in grads]
+    all_eps = [eps] * len(shapes)
+    outputs, mean, rstd = standardize_all(weights, all_eps, out_dtype)
+    assert [(o.shape, o.stride(), o.dtype) for o in outputs] == [
+        (w.shape, w.stride(), out_dtype) for w in weights
+    ]
+    filters = triton_backend._filters(tuple(w.shape for w in weights), weights[0].device)
+    of_eps = triton_backend._eps_of_filters(tuple(all_eps), tuple(shapes), weights[0].device)
+    known = {"starts": filters.starts, "places": filters.places, "eps": of_eps}
+    results = {"mean": mean, "rstd": rstd, **dict(enumerate(outputs))}
+    copies = [value_at(weights[0].data_ptr()), value_at(grads[0].data_ptr())]
+    forward = described(LAUNCHED, {**known, **results}, copies)
+    del LAUNCHED[:]
+    gradients = standardize_all_backward(grads, weights, mean, rstd)
+    results = {"mean": mean, "rstd": rstd, **dict(enumerate(gradients))}
+    return forward + described(LAUNCHED, {**known, **results}, copies)
 
 
 UPDATE = {"update_rate": 0.1}
@@ -158,10 +212,22 @@ BRANCHES = [
 ]
 
 
+FILTERS = [
+    # shapes, dtype, channels_last, dtype of the standardized filters, eps
+    ([(8, 4, 3, 3), (6, 8, 1, 1)], F32, False, F32, 1e-5),
+    ([(8, 4, 3, 3), (6, 8, 1, 1)], F32, False, F32, 1e-3),
+    ([(8, 4, 3, 3), (6, 8, 1, 1)], F32, True, F32, 1e-5),
+    ([(8, 4, 3, 3), (6, 8, 1, 1)], F32, False, BF16, 1e-5),
+    ([(5, 3, 3, 3), (6, 7, 1, 1)], F32, False, F32, 1e-5),  # with gaps between the results
+    ([(6, 8, 1, 1), (8, 4, 3, 3)], F32, False, F32, 1e-5),
+]
+
+
 def launches(case, repeated):
     del LAUNCHED[:]
+    make = step_of_filters if case in FILTERS else step_of_a_branch if case in BRANCHES else step
     with mock.patch("wsbcn_d2.ops.launch._COMPILED_KERNELS_REPEAT", repeated):
-        return (step_of_a_branch if case in BRANCHES else step)(*case)
+        return make(*case)
 
 
 def counted(function):
@@ -178,12 +244,15 @@ def main(has_extension):
         stack.enter_context(mock.patch("wsbcn_d2.ops.backend._triton_fails", lambda *_: False))
         set_backend("triton")
         assert (extension() is not None) == has_extension
-        cases = CASES + BRANCHES
+        cases = CASES + BRANCHES + FILTERS
         expected = [launches(case, repeated=False) for case in cases]
         run, counted_run = counted(JITFunction.run)
         stack.enter_context(mock.patch.object(JITFunction, "run", counted_run))
-        in_python, counted_dense = counted(triton_backend.dense)  # which each pass calls
-        stack.enter_context(mock.patch.object(triton_backend, "dense", counted_dense))
+        in_python = []
+        for name in ("dense", "_filters_launch"):  # one of which each pass calls
+            calls, counted_function = counted(getattr(triton_backend, name))
+            stack.enter_context(mock.patch.object(triton_backend, name, counted_function))
+            in_python.append(calls)
         total, passes = 0, 0
         # All once to find the kernels, then in other orders.
         for case in cases + cases[::-1] + cases:
@@ -192,7 +261,7 @@ def main(has_extension):
             total += len(got)
             passes += 5 if case in BRANCHES else 2
     print(f"{total - len(run)} of {total} launches repeated")
-    print(f"{passes - len(in_python)} of {passes} passes without Python")
+    print(f"{passes - sum(map(len, in_python))} of {passes} passes without Python")
 
 
 if __name__ == "__main__":

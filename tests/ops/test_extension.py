@@ -1,5 +1,6 @@
 """The extension of PyTorch: that it computes what Python does, and how it comes to be."""
 
+import errno
 import gc
 import itertools
 import logging
@@ -193,6 +194,17 @@ def test_compiled_once_by_several_processes(compiler):
     assert outputs == ["wsbcn_d2_extension\n"] * 3
     lines = calls.read_text().splitlines()
     assert lines.count("--version") == 3 and len(lines) == 4
+
+
+def test_without_locks(compiler, monkeypatch):
+    """As some file systems of networks are: nobody waits for ever."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    compiler(compiler.copies)
+    assert extension() is not None
 
 
 def test_says_that_it_takes_time(compiler, caplog):

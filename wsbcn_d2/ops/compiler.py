@@ -4,6 +4,8 @@ Later processes find the result in the user's cache (``$XDG_CACHE_HOME/wsbcn_d2`
 ``~/.cache/wsbcn_d2``).
 """
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import platform
@@ -12,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 _TIMEOUT = 300  # seconds
 
@@ -87,16 +89,23 @@ def _compile_once(
     load: Callable[[Path], Loaded],
     announce: Callable[[], None],
 ) -> Loaded:
-    from iopath.common.file_io import file_lock  # which Detectron2 brings
-
     if cache is None:
         raise OSError("there is no folder to keep what takes long to compile")
-    with file_lock(str(cache / name)):
+    with _turn(cache / f"{name}.lock"):
         try:  # another process has been first
             return load(cache / name)
         except (OSError, ImportError, AttributeError):
             announce()
             return _compile(program, compiler, cache / name, load)
+
+
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Context for one process at a time, where the file system has locks; the others wait."""
+    with open(path, "w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, or the process ends
+        yield
 
 
 def _compiler(program: Program) -> List[str]:

@@ -221,6 +221,9 @@ struct Layer {
     std::array<const Tensor *, 4> parameters() const {
         return {&weight, &bias, &group_weight, &group_bias};
     }
+    std::array<const Tensor *, 4> state() const {
+        return {&running_mean, &running_var, &skipped_updates, &seen_elements};
+    }
     int64_t groups() const {
         return group_weight.numel();
     }
@@ -426,7 +429,9 @@ Key key_of(
 
 /* As many as triton_backend.py remembers. */
 constexpr size_t REMEMBERED = 4096;
-std::unordered_map<Key, std::shared_ptr<const Pass>, Hash> passes;
+/* These and others below are never destroyed: when a process ends, there is no GPU any more whose
+   memory could be given back, and no Python. */
+auto &passes = *new std::unordered_map<Key, std::shared_ptr<const Pass>, Hash>();
 
 struct Triton {
     /* The functions of these names, and what the second gave for a device and its last stream. */
@@ -434,7 +439,7 @@ struct Triton {
     std::unordered_map<int64_t, std::pair<int64_t, Tensor>> flags;
 };
 
-Triton triton;
+Triton &triton = *new Triton();
 
 /* Where a pass is launched: the current stream of a device, which is the current device. */
 class Stream {
@@ -670,7 +675,7 @@ using Row = std::vector<Tensor>;
 
 /* Of the kind of launch, and all that distinguishes filters. */
 using FiltersKey = std::vector<int64_t>;
-std::unordered_map<FiltersKey, std::shared_ptr<const Filters>, Hash> filters_known;
+auto &filters_known = *new std::unordered_map<FiltersKey, std::shared_ptr<const Filters>, Hash>();
 
 bool is_dense(const Tensor &weight) {
     return weight.is_contiguous() || weight.is_contiguous(at::MemoryFormat::ChannelsLast);
@@ -818,7 +823,7 @@ struct Backend {
     }
 };
 
-std::list<Backend> backends;
+auto &backends = *new std::list<Backend>();
 
 /* A backend, which when it is first seen says what there is of it, by its `for_extension`. */
 const Backend &backend_of(PyObject *module) {
@@ -1051,6 +1056,9 @@ PyObject *run(
             elsewhere |= tensor->device() != x.device();
             has_tangent |= tensor->_fw_grad(0).defined();
         }
+    for (Link &link : links)
+        for (auto tensor : link.layer.state())
+            elsewhere |= tensor->defined() && tensor->device() != x.device();
     if (elsewhere || has_tangent || is_observed(tensors))
         Py_RETURN_NONE;
     records &= at::GradMode::is_enabled();
