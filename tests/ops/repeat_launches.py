@@ -110,7 +110,8 @@ def layer(channels, groups, dtype, level):
 
 def step(shape, dtype, last, parameters, offset, level, options):
     """A forward and a backward pass, with new tensors as in every step of training."""
-    channels, groups = shape[1], 2
+    options = dict(options)
+    channels, groups = shape[1], options.pop("groups", 2)
     tensors, counters = layer(channels, groups, parameters, level)
     x = torch.randn(shape, dtype=dtype)
     if last:
@@ -185,6 +186,7 @@ CASES = [
     ((1, 8, 6, 5), F32, False, F32, 0, 0, UPDATE),
     ((1, 8, 6, 5), F32, False, F32, 0, 0, {"update_rate": 0.01}),
     ((1, 8, 6, 5), F32, False, F32, 0, 0, {"update_rate": None}),
+    ((1, 8, 6, 5), F32, False, F32, 0, 0, {**UPDATE, "groups": 4}),
     ((1, 8, 6, 5), F32, False, F32, 0, 0, {"update_rate": 1, "eps": 1}),  # integers
     # Of these two only one can be read 16 bytes at a time.
     ((1, 8, 16, 16), F32, False, F32, 0, 0, UPDATE),
