@@ -27,6 +27,7 @@ from wsbcn_d2.ops import (
     triton_backend,
 )
 from wsbcn_d2.ops.extension import extension
+from wsbcn_d2.ops.launch import _LAUNCHERS_ARE_KNOWN
 
 LAUNCHED = []
 
@@ -263,7 +264,9 @@ def main(has_extension):
             total += len(got)
             passes += 5 if case in BRANCHES else 2
     print(f"{total - len(run)} of {total} launches repeated")
-    print(f"{passes - sum(map(len, in_python))} of {passes} passes without Python")
+    without_python = passes - sum(map(len, in_python))
+    known = "known" if _LAUNCHERS_ARE_KNOWN else "not known"
+    print(f"{without_python} of {passes} passes without Python; launchers are {known}")
 
 
 if __name__ == "__main__":

@@ -39,5 +39,6 @@ def test_launches_of_the_extension_are_those_of_triton(tmp_path):
     output = run(tmp_path, "repeat_launches.py", "with")
     repeated, total, without_python, passes = map(int, re.findall(r"\d+", output))
     assert repeated >= total / 2
-    # From the second time on, but for the two cases with the statistics of the batch.
-    assert without_python >= passes / 2
+    # From the second time on, but for the two cases with the statistics of the batch, and with
+    # other versions of Triton than those whose launchers are known.
+    assert without_python >= passes / 2 if "are known" in output else without_python == 0
