@@ -13,6 +13,7 @@ import sys
 from unittest import mock
 
 import torch
+import triton
 from torch.autograd.graph import saved_tensors_hooks
 from triton.runtime import JITFunction, driver
 
@@ -126,6 +127,8 @@ def step(shape, dtype, last, parameters, offset, level, options):
         y = batch_channel_norm(x, *tensors, **options)
     inputs = dict(enumerate([*tensors, *counters.values()]), x=x, residual=options.get("residual"))
     (tables,) = (t for t in saved if t.dim() == 1 and t.numel() > 2 * channels)
+    for stream in (0, 1):
+        inputs[f"flags of {stream}"] = triton_backend._flags(x.device, stream)
     forward = described(LAUNCHED, {**inputs, "y": y, "tables": tables})
     del LAUNCHED[:]
     grad = at(offset, torch.ones_like(y))
@@ -226,11 +229,32 @@ FILTERS = [
 ]
 
 
+ALL = CASES + BRANCHES + FILTERS
+
+
 def launches(case, repeated):
     del LAUNCHED[:]
+    STREAM[0] = ALL.index(case) % 2
     make = step_of_filters if case in FILTERS else step_of_a_branch if case in BRANCHES else step
     with mock.patch("wsbcn_d2.ops.launch._COMPILED_KERNELS_REPEAT", repeated):
         return make(*case)
+
+
+# The current one, which is another one for every second case.
+STREAM = [0]
+
+
+@contextlib.contextmanager
+def hook():
+    """Context in which someone wants to be told of launches."""
+    hooks, listener = triton.knobs.runtime, lambda *_: None
+    if hasattr(hooks.launch_enter_hook, "add"):
+        hooks.launch_enter_hook.add(listener)
+        yield
+        hooks.launch_enter_hook.remove(listener)
+    else:
+        with mock.patch.object(hooks, "launch_enter_hook", listener):
+            yield
 
 
 def counted(function):
@@ -247,8 +271,11 @@ def main(has_extension):
         stack.enter_context(mock.patch("wsbcn_d2.ops.backend._triton_fails", lambda *_: False))
         set_backend("triton")
         assert (extension() is not None) == has_extension
-        cases = CASES + BRANCHES + FILTERS
-        expected = [launches(case, repeated=False) for case in cases]
+        stack.enter_context(
+            mock.patch.object(triton_backend, "current_stream", lambda _: STREAM[0])
+        )
+        stack.enter_context(mock.patch.object(NoDevice, "get_current_stream", lambda *_: STREAM[0]))
+        expected = [launches(case, repeated=False) for case in ALL]
         run, counted_run = counted(JITFunction.run)
         stack.enter_context(mock.patch.object(JITFunction, "run", counted_run))
         in_python = []
@@ -258,13 +285,17 @@ def main(has_extension):
             in_python.append(calls)
         total, passes = 0, 0
         # All once to find the kernels, then in other orders.
-        for case in cases + cases[::-1] + cases:
+        for case in ALL + ALL[::-1] + ALL:
             got = launches(case, repeated=True)
-            assert got == expected[cases.index(case)], (case, got)
+            assert got == expected[ALL.index(case)], (case, got)
             total += len(got)
             passes += 5 if case in BRANCHES else 2
-    print(f"{total - len(run)} of {total} launches repeated")
-    without_python = passes - sum(map(len, in_python))
+        repeated = total - len(run)
+        without_python = passes - sum(map(len, in_python))
+        with hook():  # whom the extension does not tell
+            assert launches(ALL[0], repeated=True) == expected[0]
+        assert passes + 2 - sum(map(len, in_python)) == without_python
+    print(f"{repeated} of {total} launches repeated")
     known = "known" if _LAUNCHERS_ARE_KNOWN else "not known"
     print(f"{without_python} of {passes} passes without Python; launchers are {known}")
 

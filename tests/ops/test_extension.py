@@ -1,5 +1,6 @@
 """The extension of PyTorch: that it computes what Python does, and how it comes to be."""
 
+import contextlib
 import errno
 import gc
 import itertools
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from ops.test_branch import Again, inputs, make_links
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 from versions import needs_compile, needs_extension
 
@@ -125,12 +128,24 @@ def test_tangents_are_refused():
             layer(torch.autograd.forward_ad.make_dual(x, x))
 
 
-@needs_compile
-def test_compiled_autograd():
-    from torch._dynamo import compiled_autograd
-
-    if not hasattr(compiled_autograd, "_enable"):
+@pytest.fixture
+def compiled_autograd():
+    module = pytest.importorskip("torch._dynamo.compiled_autograd")
+    if not hasattr(module, "_enable"):
         pytest.skip("this PyTorch has no compiled autograd by this name")
+    return lambda: module._enable(torch.compile(backend="eager"))
+
+
+@needs_compile
+def test_compiled_autograd_of_the_backward_pass_alone(compiled_autograd):
+    y = BatchChannelNorm(8, 2)(torch.randn(1, 8, 3, 3, requires_grad=True))
+    with pytest.raises(RuntimeError, match="set WSBCN_D2_EXTENSION=0 in the environment"):
+        with compiled_autograd():
+            y.sum().backward()
+
+
+@needs_compile
+def test_compiled_autograd(compiled_autograd):
     x = torch.randn(1, 8, 3, 3, requires_grad=True)
     grads = []
     for enabled in (False, True):
@@ -138,7 +153,7 @@ def test_compiled_autograd():
         layer = BatchChannelNorm(8, 2)
         grad = torch.randn(x.shape)
         if enabled:
-            with compiled_autograd._enable(torch.compile(backend="eager")):
+            with compiled_autograd():
                 layer(x).backward(grad)
         else:
             layer(x).backward(grad)
@@ -147,16 +162,91 @@ def test_compiled_autograd():
     torch.testing.assert_close(*grads)
 
 
-def test_recomputation_stops_early():
-    """Where activation checkpointing has all that it needs, which is inside of the operation."""
-    layers = torch.nn.Sequential(*(BatchChannelNorm(8, 2) for _ in range(2))).eval()
-    x = torch.randn(1, 8, 3, 3, requires_grad=True)
-    plain = torch.autograd.grad(layers(x).square().sum(), [x, *layers.parameters()])
-    y = checkpoint(layers, x, use_reentrant=False)
-    assert y.grad_fn.name() == "BatchChannelNormBackward"
-    torch.testing.assert_close(
-        torch.autograd.grad(y.square().sum(), [x, *layers.parameters()]), plain, rtol=0, atol=0
-    )
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_checkpointing(relu, has_residual):
+    """Also where the backward pass is watched, so that Python repeats what the extension did."""
+    layer = randomized(BatchChannelNorm(8, 2)).eval()
+    x = torch.randn(1, 8, 8, 8, requires_grad=True)  # the last two like the first two
+    residual = torch.randn(x.shape) if has_residual else None
+    leaves = [x, *layer.parameters()]
+    plain = torch.autograd.grad(layer(x, residual, relu).square().sum(), leaves)
+    for watch in (contextlib.nullcontext, profile):
+        y = checkpoint(lambda x: layer(x, residual, relu) * 1.0, x, use_reentrant=False)
+        assert y.grad_fn.next_functions[0][0].name() == "BatchChannelNormBackward"
+        with watch():
+            grads = torch.autograd.grad(y.square().sum(), leaves)
+        torch.testing.assert_close(grads, plain)
+
+
+def randomized(layer):
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, 1.0, 0.3)
+    return layer
+
+
+@pytest.mark.parametrize("of_branch", [False, True])
+def test_order_of_saved_tensors_is_that_of_python(in_python, of_branch):
+    orders = []
+    for on in (False, True):
+        in_python(on)
+        torch.manual_seed(0)
+        packed = []
+        with saved_tensors_hooks(lambda t: packed.append(t.detach().clone()) or t, lambda t: t):
+            if of_branch:
+                x, residual = inputs(3, torch.float32)
+                branch(x.requires_grad_(), make_links(3, torch.float32), residual)
+            else:
+                x = torch.randn(1, 8, 3, 3, requires_grad=True)
+                BatchChannelNorm(8, 2)(x, torch.randn(x.shape), True)
+        orders.append(packed)
+    torch.testing.assert_close(*orders, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_gradient_that_does_not_come(in_python, on):
+    """Is zeros, and not none: where ranks synchronize all must take part."""
+
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    in_python(on)
+    layer, x = BatchChannelNorm(8, 2), torch.randn(1, 8, 3, 3, requires_grad=True)
+    grads = torch.autograd.grad(NoGradient.apply(layer(x)).sum(), [x, *layer.parameters()])
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_subclasses_stay_what_they_are(in_python, on):
+    class Other(torch.Tensor):
+        pass
+
+    in_python(on)
+    y = BatchChannelNorm(8, 2)(torch.randn(1, 8, 3, 3).as_subclass(Other))
+    assert type(y) is Other
+
+
+def test_cycle_through_filters_is_collected():
+    x, residual = inputs(1, torch.float32)
+    (link,) = make_links(1, torch.float32)
+    again = Again(link.filters)
+    y = branch(x, [link._replace(again=again)], residual)
+    again.result, ref = y, weakref.ref(again)
+    y.sum().backward()
+    del again, y
+    gc.collect()
+    assert ref() is None
+
+
+def test_branch_of_nothing():
+    with pytest.raises(IndexError, match="at least one convolution"):
+        branch(torch.ones(1, 8, 3, 3, requires_grad=True), [])
 
 
 @pytest.fixture
@@ -206,6 +296,18 @@ def test_without_locks(compiler, monkeypatch):
     monkeypatch.setattr("fcntl.flock", flock)
     compiler(compiler.copies)
     assert extension() is not None
+
+
+def test_processes_that_waited_do_not_try_again(compiler):
+    calls = compiler("test $1 = --version || { sleep 5; exit 1; }")
+    script = "from wsbcn_d2.ops.extension import extension; print(extension())"
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command, env = [sys.executable, "-c", script], {**os.environ, "PYTHONPATH": path}
+    processes = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    assert [process.communicate()[0] for process in processes] == ["None\n"] * 2
+    assert sum(line != "--version" for line in calls.read_text().splitlines()) == 1
 
 
 def test_says_that_it_takes_time(compiler, caplog):

@@ -53,7 +53,7 @@ from .extension import extension
 from .library import LIBRARY
 from .memory_format import dense
 from .once import once_differentiable
-from .state import in_backward, is_compiling, is_observed
+from .state import PLAIN, in_backward, is_compiling, is_observed
 from .tables import new_tables
 
 LIBRARY.define(
@@ -121,7 +121,7 @@ def batch_channel_norm(
     """
     synchronize = synchronize and use_batch_statistics
     options = (update_rate, eps, use_batch_statistics, relu, synchronize)
-    if not is_compiling():
+    if not is_compiling() and type(x) in PLAIN:
         compiled = extension()
         if compiled is not None:
             parameters = (weight, bias, group_weight, group_bias)

@@ -21,7 +21,7 @@ from .state import is_observed
 
 
 class Filters(Protocol):
-    """Filters that need not be saved."""
+    """Filters that need not be saved. Must not refer to the result, nor to what is made of it."""
 
     def filters(self) -> Tensor:
         """The filters, once for each backward pass."""

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
@@ -91,12 +92,20 @@ def _compile_once(
 ) -> Loaded:
     if cache is None:
         raise OSError("there is no folder to keep what takes long to compile")
+    failure = cache / f"{name}.failed"
+    begin = time.time()
     with _turn(cache / f"{name}.lock"):
         try:  # another process has been first
             return load(cache / name)
         except (OSError, ImportError, AttributeError):
-            announce()
+            if failure.exists() and failure.stat().st_mtime >= begin:  # while this one waited
+                raise RuntimeError(failure.read_text()) from None
+        announce()
+        try:
             return _compile(program, compiler, cache / name, load)
+        except Exception as problem:
+            failure.write_text(str(problem))
+            raise
 
 
 @contextlib.contextmanager

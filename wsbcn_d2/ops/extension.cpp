@@ -511,7 +511,8 @@ std::shared_ptr<const Pass> find(const std::optional<Key> &key) {
     auto found = key ? passes.find(*key) : passes.end();
     if (found == passes.end())
         return nullptr;
-    return is_watched() ? nullptr : found->second;
+    auto pass = found->second; /* before Python runs, where other threads may change what is found */
+    return is_watched() ? nullptr : pass;
 }
 
 /* Whether an activation lies in memory as NCHW or channels_last, and has values. */
@@ -756,7 +757,10 @@ Row divided(const Tensor &flat, const Row &like, const std::vector<int64_t> &roo
 
 std::shared_ptr<const Filters> find(const std::optional<FiltersKey> &key) {
     auto found = key ? filters_known.find(*key) : filters_known.end();
-    return found == filters_known.end() || is_watched() ? nullptr : found->second;
+    if (found == filters_known.end())
+        return nullptr;
+    auto filters = found->second; /* as above */
+    return is_watched() ? nullptr : filters;
 }
 
 /* ---- The operations, by the kernels of a backend or by its functions in Python ---- */
@@ -875,6 +879,7 @@ constexpr size_t FIRST = 2, OF_LINK = 5;
 
 struct Backward : Node {
     struct SavedLink {
+        /* x is what the convolution made; without one it is that of the node. */
         SavedVariable x, weight, group_weight, tables, filters;
         Reference again;
         Geometry geometry;
@@ -888,7 +893,7 @@ struct Backward : Node {
     };
 
     const Backend *backend, *named;
-    SavedVariable x, y; /* x unless it is that of the first link, y unless it can do without */
+    SavedVariable x, y; /* y unless it can do without */
     std::vector<SavedLink> links;
     bool relu, has_residual;
 
@@ -896,19 +901,29 @@ struct Backward : Node {
         return links.front().convolves ? "BranchBackward" : "BatchChannelNormBackward";
     }
 
+    /* What compiled autograd asks for; a method of const nodes in some versions, in others not. */
+    void compiled_args(torch::autograd::CompiledNodeArgs &) const {
+        refuse_compiled_autograd();
+    }
+    void compiled_args(torch::autograd::CompiledNodeArgs &) {
+        refuse_compiled_autograd();
+    }
+
     void release_variables() override {
         std::lock_guard<std::mutex> lock(mutex_);
         x.reset_data();
         y.reset_data();
-        for (auto &link : links)
+        for (auto &link : links) {
             link.reset();
+            link.again = Reference();
+        }
     }
 
     variable_list apply(variable_list &&given) override {
         std::lock_guard<std::mutex> lock(mutex_);
         Tensor grad = std::move(given.at(0));
-        if (!grad.defined())
-            return variable_list(num_outputs());
+        if (!grad.defined()) /* zeros, for ranks that synchronize must do the same */
+            grad = input_metadata(0).zeros_like();
         if (!at::GradMode::is_enabled())
             return gradients(std::move(grad));
         /* Gradients that may be differentiated, which is an error then. */
@@ -925,6 +940,12 @@ struct Backward : Node {
     }
 
   private:
+    static void refuse_compiled_autograd() {
+        TORCH_CHECK(
+            false, "compiled autograd was turned on between the forward and the backward pass of "
+            "BCN; turn it on before both, or set WSBCN_D2_EXTENSION=0 in the environment"
+        );
+    }
     variable_list gradients(Tensor grad);
 };
 
@@ -986,13 +1007,13 @@ variable_list Backward::gradients(Tensor grad) {
     /* The saved tensors of a link: asked for only once, for activation checkpointing. */
     auto unpacked = [&](SavedLink &link) {
         Saved saved{
-            link.x.unpack(), Tensor(), link.weight.unpack(), link.group_weight.unpack(),
-            link.tables.unpack(), true, false, link.synchronize
+            link.convolves ? link.x.unpack() : input, Tensor(), link.weight.unpack(),
+            link.group_weight.unpack(), link.tables.unpack(), true, false, link.synchronize
         };
-        std::pair<Saved, Tensor> result{std::move(saved), link.filters.unpack()};
+        Tensor filters = link.filters.unpack();
         if (!keep)
             link.reset();
-        return result;
+        return std::make_pair(std::move(saved), std::move(filters));
     };
     auto [saved, filters] = unpacked(links.back());
     for (size_t index = links.size(); index-- > 0;) {
@@ -1022,10 +1043,12 @@ variable_list Backward::gradients(Tensor grad) {
         if (link.again.get()) {
             WithGil gil;
             used = tensor_of(called(link.again.get(), "filters").get());
+            if (!keep)
+                link.again = Reference();
         }
         std::array<bool, 3> wanted{
-            index || task_should_compute_output(0), task_should_compute_output(FIRST + OF_LINK * index),
-            false
+            index || task_should_compute_output(0),
+            task_should_compute_output(FIRST + OF_LINK * index), false
         };
         const Geometry &geometry = link.geometry;
         std::tie(grad, of_link[0], std::ignore) = at::convolution_backward(
@@ -1043,6 +1066,7 @@ PyObject *run(
     PyObject *kernels_for, PyObject *named, const Tensor &x, const Tensor &residual,
     std::vector<Link> &links, bool relu
 ) {
+    TORCH_CHECK_INDEX(!links.empty(), "a branch has at least one convolution");
     std::vector<const Tensor *> tensors{&x, &residual}; /* in the order of the gradients */
     for (Link &link : links) {
         tensors.push_back(&link.filters);
@@ -1112,8 +1136,9 @@ PyObject *run(
         node->named = &backend_of(named);
         node->relu = relu;
         node->has_residual = residual.defined();
-        if (links.front().filters.defined())
-            node->x = SavedVariable(x, false);
+        /* In the order of the functions in Python: activation checkpointing, which knows saved
+           tensors by their order, may repeat in Python what was done here. */
+        node->x = SavedVariable(x, false);
         if (relu && (residual.defined() || backend.saves_output_of_relu))
             node->y = SavedVariable(y, true);
         node->links.reserve(links.size());
@@ -1123,7 +1148,8 @@ PyObject *run(
             if (links[i].again.get())
                 links[i].filters = Tensor();
             node->links.push_back({
-                SavedVariable(normalized[i], false), SavedVariable(layer.weight, false),
+                SavedVariable(convolves ? normalized[i] : Tensor(), false),
+                SavedVariable(layer.weight, false),
                 SavedVariable(layer.group_weight, false), SavedVariable(tables[i], false),
                 SavedVariable(links[i].filters, false), std::move(links[i].again),
                 std::move(links[i].geometry),

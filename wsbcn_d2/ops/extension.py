@@ -2,8 +2,8 @@
 
 It does without Python what :mod:`.batch_channel_norm` and :mod:`.branch` do in Python, and computes
 the same. The C++ compiler of the machine makes it in half a minute, once for a version of PyTorch
-(:mod:`.compiler`); ``CXX`` chooses another compiler. Where that fails, Python it is, after one
-warning; with ``WSBCN_D2_EXTENSION=0`` in the environment it is not tried.
+(:mod:`.compiler`); ``CXX`` chooses another compiler. Where that fails, Python it is, and a warning
+says why; with ``WSBCN_D2_EXTENSION=0`` in the environment it is not tried.
 """
 
 import importlib.machinery

@@ -17,7 +17,8 @@ else:  # PyTorch 2.0 to 2.2, which imports what compiles only when it is used
         return "torch._dynamo" in sys.modules and torch._dynamo.is_compiling()
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# Types of tensors that are nothing else.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def in_backward() -> bool:
@@ -31,7 +32,7 @@ def is_traced(x: Tensor) -> bool:
     torch.compile, torch.jit.trace or torch.func, or by the type of the tensor."""
     return (
         is_compiling()
-        or type(x) not in _PLAIN
+        or type(x) not in PLAIN
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
     )
@@ -42,7 +43,7 @@ def is_observed(x: Tensor) -> bool:
     profiler, or what intercepts operations, by a mode or by the type of the tensor."""
     return (
         is_compiling()
-        or type(x) not in _PLAIN
+        or type(x) not in PLAIN
         or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
     )
