@@ -39,6 +39,21 @@ def use(kind, device):
                 load.cache_clear()
 
 
+@pytest.fixture
+def fake_compiler(tmp_path, monkeypatch):
+    """Sets a compiler by its environment variable: a shell script, whose calls a file has, one a
+    line, which is returned."""
+
+    def set_to(variable, body):
+        path, calls = tmp_path / "compiler", tmp_path / "calls"
+        path.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n{body}\n')
+        path.chmod(0o755)
+        monkeypatch.setenv(variable, str(path))
+        return calls
+
+    return set_to
+
+
 @pytest.fixture(params=KINDS)
 def backend(request):
     """Every kind of kernels for the device under test."""

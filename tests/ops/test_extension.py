@@ -250,15 +250,11 @@ def test_branch_of_nothing():
 
 
 @pytest.fixture
-def compiler(tmp_path, monkeypatch):
-    """Sets a compiler, a shell script whose calls a file has, one a line; the cache is empty."""
+def compiler(tmp_path, monkeypatch, fake_compiler):
+    """Sets the compiler of C++; the cache is empty. ``copies`` is one that makes the extension."""
 
     def set_to(body):
-        path, calls = tmp_path / "compiler", tmp_path / "calls"
-        path.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n{body}\n')
-        path.chmod(0o755)
-        monkeypatch.setenv("CXX", str(path))
-        return calls
+        return fake_compiler("CXX", body)
 
     load()
     load.cache_clear()

@@ -146,7 +146,9 @@ void *pointer_of(PyObject *object) {
 Tensor tensor_of(PyObject *object) {
     if (object == Py_None)
         return Tensor();
-    TORCH_CHECK_TYPE(THPVariable_Check(object), "expected a tensor, got ", Py_TYPE(object)->tp_name);
+    TORCH_CHECK_TYPE(
+        THPVariable_Check(object), "expected a tensor, got ", Py_TYPE(object)->tp_name
+    );
     return THPVariable_Unpack(object);
 }
 
@@ -196,6 +198,16 @@ class Items {
     Py_ssize_t size_;
 };
 
+template <typename Value>
+std::vector<Value> each(PyObject *sequence, Value (*value_of)(PyObject *)) {
+    Items items(sequence);
+    std::vector<Value> values;
+    values.reserve(items.size());
+    for (Py_ssize_t i = 0; i < items.size(); i++)
+        values.push_back(value_of(items[i]));
+    return values;
+}
+
 template <typename... Values>
 Reference called(PyObject *object, const char *name, const Values &...values) {
     Reference function = checked(PyObject_GetAttrString(object, name));
@@ -205,7 +217,7 @@ Reference called(PyObject *object, const char *name, const Values &...values) {
     return checked(PyObject_Call(function.get(), arguments.get(), nullptr));
 }
 
-/* ---- What the operations are given and what they give; batch_channel_norm.py has the names ---- */
+/* ---- What the operations are given and give; batch_channel_norm.py has the names ---- */
 
 struct Options {
     std::optional<double> update_rate;
@@ -334,7 +346,9 @@ std::optional<Output> native_forward(
     return out;
 }
 
-std::optional<Tensor> native_again(const Tensor &x, const Tensor &tables, int64_t groups, bool relu) {
+std::optional<Tensor> native_again(
+    const Tensor &x, const Tensor &tables, int64_t groups, bool relu
+) {
     if (!native_reads_activation(x, groups) || !native_reads(tables, tables_size(x, groups)))
         return {};
     Tensor y = at::empty_like(x);
@@ -422,7 +436,8 @@ Key key_of(
     *next++ = groups;
     for (const Tensor *tensor : tensors) {
         bool aligned = reinterpret_cast<uintptr_t>(address(*tensor)) % 16 == 0;
-        *next++ = tensor->defined() ? static_cast<int64_t>(tensor->scalar_type()) << 1 | aligned : -1;
+        int64_t dtype = tensor->defined() ? static_cast<int64_t>(tensor->scalar_type()) : -1;
+        *next++ = dtype << 1 | aligned;
     }
     return key;
 }
@@ -511,7 +526,8 @@ std::shared_ptr<const Pass> find(const std::optional<Key> &key) {
     auto found = key ? passes.find(*key) : passes.end();
     if (found == passes.end())
         return nullptr;
-    auto pass = found->second; /* before Python runs, where other threads may change what is found */
+    /* Before Python runs, as other threads may change then what was found. */
+    auto pass = found->second;
     return is_watched() ? nullptr : pass;
 }
 
@@ -599,7 +615,9 @@ std::optional<Key> key_of_again(const Tensor &x, const Tensor &tables, int64_t g
     return key_of(AGAIN, {relu}, x, groups, {&x, &tables});
 }
 
-std::optional<Tensor> triton_again(const Tensor &x, const Tensor &tables, int64_t groups, bool relu) {
+std::optional<Tensor> triton_again(
+    const Tensor &x, const Tensor &tables, int64_t groups, bool relu
+) {
     auto pass = find(key_of_again(x, tables, groups, relu));
     if (!pass)
         return {};
@@ -661,10 +679,10 @@ std::optional<Gradients> triton_backward(const Tensor &given, const Saved &saved
     return out;
 }
 
-/* ---- Filters of several convolutions, which are standardized together, by kernels of Triton ---- */
+/* ---- Filters that are standardized together, by kernels of Triton ---- */
 
-/* What triton_backend.py finds out of them: tensors, the values between the beginnings of two of the
-   results, and how many values and filters there are in all. */
+/* What triton_backend.py finds out of them: tensors, the room of each in the results, which is all
+   that it has there, the sum of these, and the number of filters. */
 struct Filters {
     Tensor starts, places, eps;
     std::vector<int64_t> rooms;
@@ -759,7 +777,7 @@ std::shared_ptr<const Filters> find(const std::optional<FiltersKey> &key) {
     auto found = key ? filters_known.find(*key) : filters_known.end();
     if (found == filters_known.end())
         return nullptr;
-    auto filters = found->second; /* as above */
+    auto filters = found->second; /* before Python runs, as above */
     return is_watched() ? nullptr : filters;
 }
 
@@ -1179,14 +1197,6 @@ Options options_of(PyObject *rate, PyObject *eps, PyObject *use_batch, PyObject 
     return {update_rate, number_of(eps), truth_of(use_batch), truth_of(synchronize)};
 }
 
-std::vector<int64_t> integers_of(PyObject *sequence) {
-    Items items(sequence);
-    std::vector<int64_t> integers;
-    for (Py_ssize_t i = 0; i < items.size(); i++)
-        integers.push_back(integer_of(items[i]));
-    return integers;
-}
-
 /* branch.Link */
 Link link_of(PyObject *object) {
     Items fields(object, 9);
@@ -1198,8 +1208,12 @@ Link link_of(PyObject *object) {
         ),
         tensor_of(fields[0]),
         fields[1] == Py_None ? Reference() : Reference::to(fields[1]),
-        {integers_of(geometry[0]), integers_of(geometry[1]), integers_of(geometry[2]),
-         integer_of(geometry[3])},
+        {
+            each(geometry[0], integer_of),
+            each(geometry[1], integer_of),
+            each(geometry[2], integer_of),
+            integer_of(geometry[3]),
+        },
     };
 }
 
@@ -1293,28 +1307,11 @@ PyObject *remember_backward(PyObject *, PyObject *const *args, Py_ssize_t count)
     END_HANDLE_TH_ERRORS
 }
 
-Row row_of(PyObject *sequence) {
-    Items items(sequence);
-    Row row;
-    row.reserve(items.size());
-    for (Py_ssize_t i = 0; i < items.size(); i++)
-        row.push_back(tensor_of(items[i]));
-    return row;
-}
-
 Reference list_of(const Row &row) {
     Reference list = checked(PyList_New(row.size()));
     for (size_t i = 0; i < row.size(); i++)
         PyList_SET_ITEM(list.get(), i, object_of(row[i]).release());
     return list;
-}
-
-std::vector<double> numbers_of(PyObject *sequence) {
-    Items items(sequence);
-    std::vector<double> numbers;
-    for (Py_ssize_t i = 0; i < items.size(); i++)
-        numbers.push_back(number_of(items[i]));
-    return numbers;
 }
 
 at::ScalarType dtype_of(PyObject *object) {
@@ -1327,9 +1324,9 @@ PyObject *remember_filters(
     PyObject *launch
 ) {
     if (key) {
-        Row of_filters = row_of(tensors);
+        Row of_filters = each(tensors, tensor_of);
         of_filters.resize(3);
-        Filters filters{of_filters[0], of_filters[1], of_filters[2], integers_of(rooms), 0,
+        Filters filters{of_filters[0], of_filters[1], of_filters[2], each(rooms, integer_of), 0,
                         integer_of(count), launch_of(launch)};
         for (int64_t room : filters.rooms)
             filters.room += room;
@@ -1344,8 +1341,8 @@ PyObject *remember_standardize(PyObject *, PyObject *const *args, Py_ssize_t cou
     HANDLE_TH_ERRORS
     expect(count, 8);
     backend_of(args[0]);
-    Row weights = row_of(args[1]);
-    auto key = key_of_filters(weights, dtype_of(args[3]), numbers_of(args[2]), {}, {}, {});
+    Row weights = each(args[1], tensor_of);
+    auto key = key_of_filters(weights, dtype_of(args[3]), each(args[2], number_of), {}, {}, {});
     return remember_filters(key, args[4], args[5], args[6], args[7]);
     END_HANDLE_TH_ERRORS
 }
@@ -1354,7 +1351,7 @@ PyObject *remember_standardize_backward(PyObject *, PyObject *const *args, Py_ss
     HANDLE_TH_ERRORS
     expect(count, 9);
     backend_of(args[0]);
-    Row grads = row_of(args[1]), weights = row_of(args[2]);
+    Row grads = each(args[1], tensor_of), weights = each(args[2], tensor_of);
     auto key = key_of_filters(
         weights, grads.at(0).scalar_type(), {}, tensor_of(args[3]), tensor_of(args[4]), grads
     );
@@ -1365,9 +1362,9 @@ PyObject *remember_standardize_backward(PyObject *, PyObject *const *args, Py_ss
 PyObject *standardize(PyObject *, PyObject *const *args, Py_ssize_t count) {
     HANDLE_TH_ERRORS
     expect(count, 3);
-    Row weights = row_of(args[0]);
+    Row weights = each(args[0], tensor_of);
     at::ScalarType dtype = dtype_of(args[2]);
-    auto filters = find(key_of_filters(weights, dtype, numbers_of(args[1]), {}, {}, {}));
+    auto filters = find(key_of_filters(weights, dtype, each(args[1], number_of), {}, {}, {}));
     if (!filters)
         Py_RETURN_NONE;
     at::AutoDispatchBelowADInplaceOrView no_autograd;
@@ -1392,7 +1389,7 @@ PyObject *standardize(PyObject *, PyObject *const *args, Py_ssize_t count) {
 PyObject *standardize_backward(PyObject *, PyObject *const *args, Py_ssize_t count) {
     HANDLE_TH_ERRORS
     expect(count, 4);
-    Row grads = row_of(args[0]), weights = row_of(args[1]);
+    Row grads = each(args[0], tensor_of), weights = each(args[1], tensor_of);
     Tensor mean = tensor_of(args[2]), rstd = tensor_of(args[3]);
     auto filters = find(
         key_of_filters(weights, grads.at(0).scalar_type(), {}, mean, rstd, grads)
@@ -1423,8 +1420,8 @@ PyMethodDef methods[] = {
     ),
     method(
         "batch_channel_norm", batch_channel_norm,
-        "batch_channel_norm(kernels_for, named, x, residual, parameters, state, options) -> Tensor or "
-        "None"
+        "batch_channel_norm(kernels_for, named, x, residual, parameters, state, options) -> "
+        "Tensor or None"
     ),
     method(
         "remember_forward", remember_forward,
