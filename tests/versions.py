@@ -10,6 +10,8 @@ from detectron2.engine import launch
 from detectron2.layers import get_norm
 from detectron2.modeling.meta_arch import retinanet
 
+from wsbcn_d2.ops import native_backend
+
 TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 
@@ -83,4 +85,17 @@ RETINANET_TAKES_GN = "get_norm(norm, 1)" not in inspect.getsource(retinanet)
 needs_extension = pytest.mark.skipif(
     TORCH < (2, 1) or not any(map(shutil.which, ("c++", "g++", "clang++"))),
     reason="there is no C++ compiler, or this PyTorch is too old for the extension",
+)
+
+
+def _has_native_kernels():
+    try:
+        native_backend.library()
+    except OSError:
+        return False
+    return True
+
+
+needs_native_kernels = pytest.mark.skipif(
+    not _has_native_kernels(), reason="the kernels in C were not built with the installation"
 )

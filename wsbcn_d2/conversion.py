@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
-from .detectron2_hooks import CYCLED, complete, feeding_convolution, restart_levels_before_forward
+from .detectron2_hooks import CYCLED, feeding_convolution, restart_levels_before_forward
 from .layers import BatchChannelNorm, ChannelNorm, WeightStandardized, become, standardize_
+from .modeling import fuse_
 from .norm_options import NormOption, weight_standardization_request
+from .summary import summarize
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
@@ -132,7 +134,9 @@ def convert(model: nn.Module, norm: str = "BCN+WS", *, keep_function: bool = Fal
             "seems to have been trained without that, and no longer computes what it did: rather "
             "use convert(..., keep_function=True), or load weights that were trained with it."
         )
-    complete(model, type(model).__name__)
+    for module in model.modules():
+        fuse_(module)
+    logger.info(f"{type(model).__name__}: {summarize(model)}")
     return model
 
 

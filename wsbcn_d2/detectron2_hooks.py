@@ -10,54 +10,32 @@
    model: configs, LazyConfig, DefaultPredictor or other code. The convolution changes its class
    and stays the same object, since FPN and others keep theirs in plain lists as well. The same
    hook gives norm layers that RetinaNet's and FCOS's heads share between feature levels one set
-   of estimates a level, as Detectron2 does for the literal options "BN" and "SyncBN" only.
+   of estimates a level, as Detectron2 does for the literal options "BN" and "SyncBN" only, and
+   gives residual blocks and heads with BCN, which are complete when they join, their fused class.
 
-3. A hook of PyTorch, called whenever a module gets a buffer. Meta-architectures register
-   ``pixel_mean`` when their parts are in place, which is the moment to give blocks and heads with
-   BCN their faster classes, to let the standardized convolutions share their work, and to say in
-   the log which they are.
-
-4. The backbones of :mod:`wsbcn_d2.modeling` in Detectron2's BACKBONE_REGISTRY.
+3. The backbones of :mod:`wsbcn_d2.modeling` in Detectron2's BACKBONE_REGISTRY.
 """
 
-import logging
 from types import CodeType, FrameType
-from typing import Any, List, Optional
+from typing import Any, Optional
 
 from detectron2.layers import CycleBatchNormList
 from detectron2.layers import get_norm as detectron2_get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import vit
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_module_registration_hook,
-)
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from .layers import (
-    BatchChannelNorm,
-    WeightStandardized,
-    is_convolution,
-    standardize_,
-    standardize_together,
-)
+from .layers import BatchChannelNorm, is_convolution, standardize_
 from .modeling import BACKBONES, fuse_
 from .norm_options import NormOption, get_norm, weight_standardization_request
-from .summary import summarize
-
-try:
-    from detectron2.modeling.backbone import vit
-except ImportError:  # Detectron2 0.6
-    vit = None
-
-logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
-
 # The layers that RetinaNetHead itself cycles through the levels, if their option is bare.
 CYCLED = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 _stock_code: Optional[CodeType] = None
-_handles: List[RemovableHandle] = []
+_handle: Optional[RemovableHandle] = None
 
 
 def register() -> None:
@@ -65,26 +43,25 @@ def register() -> None:
 
     Importing :mod:`wsbcn_d2` does it; doing it again changes nothing.
     """
-    global _stock_code
+    global _stock_code, _handle
     if is_registered():
         return
     for backbone in BACKBONES:  # first, as it fails if another copy of this package is registered
         BACKBONE_REGISTRY.register(backbone)
     _stock_code = detectron2_get_norm.__code__
     detectron2_get_norm.__code__ = _get_norm.__code__
-    _handles.append(register_module_module_registration_hook(_on_module))
-    _handles.append(register_module_buffer_registration_hook(_on_buffer))
+    _handle = register_module_module_registration_hook(_on_module)
 
 
 def unregister() -> None:
     """Undoes :func:`register`. Models that have been built remain as they are."""
-    global _stock_code
+    global _stock_code, _handle
     if not is_registered():
         return
     detectron2_get_norm.__code__ = _stock_code
     _stock_code = None
-    while _handles:
-        _handles.pop().remove()
+    _handle.remove()
+    _handle = None
     for backbone in BACKBONES:
         # The registry has no public way to remove an entry.
         BACKBONE_REGISTRY._obj_map.pop(backbone.__name__)
@@ -108,8 +85,7 @@ def _get_norm(norm, out_channels):  # type: ignore[no-untyped-def]
 def get_norm_for(norm: Any, out_channels: int, caller: FrameType) -> Optional[nn.Module]:
     """What ``detectron2.layers.get_norm`` returns to ``caller``.
 
-    RetinaNetHead asks for a layer of 32 channels (1 in Detectron2 0.6) before its real ones, to
-    look at its type. Groups that divide its channels need not divide those, so that layer gets one.
+    RetinaNetHead asks for a layer of 32 channels before its real ones, to look at its type. Groups that divide its channels need not divide those, so that layer gets one.
     """
     if (
         isinstance(norm, str)
@@ -128,17 +104,11 @@ def _on_module(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None
     if request is not None and not request.done:
         standardize_(feeding_convolution(parent, name, request.channels))
         request.done = True
-    if vit is not None and isinstance(child, vit.ResBottleneckBlock):
+    if isinstance(child, vit.ResBottleneckBlock):
         _keep_zero_initialization(child.norm3)
     if isinstance(parent, RetinaNetHead) and name in ("cls_subnet", "bbox_subnet"):
         _separate_levels(parent, child)
-    if "pixel_mean" in parent._buffers:  # a part that joins a model that seemed complete
-        complete(child, f"{type(parent).__name__}.{name}")
-
-
-def _on_buffer(module: nn.Module, name: str, buffer: Optional[Tensor]) -> None:
-    if name == "pixel_mean":
-        complete(module, type(module).__name__)
+    fuse_(child)
 
 
 def feeding_convolution(parent: nn.Module, name: str, channels: int) -> nn.Module:
@@ -202,13 +172,3 @@ def _restart_levels(head: nn.Module, inputs: Any) -> None:
     for module in head.modules():
         if isinstance(module, BatchChannelNorm):
             module.restart_levels()
-
-
-def complete(module: nn.Module, name: str) -> None:
-    """To be called when all parts of a model are there: blocks and heads are fused, convolutions
-    share their standardization, and the log says what the model is made of."""
-    fuse_(module)
-    standardize_together(m for m in module.modules() if isinstance(m, WeightStandardized))
-    text = summarize(module)
-    if text:
-        logger.info(f"{name}: {text}")
