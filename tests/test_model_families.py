@@ -149,7 +149,7 @@ FAMILIES = {
     ),
     "PointRend": ("Misc/pointrend_rcnn_R_50_FPN_bcn_ws_1x_1img.yaml", of_point_rend),
     "Faster R-CNN, ResNeXt": (
-        "COCO-Detection/faster_rcnn_X_50_32x4d_FPN_bcn_ws_20-23-24e_1img.yaml",
+        "COCO-Detection/faster_rcnn_X_50_32x4d_FPN_bcn_ws_1x_1img.yaml",
         of_this_package,
     ),
     "RetinaNet": ("COCO-Detection/retinanet_R_50_FPN_bcn_ws_1x_1img.yaml", of_this_package),
