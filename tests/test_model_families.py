@@ -14,7 +14,6 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.layers import DeformConv, ShapeSpec
 from detectron2.modeling import build_model
-from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
@@ -173,8 +172,6 @@ SHARED_HEADS = ("RetinaNet", "FCOS")
 # PointRend's mask head cannot take an image without foreground, whatever its norm: Detectron2's
 # loader leaves out images without objects.
 NEEDS_OBJECTS = {"PointRend"}
-if not hasattr(FCOS, "_match_anchors"):
-    NEEDS_OBJECTS.add("FCOS")  # of Detectron2 0.6
 
 # What the last convolutions and linear layers are called. Some of them are absent in each model.
 PREDICTORS = (

@@ -471,6 +471,4 @@ def snippets():
 @pytest.mark.parametrize("index", range(3), ids=["strings", "convert", "by hand"])
 def test_ways_into_a_project(index):
     assert len(snippets()) == 3
-    if "wsbcn_d2.convert(" in snippets()[index] and not hasattr(wsbcn_d2, "convert"):
-        pytest.skip("this version has no wsbcn_d2.convert")
     exec(snippets()[index], {})

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Dict, Iterator, List, Optional, Tuple, Type
 
 import torch
-from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
+from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm
+from detectron2.layers.batch_norm import LayerNorm
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -31,9 +32,8 @@ _CONVERTED: Tuple[Type[nn.Module], ...] = (
     ChannelNorm,
     nn.GroupNorm,
     nn.InstanceNorm2d,
+    LayerNorm,
 )
-if hasattr(batch_norm, "LayerNorm"):  # newer than Detectron2 0.6
-    _CONVERTED += (batch_norm.LayerNorm,)
 
 # A GroupNorm behind one of these has no feature maps of shape (N, C, H, W).
 _OF_OTHER_SHAPES = (nn.Linear, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d)

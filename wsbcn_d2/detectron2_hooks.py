@@ -27,6 +27,7 @@ from typing import Any, List, Optional
 from detectron2.layers import CycleBatchNormList
 from detectron2.layers import get_norm as detectron2_get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.vit import ResBottleneckBlock
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -45,11 +46,6 @@ from .layers import (
 from .modeling import BACKBONES, fuse_
 from .norm_options import NormOption, get_norm, weight_standardization_request
 from .summary import summarize
-
-try:
-    from detectron2.modeling.backbone import vit
-except ImportError:  # Detectron2 0.6
-    vit = None
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
@@ -108,8 +104,8 @@ def _get_norm(norm, out_channels):  # type: ignore[no-untyped-def]
 def get_norm_for(norm: Any, out_channels: int, caller: FrameType) -> Optional[nn.Module]:
     """What ``detectron2.layers.get_norm`` returns to ``caller``.
 
-    RetinaNetHead asks for a layer of 32 channels (1 in Detectron2 0.6) before its real ones, to
-    look at its type. Groups that divide its channels need not divide those, so that layer gets one.
+    RetinaNetHead asks for a layer of 32 channels before its real ones, to look at its type. Groups
+    that divide its channels need not divide those, so that layer gets one.
     """
     if (
         isinstance(norm, str)
@@ -128,7 +124,7 @@ def _on_module(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None
     if request is not None and not request.done:
         standardize_(feeding_convolution(parent, name, request.channels))
         request.done = True
-    if vit is not None and isinstance(child, vit.ResBottleneckBlock):
+    if isinstance(child, ResBottleneckBlock):
         _keep_zero_initialization(child.norm3)
     if isinstance(parent, RetinaNetHead) and name in ("cls_subnet", "bbox_subnet"):
         _separate_levels(parent, child)

@@ -14,7 +14,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional, Union
 
-from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
+from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
+from detectron2.layers.batch_norm import LayerNorm
 from torch import nn
 
 from .layers import BatchChannelNorm, ChannelNorm
@@ -70,9 +71,8 @@ _KINDS: Dict[str, _Kind] = {
     "nnSyncBN": _Kind(nn.SyncBatchNorm, {}),
     "naiveSyncBN": _Kind(NaiveSyncBatchNorm, {}),
     "naiveSyncBN_N": _Kind(lambda channels: NaiveSyncBatchNorm(channels, stats_mode="N"), {}),
+    "LN": _Kind(LayerNorm, {}),
 }
-if hasattr(batch_norm, "LayerNorm"):  # newer than Detectron2 0.6
-    _KINDS["LN"] = _Kind(batch_norm.LayerNorm, {})
 
 
 def list_norm_options() -> List[str]:

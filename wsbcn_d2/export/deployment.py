@@ -13,20 +13,13 @@ import warnings
 from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
+from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.layers import CycleBatchNormList
 from detectron2.modeling import GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.onnx import symbolic_helper
-
-try:
-    from detectron2.export import TracingAdapter, scripting_with_instances
-except ImportError as error:  # Detectron2 0.6 imports caffe2 there, which PyTorch 2 has not
-    raise ImportError(
-        f"TorchScript and ONNX files are written by detectron2.export, which does not work here "
-        f"({error}). A newer Detectron2 is needed, or the folded checkpoint with its stock config."
-    ) from error
 
 # Half-pixel RoIAlign, which is what Detectron2's ROIAlignV2 is, came with version 16. With
 # Detectron2's STABLE_ONNX_OPSET_VERSION, 11, boxes are wrong by tens of pixels.
