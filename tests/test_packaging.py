@@ -3,18 +3,21 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from detectron2.config import CfgNode
 
-from wsbcn_d2 import model_zoo
+from wsbcn_d2 import model_zoo, version
 from wsbcn_d2.version import check_versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,6 +196,20 @@ def test_every_version_is_checked(monkeypatch):
             else:
                 with pytest.raises(ImportError, match=re.escape(TOO_OLD + found)):
                     check_versions()
+
+
+def test_versions_of_python_are_the_same_everywhere(unpacked_sdist):
+    setup_env = runpy.run_path(str(ROOT / "tools" / "setup_env.py"))
+    (oldest_major, oldest), (_, newest) = setup_env["OLDEST"], setup_env["NEWEST"]
+    tested = [f"{oldest_major}.{minor}" for minor in range(oldest, newest + 1)]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert workflow["jobs"]["tests"]["strategy"]["matrix"]["python"] == tested
+    metadata = Parser().parsestr((unpacked_sdist / "PKG-INFO").read_text())
+    classifiers = [c for c in metadata.get_all("Classifier") if "Python ::" in c]
+    assert classifiers == [f"Programming Language :: Python :: {python}" for python in tested]
+    assert metadata["Requires-Python"] == f">={tested[0]}"
+    assert version._PYTHON == setup_env["OLDEST"]
+    assert f"torch>={version._TORCH[0]}.{version._TORCH[1]}" in metadata.get_all("Requires-Dist")
 
 
 def test_configs_of_a_checkout():

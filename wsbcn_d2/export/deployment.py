@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 import torch
 from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.layers import CycleBatchNormList
-from detectron2.modeling import GeneralizedRCNN, PanopticFPN
+from detectron2.modeling import Backbone, GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ def export_onnx(model: nn.Module) -> bytes:
     )
 
 
-def export_backbone_onnx(backbone: nn.Module) -> bytes:
+def export_backbone_onnx(backbone: Backbone) -> bytes:
     """A backbone, for example ResNet-FPN, as ONNX.
 
     Args:
@@ -139,7 +139,7 @@ def export_backbone_onnx(backbone: nn.Module) -> bytes:
 def _adapter(model: nn.Module) -> Tuple[TracingAdapter, Tensor]:
     """A function from tensor to tensors, which has been called once, and its input."""
     # Nothing is found in it, and what is recorded holds for all images.
-    image = torch.zeros(3, 256, 320, device=model.device)
+    image = torch.zeros(3, 256, 320, device=next(model.parameters()).device)
     adapter = TracingAdapter(model, image, _predict).eval()
     adapter(image)
     return adapter, image
@@ -175,7 +175,7 @@ class _ScriptableRCNN(nn.Module):
     """Returns dictionaries, since a script that returns Instances cannot be saved
     (https://github.com/pytorch/pytorch/issues/46944)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: GeneralizedRCNN) -> None:
         super().__init__()
         self.model = model
 
@@ -217,7 +217,7 @@ def _to_onnx(
         torch.onnx.export(
             adapter,
             (sample,),
-            file,
+            file,  # type: ignore[arg-type]  # a file does, too
             input_names=list(axes)[:1],
             output_names=names,
             dynamic_axes=axes,
