@@ -322,7 +322,7 @@ def test_family(name, tmp_path):
             conv.forget_standardized_weight()
         losses = losses_of(model, with_object)
         # PointRend picks points by what it is unsure of, which rounding can change.
-        same = {"rtol": 1e-3 if name == "PointRend" else 1e-4, "atol": 1e-5}
+        same = {"rtol": 3e-3 if name == "PointRend" else 1e-4, "atol": 1e-5}
         torch.testing.assert_close(losses_of(fold(model), with_object), losses, **same)
         for conv in standardized.values():
             conv.weight.mul_(3.0).add_(0.1)
