@@ -47,7 +47,6 @@ from fvcore.nn.precise_bn import get_bn_modules
 from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from oracles import channel_norm, estimated_bcn, standardized_weight
 from torch import nn
-from versions import needs_cpu_processes
 
 from wsbcn_d2 import BatchChannelNorm, ChannelNorm, WSConv2d
 from wsbcn_d2.layers import WeightStandardized
@@ -836,7 +835,6 @@ if __name__ == "__main__":
 """
 
 
-@needs_cpu_processes
 def test_trap17_and_18_two_processes_train_on_cpu(tmp_path):
     """torch's SyncBatchNorm refuses CPU tensors, and create_ddp_model asks for a GPU. With SyncBCN
     both ranks have the statistics of both."""

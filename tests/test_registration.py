@@ -172,8 +172,6 @@ def test_models_with_stock_norms_are_those_of_stock_detectron2(base, norm):
     wsbcn_d2.unregister()
     try:
         stock = small_model(base, norm)
-    except ValueError as error:  # Detectron2 0.6 builds RetinaNet's GN for one channel, to look
-        pytest.skip(f"Detectron2 cannot build it itself: {error}")
     finally:
         wsbcn_d2.register()
     with logged("detectron2.wsbcn_d2") as messages:

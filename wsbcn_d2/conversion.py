@@ -5,10 +5,11 @@ For models that are not built from norm options: those of other libraries, or sa
 
 import logging
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Tuple, Type
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Type, cast
 
 import torch
-from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
+from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm
+from detectron2.layers.batch_norm import LayerNorm
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -33,9 +34,8 @@ _CONVERTED: Tuple[Type[nn.Module], ...] = (
     ChannelNorm,
     nn.GroupNorm,
     nn.InstanceNorm2d,
+    LayerNorm,
 )
-if hasattr(batch_norm, "LayerNorm"):  # newer than Detectron2 0.6
-    _CONVERTED += (batch_norm.LayerNorm,)
 
 # A GroupNorm behind one of these has no feature maps of shape (N, C, H, W).
 _OF_OTHER_SHAPES = (nn.Linear, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d)
@@ -114,7 +114,7 @@ def convert(model: nn.Module, norm: str = "BCN+WS", *, keep_function: bool = Fal
                 standardize_(conv)
                 standardized += 1
                 if keep_function:
-                    _keep_filters(conv)
+                    _keep_filters(cast(WeightStandardized, conv))
         if change.new is not None:
             become(change.norm, change.new)
     for head in model.modules():
@@ -257,8 +257,9 @@ def _is_frozen(norm: nn.Module, parent: Optional[nn.Module]) -> bool:
 
 def _is_trained(norm: nn.Module) -> bool:
     """Whether the values of a layer are others than those that it starts with."""
-    weight, bias, mean = (getattr(norm, key, None) for key in ("weight", "bias", "running_mean"))
-    return _any(bias) or _any(mean) or (_any(weight) and _any(weight - 1))
+    bias, mean = (getattr(norm, key, None) for key in ("bias", "running_mean"))
+    weight: Optional[Tensor] = getattr(norm, "weight", None)
+    return _any(bias) or _any(mean) or (weight is not None and _any(weight) and _any(weight - 1))
 
 
 def _any(value: Optional[Tensor]) -> bool:
@@ -266,7 +267,7 @@ def _any(value: Optional[Tensor]) -> bool:
     return value is not None and not value.is_meta and bool(value.any())
 
 
-def _num_channels(norm: nn.Module) -> int:
+def _num_channels(norm: Any) -> int:
     if isinstance(norm, CycleBatchNormList):
         return norm[0].num_features
     if isinstance(norm, nn.GroupNorm):

@@ -22,7 +22,7 @@ from typing import Any, Optional
 from detectron2.layers import CycleBatchNormList
 from detectron2.layers import get_norm as detectron2_get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import vit
+from detectron2.modeling.backbone.vit import ResBottleneckBlock
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -85,7 +85,8 @@ def _get_norm(norm, out_channels):  # type: ignore[no-untyped-def]
 def get_norm_for(norm: Any, out_channels: int, caller: FrameType) -> Optional[nn.Module]:
     """What ``detectron2.layers.get_norm`` returns to ``caller``.
 
-    RetinaNetHead asks for a layer of 32 channels before its real ones, to look at its type. Groups that divide its channels need not divide those, so that layer gets one.
+    RetinaNetHead asks for a layer of 32 channels before its real ones, to look at its type. Groups
+    that divide its channels need not divide those, so that layer gets one.
     """
     if (
         isinstance(norm, str)
@@ -104,7 +105,7 @@ def _on_module(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None
     if request is not None and not request.done:
         standardize_(feeding_convolution(parent, name, request.channels))
         request.done = True
-    if isinstance(child, vit.ResBottleneckBlock):
+    if isinstance(child, ResBottleneckBlock):
         _keep_zero_initialization(child.norm3)
     if isinstance(parent, RetinaNetHead) and name in ("cls_subnet", "bbox_subnet"):
         _separate_levels(parent, child)

@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from typing import Any, Dict, List, Optional
+from typing import Any, List, Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -32,8 +32,7 @@ class Trainer(DefaultTrainer):
     - :meth:`build_evaluator` chooses by the type of the dataset;
     - a model with fewer classes than the data is an error that says so;
     - the output folder is made if it is not there;
-    - several processes can train without GPUs (Detectron2 newer than 0.6);
-    - checkpoints have the state of the optimizer (Detectron2 0.6 forgets it).
+    - several processes can train without GPUs.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -67,17 +66,6 @@ class Trainer(DefaultTrainer):
         """DefaultTrainer's hooks, after those of this package: what is saved and evaluated has
         estimates that are averaged and, if asked for, recalibrated."""
         return build_hooks(self.cfg, self) + super().build_hooks()
-
-    if "state_dict" not in vars(DefaultTrainer):
-
-        def state_dict(self) -> Dict[str, Any]:
-            """As DefaultTrainer's of newer versions."""
-            return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
-
-        def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-            """As DefaultTrainer's of newer versions."""
-            super().load_state_dict(state_dict)
-            self._trainer.load_state_dict(state_dict["_trainer"])
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:

@@ -13,20 +13,13 @@ import warnings
 from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
+from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.layers import CycleBatchNormList
-from detectron2.modeling import GeneralizedRCNN, PanopticFPN
+from detectron2.modeling import Backbone, GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.onnx import symbolic_helper
-
-try:
-    from detectron2.export import TracingAdapter, scripting_with_instances
-except ImportError as error:  # Detectron2 0.6 imports caffe2 there, which PyTorch 2 has not
-    raise ImportError(
-        f"TorchScript and ONNX files are written by detectron2.export, which does not work here "
-        f"({error}). A newer Detectron2 is needed, or the folded checkpoint with its stock config."
-    ) from error
 
 # Half-pixel RoIAlign, which is what Detectron2's ROIAlignV2 is, came with version 16. With
 # Detectron2's STABLE_ONNX_OPSET_VERSION, 11, boxes are wrong by tens of pixels.
@@ -117,7 +110,7 @@ def export_onnx(model: nn.Module) -> bytes:
     )
 
 
-def export_backbone_onnx(backbone: nn.Module) -> bytes:
+def export_backbone_onnx(backbone: Backbone) -> bytes:
     """A backbone, for example ResNet-FPN, as ONNX.
 
     Args:
@@ -146,7 +139,7 @@ def export_backbone_onnx(backbone: nn.Module) -> bytes:
 def _adapter(model: nn.Module) -> Tuple[TracingAdapter, Tensor]:
     """A function from tensor to tensors, which has been called once, and its input."""
     # Nothing is found in it, and what is recorded holds for all images.
-    image = torch.zeros(3, 256, 320, device=model.device)
+    image = torch.zeros(3, 256, 320, device=next(model.parameters()).device)
     adapter = TracingAdapter(model, image, _predict).eval()
     adapter(image)
     return adapter, image
@@ -182,7 +175,7 @@ class _ScriptableRCNN(nn.Module):
     """Returns dictionaries, since a script that returns Instances cannot be saved
     (https://github.com/pytorch/pytorch/issues/46944)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: GeneralizedRCNN) -> None:
         super().__init__()
         self.model = model
 
@@ -224,7 +217,7 @@ def _to_onnx(
         torch.onnx.export(
             adapter,
             (sample,),
-            file,
+            file,  # type: ignore[arg-type]  # a file does, too
             input_names=list(axes)[:1],
             output_names=names,
             dynamic_axes=axes,

@@ -14,7 +14,7 @@ parameters of a group repeated for each of its channels.
 
 import copy
 from collections import defaultdict
-from typing import Any, Dict, List, Optional, Set, Tuple, Type
+from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, ModulatedDeformConv
@@ -27,6 +27,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 # What a convolution with a bias can be. Only exact types: a subclass may do more than convolve.
 _CONVOLUTIONS = (nn.Conv2d, Conv2d, nn.ConvTranspose2d, ModulatedDeformConv)
+_Convolution = Union[nn.Conv2d, nn.ConvTranspose2d, ModulatedDeformConv]
 # Those of them that call the layer in their attribute `norm`.
 _OWN_NORM = (Conv2d, ModulatedDeformConv)
 
@@ -73,7 +74,7 @@ def fold(model: nn.Module) -> nn.Module:
     if isinstance(model, DistributedDataParallel):
         model = model.module
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    modules = list(model.modules())
+    modules: List[Any] = list(model.modules())  # their classes change
     for module in modules:
         _strip(module)
         if not _is_ours(type(module)):
@@ -105,7 +106,7 @@ def _fold_standardization(conv: WeightStandardized) -> None:
     dtype = conv.weight.dtype
     conv.weight = _parameter(conv.weight.double())
     weight = conv.standardized_weight()
-    stock = _stock_class(type(conv))
+    stock: Type[nn.Module] = _stock_class(type(conv))
     if stock is Conv2d and conv.norm is None and conv.activation is None:
         stock = nn.Conv2d  # which, unlike Detectron2's, heeds the padding mode
     elif getattr(conv, "padding_mode", "zeros") != "zeros":
@@ -113,7 +114,7 @@ def _fold_standardization(conv: WeightStandardized) -> None:
             f"cannot fold a convolution with a norm or activation of its own and padding_mode="
             f"{conv.padding_mode!r}: detectron2.layers.Conv2d pads with zeros only"
         )
-    conv.__class__ = stock
+    conv.__class__ = stock  # type: ignore[assignment]
     for name in _attributes(conv) - _attributes(stock(1, 1, 1)):
         delattr(conv, name)
     conv.weight = _parameter(weight.to(dtype))
@@ -123,7 +124,7 @@ def _attributes(module: nn.Module) -> Set[str]:
     return {*vars(module), *module._parameters, *module._buffers}
 
 
-def _feeding_convolution(norm: nn.Module, owners: _Owners) -> Optional[nn.Module]:
+def _feeding_convolution(norm: nn.GroupNorm, owners: _Owners) -> Optional[_Convolution]:
     """The convolution whose output is the input of a norm layer, and goes nowhere else; None if
     it is not certain that there is one."""
     if len(owners[id(norm)]) != 1:
@@ -137,7 +138,7 @@ def _feeding_convolution(norm: nn.Module, owners: _Owners) -> Optional[nn.Module
             return None
     before = list(parent._modules.values())[: list(parent._modules).index(name)]
     before = [module for module in before if module is not None]
-    conv = before[-1] if before else None
+    conv: Any = before[-1] if before else None
     if (
         type(conv) not in _CONVOLUTIONS
         or len(owners[id(conv)]) != 1
@@ -151,7 +152,7 @@ def _feeding_convolution(norm: nn.Module, owners: _Owners) -> Optional[nn.Module
     return conv
 
 
-def _scale_outputs(conv: nn.Module, scale: Tensor, shift: Tensor) -> None:
+def _scale_outputs(conv: _Convolution, scale: Tensor, shift: Tensor) -> None:
     """Makes the outputs of a convolution ``scale * conv(x) + shift``, each (C_out,), float64."""
     weight = conv.weight.double()
     if isinstance(conv, nn.ConvTranspose2d):
