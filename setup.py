@@ -7,9 +7,9 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
-# The kernels for the CPU: plain C, loaded with ctypes, for the baseline of the processor (their loops
-# choose among further instructions when they are loaded). Optional: where they cannot be built, pip
-# says so with -v, the installation succeeds, and wsbcn_d2 runs in plain PyTorch after one warning.
+# The kernels for the CPU: plain C, loaded with ctypes, for the baseline of the processor; when they
+# are loaded, their loops choose among further instructions. Optional: where they cannot be built,
+# the installation succeeds, and wsbcn_d2 says in one line that it runs in plain PyTorch.
 KERNELS = Extension(
     "wsbcn_d2.ops.native_kernels",
     sources=["wsbcn_d2/ops/native_kernels.c"],

@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from .layers import BatchChannelNorm, is_convolution, standardize_
 from .modeling import BACKBONES, fuse_
 from .norm_options import NormOption, get_norm, weight_standardization_request
+
 # The layers that RetinaNetHead itself cycles through the levels, if their option is bare.
 CYCLED = (nn.BatchNorm2d, nn.SyncBatchNorm)
 

@@ -56,9 +56,7 @@ def is_one(convs, x, residual=None):
 
 @pytest.mark.parametrize("conv", [WSConv2d, Conv2d])
 @pytest.mark.parametrize("mode", ["estimate", "batch"])
-@pytest.mark.parametrize(
-    "has_residual,activation", [(True, "relu"), (False, "relu"), (False, "")]
-)
+@pytest.mark.parametrize("has_residual,activation", [(True, "relu"), (False, "relu"), (False, "")])
 def test_same_as_single_layers(conv, mode, has_residual, activation):
     """In three steps of training and in evaluation."""
     ours = make_convs(conv, mode=mode)
@@ -132,9 +130,7 @@ ACTIVATIONS = {"another": Half, "ReLU": nn.ReLU, "leaky": nn.LeakyReLU}
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("own", ACTIVATIONS)
-@pytest.mark.parametrize(
-    "has_residual,activation", [(True, "relu"), (False, "relu"), (False, "")]
-)
+@pytest.mark.parametrize("has_residual,activation", [(True, "relu"), (False, "relu"), (False, "")])
 @pytest.mark.parametrize("conv", [WSConv2d, Conv2d])
 def test_activations_of_the_convolutions_come_first(conv, index, own, has_residual, activation):
     convs = make_convs(conv)

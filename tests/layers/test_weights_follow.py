@@ -120,7 +120,7 @@ def backward(model, loss):
     loss(model).backward()
 
 
-# --------------------------------------------------------------- whatever has changed a weight before
+# ------------------------------------------------------------ whatever has changed a weight before
 
 
 def in_place(model):
@@ -362,7 +362,11 @@ def test_keeps_what_a_plain_convolution_keeps():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = conv(x)
-    assert {t.data_ptr() for t in saved} == {x.data_ptr(), conv.weight.data_ptr(), conv.bias.data_ptr()}
+    assert {t.data_ptr() for t in saved} == {
+        x.data_ptr(),
+        conv.weight.data_ptr(),
+        conv.bias.data_ptr(),
+    }
     saved.clear()
     held = weakref.ref(y.grad_fn)
     del y

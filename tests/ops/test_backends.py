@@ -259,7 +259,9 @@ def test_non_finite_batch_is_skipped_and_counted(bad, batch_statistics, images):
 @pytest.mark.parametrize("shape", [(0, 8, 7, 7), (2, 8, 0, 7)])
 def test_empty(shape, statistics):
     inputs = activation(shape, 2, F32)
-    ours = run(inputs, random(shape, F32), residual=random(shape, F32), activation="relu", **statistics)
+    ours = run(
+        inputs, random(shape, F32), residual=random(shape, F32), activation="relu", **statistics
+    )
     torch.testing.assert_close(ours["mean"], inputs[5].double().cpu(), rtol=0, atol=0)
     torch.testing.assert_close(ours["var"], inputs[6].double().cpu(), rtol=0, atol=0)
     assert ours["skipped"] == 0 and ours["seen"] == 0

@@ -24,8 +24,8 @@ class _Accumulation(SimpleTrainer):
     proposal. RetinaNet and FCOS divide by a running average of the foreground, or by that of the
     batch.
 
-    Data parallelism reduces the gradients once, with the last batch. An iteration, which learning rate schedules, hooks and logs count, is a step of the
-    optimizer.
+    Data parallelism reduces the gradients once, with the last batch. An iteration, which learning
+    rate schedules, hooks and logs count, is a step of the optimizer.
     """
 
     accumulate_steps: int
@@ -74,14 +74,13 @@ class _Accumulation(SimpleTrainer):
 class _AMPAccumulation(_Accumulation, AMPTrainer):
     def _autocast(self) -> ContextManager[Any]:
         device = next(self.model.parameters()).device.type
-        # Detectron2 0.6 has neither this attribute nor the next
-        return torch.autocast(device, dtype=getattr(self, "precision", torch.float16))
+        return torch.autocast(device, dtype=self.precision)
 
     def _backward(self, loss: Tensor) -> None:
         self.grad_scaler.scale(loss).backward()
 
     def _step(self) -> None:
-        if getattr(self, "log_grad_scaler", False):
+        if self.log_grad_scaler:
             get_event_storage().put_scalar("[metric]grad_scaler", self.grad_scaler.get_scale())
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()

@@ -6,7 +6,7 @@ that replace BatchNorm layers (FrozenBN conversion, SyncBN conversion, quantizat
 silently drop the channel normalization, leave them alone.
 """
 
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -212,9 +212,7 @@ class BatchChannelNorm(nn.GroupNorm):
         """Makes the next call use the estimates of the first level."""
         self.level = 0
 
-    def forward(
-        self, x: Tensor, residual: Optional[Tensor] = None, activation: str = ""
-    ) -> Tensor:
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None, activation: str = "") -> Tensor:
         """
         Args:
             x: (N, C, H, W), N may be 0.

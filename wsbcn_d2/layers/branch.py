@@ -83,9 +83,7 @@ def _norm_of(conv: nn.Module) -> Optional[BatchChannelNorm]:
     return None
 
 
-def _one_by_one(
-    conv: nn.Module, x: Tensor, residual: Optional[Tensor], activation: str
-) -> Tensor:
+def _one_by_one(conv: nn.Module, x: Tensor, residual: Optional[Tensor], activation: str) -> Tensor:
     own = getattr(conv, "activation", None)  # someone may have put another module there
     function = F.relu if activation == "relu" else None
     if type(conv) in (Conv2d, WSConv2d) and own is None and not is_hooked(conv):

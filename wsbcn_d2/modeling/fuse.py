@@ -13,8 +13,8 @@ _STOCK = {fused: stock for stock, fused in _FUSED.items()}
 
 
 def fuse_(module: nn.Module) -> None:
-    """Turns a stock block or head with BCN into that of this package, and back one that has none any
-    more, in place; other modules stay as they are.
+    """Turns a stock block or head with BCN into that of this package, in place, and one that has no
+    BCN any more back. Other modules stay as they are.
 
     The object stays the same and only its class changes, to one derived from it, or that it was
     derived from. Other subclasses, such as the deformable bottleneck, are left alone.

@@ -37,8 +37,8 @@ A backend (:mod:`.eager`, :mod:`.native_backend`, :mod:`.triton_backend`) has fo
 - ``backward(grad, x, tables, ...)`` takes them (y only where it does not find out from x what the
   activation let through) and returns the gradients of x, of the residual (None if it is that of y),
   and of the parameters, ``weight, bias, group_weight, group_bias``, in one tensor.
-- ``again(x, tables, groups, activation)`` makes y once more, without a residual, so that it need not
-  be saved (:mod:`.branch`).
+- ``again(x, tables, groups, activation)`` makes y once more, without a residual, so that it need
+  not be saved (:mod:`.branch`).
 - ``moments(x)`` returns ``m`` and ``v`` alone.
 """
 
@@ -246,6 +246,4 @@ def _by_formula(
         mean, rstd = _batch_statistics(x, dtype, norm.eps)
     else:
         rstd = torch.rsqrt(var + norm.eps)
-    return batch_channel_norm_by(
-        x, mean, rstd, *norm.parameters, norm.eps, residual, activation
-    )
+    return batch_channel_norm_by(x, mean, rstd, *norm.parameters, norm.eps, residual, activation)

@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 
 from .backend import kernels_for
-from .batch_channel_norm import (
-    check_arguments,
-    gradients_by_kernels,
-    statistics_of_call,
-)
+from .batch_channel_norm import check_arguments, gradients_by_kernels, statistics_of_call
 from .differentiable import aliases, gradients_of
 from .formula import batch_channel_norm_by, standardize_weight
 from .normalization import Normalization

@@ -106,9 +106,7 @@ def backward(
 
     q, c = f * a * p, h * p
     if count.numel():  # gradient through the batch statistics, over all ranks' values
-        less_q, less_c = gradient_of_statistics(
-            a, rstd, grad_weight, grad_bias, count, synchronize
-        )
+        less_q, less_c = gradient_of_statistics(a, rstd, grad_weight, grad_bias, count, synchronize)
         q, c = q - less_q, c - less_c - (m - mu) * less_q
 
     grad_x = centered.mul_(_planes(q)).add_(_planes(c)).addcmul_(compute_grad, _planes(p))

@@ -18,7 +18,11 @@ def several_ranks(process_group: Optional["dist.ProcessGroup"] = None) -> bool:
 
 
 def update_estimates(
-    norm: Normalization, mean: Tensor, var: Tensor, rate: Union[float, Tensor], count: Union[float, Tensor]
+    norm: Normalization,
+    mean: Tensor,
+    var: Tensor,
+    rate: Union[float, Tensor],
+    count: Union[float, Tensor],
 ) -> None:
     """Moves the estimates towards the statistics of a batch, in place.
 

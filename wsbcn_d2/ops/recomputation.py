@@ -1,7 +1,7 @@
 """Activation checkpointing: a call that is repeated uses the estimates of the call.
 
 A forward pass of training moves the estimates and then normalizes by them. When a backward pass
-repeats it, they must not move, and may have been moved on by other calls of the layer meanwhile (two
+repeats it, they must not move, and other calls of the layer may have moved them on meanwhile (two
 views of an image, a Siamese branch, feature levels). Neither kind of PyTorch's checkpointing says
 which call is being repeated. So calls that may be repeated are remembered, by the layer, with the
 estimates that they used and the mean statistics of their input, which tell them apart.
@@ -107,8 +107,8 @@ def _call_of(norm: Normalization, x: Tensor, m: Tensor, v: Tensor) -> Normalizat
     calls = [call for call in _calls.get(norm.layer, []) if call.shape == x.shape]
     if not calls:
         raise RuntimeError(
-            "a backward pass repeats a call of a BatchChannelNorm (activation checkpointing) for an "
-            f"input of shape {tuple(x.shape)}, but the layer had none, or {_MOST} calls ago"
+            "a backward pass repeats a call of a BatchChannelNorm (activation checkpointing) for "
+            f"an input of shape {tuple(x.shape)}, but the layer had none, or {_MOST} calls ago"
         )
     distances = torch.stack([call.distance(m.mean(0), v.mean(0)) for call in calls])
     if len(calls) == 1:

@@ -34,8 +34,8 @@ def may_be_repeated() -> bool:
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether ``torch.func`` is at work, or one of the tensors stands for many, as gradients do with
-    ``is_grads_batched=True``."""
+    """Whether ``torch.func`` is at work, or one of the tensors stands for many, as gradients with
+    ``is_grads_batched=True`` do."""
     return torch._C._are_functorch_transforms_active() or any(
         [torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors]
     )

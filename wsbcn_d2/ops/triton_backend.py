@@ -310,9 +310,7 @@ def _plan_forward(
         block_c = min(triton.next_power_of_2(channels), 16)
         blocks = {"BLOCK_R": _block(rows, _TABLE_TILE // block_c), "BLOCK_C": block_c}
         grid = (triton.cdiv(channels, block_c),)
-        pool = _Launch(
-            kernels.pool_kernel, grid, {"AROUND_ESTIMATE": update, **blocks, **counts}
-        )
+        pool = _Launch(kernels.pool_kernel, grid, {"AROUND_ESTIMATE": update, **blocks, **counts})
     tables = None
     if fused is None:
         there, programs = tiling.groups_of_a_program(shape, groups)
@@ -540,9 +538,7 @@ def again(x: Tensor, tables: Tensor, groups: int, activation: str) -> Tensor:
     x = dense(x)
     y = torch.empty_like(x)
     if x.shape.numel():
-        launch = _plan_again(
-            x.shape, x.is_contiguous(), x.device, tables.dtype, groups, activation
-        )
+        launch = _plan_again(x.shape, x.is_contiguous(), x.device, tables.dtype, groups, activation)
         # Nothing of what it would find out the tables from.
         launch(x, None, y, tables, *[None] * 12, 0.0, 0.0)
     return y
