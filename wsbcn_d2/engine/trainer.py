@@ -12,13 +12,17 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from ..config import ConfigError
+from ..summary import summarize
 from .accumulation import accumulate_gradients
 from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator, inference_folder
 from .hooks import build_hooks
 from .setup import check_classes
+
+logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
 
 class Trainer(DefaultTrainer):
@@ -66,6 +70,13 @@ class Trainer(DefaultTrainer):
         """DefaultTrainer's hooks, after those of this package: what is saved and evaluated has
         estimates that are averaged and, if asked for, recalibrated."""
         return build_hooks(self.cfg, self) + super().build_hooks()
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """DefaultTrainer's; the log says what is normalized and standardized how."""
+        model = super().build_model(cfg)
+        logger.info(f"{type(model).__name__}: {summarize(model) or 'no BCN, CN or WS'}")
+        return model
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
