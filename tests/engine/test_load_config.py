@@ -1,5 +1,8 @@
+import json
+
 import pytest
 import torch
+from data.small_coco import coco
 
 from wsbcn_d2.data import builtin
 from wsbcn_d2.engine import ConfigError, check_model, load_config
@@ -85,6 +88,12 @@ def test_file_that_is_no_config(tmp_path, text):
         load_config(str(path))
 
 
+def test_evaluation_needs_a_dataset(config_file):
+    opts = ["MODEL.WEIGHTS", config_file]
+    with pytest.raises(ConfigError, match="DATASETS.TEST is empty, and must name a dataset"):
+        load_config(config_file, opts, needs=TO_EVALUATE)
+
+
 def test_evaluation_needs_weights(config_file):
     with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty, and must name the checkpoint"):
         load_config(config_file, needs=TO_EVALUATE)
@@ -110,8 +119,9 @@ def test_missing_config_file():
         load_config("nowhere.yaml")
 
 
-def test_missing_datasets(config_file, tmp_path, monkeypatch):
+def test_missing_datasets(config_file, tmp_path, monkeypatch, register):
     """Training data may be absent where only evaluation is asked for."""
+    mine = register(coco(classes=[str(i) for i in range(10)]))
     for name in builtin._DIGITS:
         builtin.DatasetCatalog.remove(name)
         builtin.MetadataCatalog.remove(name)
@@ -120,7 +130,8 @@ def test_missing_datasets(config_file, tmp_path, monkeypatch):
     opts = ["DATASETS.TRAIN", "('digits_train',)"]
     with pytest.raises(ConfigError, match="digits_train.*prepare_digits"):
         load_config(config_file, opts)
-    load_config(config_file, [*opts, "MODEL.WEIGHTS", config_file], needs=TO_EVALUATE)
+    test = ["DATASETS.TEST", (mine,), "MODEL.WEIGHTS", config_file]
+    load_config(config_file, [*opts, *test], needs=TO_EVALUATE)
     load_config(config_file, opts, needs=("OUTPUT_DIR",))
 
 
@@ -158,7 +169,8 @@ def test_datasets_of_a_config(config_file, tmp_path):
     try:
         with pytest.raises(ConfigError, match="'mine': its json_file '.*a.json' does not exist"):
             load_config(config_file, opts)
-        (tmp_path / "a.json").write_text("{}")
+        (tmp_path / "a.json").write_text(json.dumps(coco()))
+        opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "2"]
         for _ in range(2):  # a process may read several configs
             load_config(config_file, opts)
         opts[1][0][1] = str(tmp_path / "." / "x" / ".." / "a.json")  # the same file
