@@ -21,6 +21,7 @@ from ..data.coco_format import coco_file, complete
 
 # How many detections of a class in an image count.
 COCO_MAX_DETECTIONS = 100
+AP_AT_100 = f"AP@{COCO_MAX_DETECTIONS}"  # COCO's AP, where more count
 _LVIS_MAX_DETECTIONS = 300
 _UNLIMITED = 10**6
 
@@ -76,8 +77,8 @@ class CocoFileEvaluator(COCOEvaluator):
             precision = coco_eval.eval["precision"][..., 0, 1]
             precision = precision[precision > -1]
             at_100 = float(precision.mean()) * 100 if precision.size else float("nan")
-            self._logger.info(f"AP@{COCO_MAX_DETECTIONS} for {iou_type}: {at_100:.3f}")
-            results[f"AP@{COCO_MAX_DETECTIONS}"] = at_100
+            self._logger.info(f"{AP_AT_100} for {iou_type}: {at_100:.3f}")
+            results[AP_AT_100] = at_100
         return results
 
 
