@@ -1,18 +1,15 @@
 """What strangers' files look like, and what pycocotools makes of them afterwards."""
 
-import copy
 import json
 import os
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
-from data.small_coco import SIDE, coco
 from detectron2.data import MetadataCatalog
-from pycocotools.coco import COCO
 
-from wsbcn_d2.data import check_datasets
-from wsbcn_d2.data import coco_format
+from data.small_coco import SIDE, coco
+from wsbcn_d2.data import check_datasets, coco_format
 
 
 def changed(place, index, value=None, **keys):

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from data.small_coco import coco
+import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from data.small_coco import coco
 from wsbcn_d2 import add_wsbcn_config
 from wsbcn_d2.engine import ConfigError, Trainer, load_config
 from wsbcn_d2.engine.data import check_data
-from wsbcn_d2.engine.setup import TO_EVALUATE
 
 
 def config(train=(), test=(), *opts):
@@ -258,3 +258,29 @@ def test_keypoints_train_and_evaluate(register, tmp_path):
     results = trainer._last_eval_results
     assert {"bbox", "keypoints"} == set(results)
     assert np.isfinite(results["keypoints"]["AP"])
+
+
+def test_a_step_at_the_last_iteration(register, tmp_path):
+    """Which has no effect; Detectron2 asks for fewer."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    rates = {}
+    for steps in ((2, 4), (2,), (2, 4, 9)):
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        opts = ["SOLVER.MAX_ITER", 4, "SOLVER.STEPS", steps, "SOLVER.WARMUP_ITERS", 0]
+        scheduler = Trainer.build_lr_scheduler(config([], [], *opts), optimizer)
+        rates[steps] = []
+        for _ in range(4):
+            rates[steps].append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+    assert rates[2, 4] == rates[(2,)] == rates[2, 4, 9] == pytest.approx([1, 1, 0.1, 0.1])
+
+
+def test_trainer_looks_at_its_data_before_it_builds_a_model(register, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "build_model", lambda cfg: pytest.fail("a model is built"))
+    cfg = config([register(coco())], [register(RENUMBERED)], "OUTPUT_DIR", str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="in another order"):
+        Trainer(cfg)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN is empty"):
+        Trainer(config())

@@ -2,8 +2,10 @@ import json
 
 import pytest
 import torch
-from data.small_coco import coco
+from detectron2.config import LazyConfig
 
+from data.small_coco import coco
+from wsbcn_d2 import model_zoo
 from wsbcn_d2.data import builtin
 from wsbcn_d2.engine import ConfigError, check_model, load_config
 from wsbcn_d2.engine.setup import TO_EVALUATE
@@ -59,6 +61,21 @@ def test_device_follows_the_machine(config_file):
             "ROI_BOX_HEAD.NORM: 'CN' has no effect, because NUM_CONV is 0",
         ),
         (["OUTPUT_DIR", ""], "OUTPUT_DIR is empty"),
+        (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER: must be at least 1, got 0"),
+        (["SOLVER.STEPS", "(20, 10)"], r"STEPS: must be iterations in ascending .* got \(20, 10\)"),
+        (["SOLVER.STEPS", "(0.5, 0.9)"], "SOLVER.STEPS: must be iterations in ascending order"),
+        (
+            ["TEST.AUG.ENABLED", "True", "MODEL.META_ARCHITECTURE", "RetinaNet"],
+            "TEST.AUG.ENABLED: a RetinaNet cannot be evaluated with test-time augmentation",
+        ),
+        (
+            ["TEST.AUG.ENABLED", "True", "MODEL.META_ARCHITECTURE", "PanopticFPN"],
+            "TEST.AUG.ENABLED: a PanopticFPN cannot",
+        ),
+        (
+            ["TEST.AUG.ENABLED", "True", "MODEL.KEYPOINT_ON", "True"],
+            "TEST.AUG.ENABLED: models with MODEL.KEYPOINT_ON cannot",
+        ),
         (["OUTPUT_DIR", __file__], "OUTPUT_DIR: cannot write .* is not a folder"),
         (["DATASETS.COCO_FORMAT", "(('a', 'b'),)"], r"COCO_FORMAT: .*, got \('a', 'b'\)"),
         (["DATASETS.COCO_FORMAT", "('a', 'b', 'c')"], "COCO_FORMAT: .*, got 'a'"),
@@ -161,6 +178,20 @@ def test_weights_are_not_needed_to_resume(config_file, tmp_path):
 def test_lazy_config():
     with pytest.raises(ConfigError, match="a.py is a LazyConfig; .* tools/lazyconfig_train_net.py"):
         load_config("a.py")
+
+
+def test_run_of_a_lazy_config(tmp_path):
+    """Its config.yaml, given to a tool for YAML configs."""
+    cfg = model_zoo.get_config("LazyConfig/retinanet_R_50_FPN_1x.py")
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    message = "config.yaml is of a run of a LazyConfig, and a YAML config is needed here"
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(tmp_path / "config.yaml"), needs=("WEIGHTS",))
+
+
+def test_augmentation_is_no_matter_where_nothing_is_evaluated(config_file):
+    opts = ["TEST.AUG.ENABLED", "True", "MODEL.META_ARCHITECTURE", "RetinaNet"]
+    load_config(config_file, opts, needs=("OUTPUT_DIR",))
 
 
 def test_datasets_of_a_config(config_file, tmp_path):

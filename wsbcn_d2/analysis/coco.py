@@ -67,8 +67,8 @@ class CocoEvaluation:
                 scores; COCO's number by default.
 
         Raises:
-            ValueError: if a prediction is of an image or class that the dataset lacks, or its mask is not
-                run-length encoded, or the dataset has no categories.
+            ValueError: if a prediction is of an image or a class that the dataset lacks, or its
+                mask is not run-length encoded, or the dataset has no categories.
         """
         if not ground_truth.getCatIds():
             raise ValueError("the annotations have no categories")

@@ -51,7 +51,8 @@ def check_data(cfg: CfgNode, parts: Sequence[str] = ("TRAIN", "TEST")) -> None:
             if file is None:
                 continue
             if cfg.MODEL.MASK_ON:
-                _check_masks(cfg, file, training=part == "TRAIN")
+                masks = ("MODEL.MASK_ON", "INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT)
+                check_masks(file, part == "TRAIN", *masks)
             if cfg.MODEL.KEYPOINT_ON:
                 _check_keypoints(cfg, file, training=part == "TRAIN")
     if "TRAIN" in parts:
@@ -109,17 +110,31 @@ def _check_objects(cfg: CfgNode) -> None:
         raise ConfigError(f"DATASETS.TRAIN: {names} have no annotations of objects to train with")
 
 
-def _check_masks(cfg: CfgNode, file: CocoFile, training: bool) -> None:
+def check_masks(
+    file: CocoFile, training: bool, key: str, format_key: str = "", mask_format: str = ""
+) -> None:
+    """Looks for the masks that a model needs.
+
+    Args:
+        file: the annotations.
+        training: whether they are trained with; else evaluated.
+        key: of the config, by which the model has masks.
+        format_key, mask_format: the key of the format of masks in training, "polygon" or "bitmask",
+            and its value.
+
+    Raises:
+        ConfigError: if one is missing, or of another format.
+    """
     missing = file.without_mask if training else file.without_usable_mask
     if missing:
         raise ConfigError(
-            f"MODEL.MASK_ON is True, but in {file.path!r} {missing} has no segmentation"
+            f"{key} is True, but in {file.path!r} {missing} has no segmentation"
             f"{'' if training else ' with a polygon of three points or more'}; all must have one. "
-            "A model of boxes alone has MODEL.MASK_ON False"
+            f"A model of boxes alone has {key} False"
         )
-    if training and file.run_length_encoded and cfg.INPUT.MASK_FORMAT == "polygon":
+    if training and file.run_length_encoded and mask_format == "polygon":
         raise ConfigError(
-            f"INPUT.MASK_FORMAT is 'polygon', but in {file.path!r} {file.run_length_encoded} has a "
+            f"{format_key} is 'polygon', but in {file.path!r} {file.run_length_encoded} has a "
             "run-length encoded mask; 'bitmask' takes both"
         )
 

@@ -48,10 +48,10 @@ class CocoFileEvaluator(COCOEvaluator):
             ValueError: if the annotations are not in COCO's format.
         """
         json_file = MetadataCatalog.get(dataset_name).get("json_file")
-        file = coco_file(json_file) if json_file else None
+        if json_file:  # else Detectron2 writes one
+            coco_file(json_file)
         super().__init__(dataset_name, **kwargs)
-        if file is not None:  # else Detectron2 has written it
-            complete(self._coco_api, file)
+        complete_annotations(self)
         self._more = max_detections < 0 or max_detections > COCO_MAX_DETECTIONS
         if self._more:
             limit = max_detections if max_detections > 0 else _UNLIMITED
@@ -80,6 +80,11 @@ class CocoFileEvaluator(COCOEvaluator):
             self._logger.info(f"{AP_AT_100} for {iou_type}: {at_100:.3f}")
             results[AP_AT_100] = at_100
         return results
+
+
+def complete_annotations(evaluator: COCOEvaluator) -> None:
+    """Adds to the annotations of an evaluator, in place, what they may lack."""
+    complete(evaluator._coco_api, coco_file(evaluator._metadata.json_file))
 
 
 class _Settings(NamedTuple):

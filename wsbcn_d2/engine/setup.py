@@ -56,6 +56,7 @@ def load_config(
         raise ConfigError(
             f"{config_file} is a LazyConfig; these are for tools/lazyconfig_train_net.py"
         )
+    _refuse_lazy_run(config_file)
     opts = list(opts)
     for option in opts:
         if str(option).startswith("--"):
@@ -111,6 +112,20 @@ def check_model(cfg: CfgNode) -> None:
         build_model(cfg)
     except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"the model of the config cannot be built: {error}") from error
+
+
+def _refuse_lazy_run(config_file: str) -> None:
+    """The config.yaml in the folder of a LazyConfig's run is none of Detectron2's YAML configs."""
+    if not os.path.isfile(config_file):
+        return
+    with open(config_file, errors="replace") as file:
+        if "_target_:" in file.read():
+            raise ConfigError(
+                f"{config_file} is of a run of a LazyConfig, and a YAML config is needed here. In "
+                "Python, the model is instantiate(LazyConfig.load(CONFIG).model), and with the "
+                "weights in it the functions of the tools take it: wsbcn_d2.fold, "
+                "wsbcn_d2.engine.recalibrate_estimates, wsbcn_d2.analysis.analyze_model"
+            )
 
 
 def _unknown_key(cfg: CfgNode, message: str) -> str:
