@@ -6,7 +6,6 @@ from typing import Any, List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.utils.logger import log_first_n
 from pycocotools.cocoeval import Params
 
 from ..config import ConfigError
@@ -44,7 +43,7 @@ def check_data(cfg: CfgNode, parts: Sequence[str] = ("TRAIN", "TEST")) -> None:
         check_same_classes(list(dict.fromkeys(compared)))
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    check_classes(cfg, used)
+    _check_classes(cfg, used)
     for part in parts:
         for name in cfg.DATASETS[part]:
             file = annotation_facts(name)
@@ -75,7 +74,7 @@ def _is_there(name: str) -> bool:
     return True
 
 
-def check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
+def _check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
     """Compares the number of classes of the model with that of datasets, as far as it is known.
 
     More classes than there are in the data are allowed, and warned of.
@@ -96,7 +95,7 @@ def check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
         message = f"{key} is {expected}, but {name!r} has {len(classes)} ({shown})"
         if len(classes) > expected:
             raise ConfigError(message)
-        log_first_n(logging.WARNING, message, key="message", name=logger.name)
+        logger.warning(message)
 
 
 def _check_objects(cfg: CfgNode) -> None:

@@ -16,7 +16,7 @@ from detectron2.utils.logger import setup_logger
 from ..config import ConfigError
 from .accumulation import accumulate_gradients
 from .checkpoint import AtomicCheckpointer
-from .data import check_classes, check_data
+from .data import check_data
 from .evaluation import build_evaluator, inference_folder
 from .hooks import build_hooks
 
@@ -44,15 +44,14 @@ class Trainer(DefaultTrainer):
             cfg: a config with the keys of :func:`wsbcn_d2.add_wsbcn_config`.
 
         Raises:
-            ConfigError: if there is no data, or it does not fit together.
+            ConfigError: if there is no data, or it does not fit together or to the model.
         """
         TrainerBase.__init__(self)
-        _require_training_data(cfg)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()  # as DefaultTrainer does for scripts without default_setup
         # Once for all processes; but Detectron2 wants the names of keypoints in each.
         if comm.is_main_process() or cfg.MODEL.KEYPOINT_ON:
             check_data(cfg)
-        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
-            setup_logger()  # as DefaultTrainer does for scripts without default_setup
         PathManager.mkdirs(cfg.OUTPUT_DIR)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
@@ -79,15 +78,14 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """DefaultTrainer's, once the model has as many classes as the data.
+        """DefaultTrainer's.
 
         Raises:
-            ConfigError: if it has fewer, or there is no data.
+            ConfigError: if there is no data.
         """
-        _require_training_data(cfg)
-        loader = super().build_train_loader(cfg)
-        check_classes(cfg, cfg.DATASETS.TRAIN)
-        return loader
+        if not cfg.DATASETS.TRAIN:
+            raise ConfigError("DATASETS.TRAIN is empty, and must name a dataset")
+        return super().build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -117,11 +115,6 @@ class Trainer(DefaultTrainer):
             max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
             oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
-
-
-def _require_training_data(cfg: CfgNode) -> None:
-    if not cfg.DATASETS.TRAIN:
-        raise ConfigError("DATASETS.TRAIN is empty, and must name a dataset")
 
 
 def _with(cfg: CfgNode, opts: List[Any]) -> CfgNode:
