@@ -120,7 +120,8 @@ def check_datasets(names: Iterable[str]) -> None:
                 continue
             if not os.path.exists(path):
                 raise FileNotFoundError(_describe_missing(name, attribute, path))
-            if os.path.isdir(path) == (attribute in _FILES):
+            of_coco = metadata.get("evaluator_type") in _COCO_EVALUATORS
+            if of_coco and os.path.isdir(path) == (attribute in _FILES):
                 found, allowed = ("folder", "file") if attribute in _FILES else ("file", "folder")
                 raise ValueError(
                     f"dataset {name!r}: its {attribute} {path!r} is a {found}, and must be a "
