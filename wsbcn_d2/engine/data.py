@@ -35,14 +35,17 @@ def check_data(cfg: CfgNode, parts: Sequence[str] = ("TRAIN", "TEST")) -> None:
     Raises:
         ConfigError: naming the file or key, what was found and what is allowed.
     """
+    used = [name for part in parts for name in cfg.DATASETS[part]]
+    trained_with = [] if "TRAIN" in parts else [*filter(_is_there, cfg.DATASETS.TRAIN)]
     try:
-        for part in parts:
-            check_datasets(cfg.DATASETS[part])
-        used = [name for part in parts for name in cfg.DATASETS[part]]
-        compared = used if "TRAIN" in parts else [*filter(_is_there, cfg.DATASETS.TRAIN), *used]
-        check_same_classes(list(dict.fromkeys(compared)))
+        check_datasets(used)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
+    try:
+        check_same_classes([*trained_with, *used])
+    except ValueError as error:
+        hint = ". DATASETS.TRAIN is what the model was trained with" if trained_with else ""
+        raise ConfigError(f"{error}{hint}") from error
     _check_classes(cfg, used)
     for part in parts:
         for name in cfg.DATASETS[part]:
