@@ -27,7 +27,6 @@ _VARIABLES = (
     "DETECTRON2_DATASETS",
     "OMP_NUM_THREADS",
     "WSBCN_D2_BACKEND",
-    "WSBCN_D2_EXTENSION",
 )
 _NAME_WIDTH = 22
 _LINE_WIDTH = 100
@@ -63,7 +62,6 @@ def _collect() -> List[Tuple[str, str]]:
     info += [(f"${name}", os.environ[name]) for name in _VARIABLES if name in os.environ]
     info += [
         ("kernels", ops.backend_name()),
-        ("extension", "in use" if ops.has_extension() else "not in use: Python does its work"),
         ("registered", "yes" if detectron2_hooks.is_registered() else "no"),
         ("norm options", ", ".join(norm_options.list_norm_options()) + "; each also with +WS"),
         ("backbones", ", ".join(_backbones()) or "none"),
