@@ -1,37 +1,237 @@
-"""What the documents tell people to run."""
+"""What the documents say and tell people to run."""
 
+import argparse
+import importlib.util
 import json
 import os
 import re
+import runpy
+import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer
+from detectron2.modeling import build_model
 
+import wsbcn_d2
 from wsbcn_d2.data import make_digits_dataset
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-# for patterns in file names, one that must exist
-PLACEHOLDERS = {"<norm>": "bcn_ws", "<schedule>": "2x", "<images>": "1img"}
+README = (ROOT / "README.md").read_text()
+GETTING_STARTED = (ROOT / "docs" / "getting_started.md").read_text()
+# What stands for something, and one thing that it may stand for.
+PLACEHOLDERS = {"<norm>": "bcn_ws", "<schedule>": "2x", "<images>": "1img", "<seed>": "1"}
+# Programs of others.
+FOREIGN = {"pip", "git", "sed", "source", "twine", "pre-commit"}
+
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_files_that_are_named_exist(document):
+def text_of(document):
     text = document.read_text()
     for placeholder, value in PLACEHOLDERS.items():
         text = text.replace(placeholder, value)
-    folders = "tools|configs|docs|requirements|tests|wsbcn_d2"
-    paths = set(re.findall(rf"\b((?:{folders})/[\w/.-]+\.\w+)", text))
-    paths |= {path for path in re.findall(r"\]\(([\w.-]+\.md)\)", text) if document.parent == ROOT}
-    assert paths
+    return text
+
+
+def blocks(text, language=""):
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)
+    return [block for name, block in found if name == language]
+
+
+def section(text, title):
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.S | re.M)[1]
+
+
+# ------------------------------------------------------------------------------------------ links
+
+
+@every_document
+def test_files_that_are_named_exist(document):
+    folders = "benchmarks|tools|configs|docs|requirements|tests|wsbcn_d2"
+    paths = set(re.findall(rf"\b((?:{folders})/[\w/.-]+\.\w+)", text_of(document)))
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def anchors(document):
+    """Those that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.*)", document.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@every_document
+def test_links_are_alive(document):
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    assert dead == []
+
+
+# --------------------------------------------------------------------------------------- commands
+
+
+class Parsed(Exception):
+    """Takes the place of what a tool would do with its arguments."""
+
+
+def parse(tool, arguments, monkeypatch):
+    """The arguments of a tool as it understands them; SystemExit if it does not."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop(parser, *args):
+        raise Parsed(parse_args(parser, *args))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [tool, *arguments])
+    with pytest.raises(Parsed) as parsed:
+        runpy.run_path(str(ROOT / tool), run_name="__main__")
+    monkeypatch.undo()
+    return parsed.value.args[0]
+
+
+def commands(text):
+    """The commands in a document as lists of words, without what comes before the program."""
+    for block in blocks(text):
+        variables = {}
+        for line in block.replace("\\\n", " ").splitlines():
+            for name, value in variables.items():
+                line = line.replace(f"${name}", value)
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"\w+=.*", words[0]):
+                name, _, variables[name] = words.pop(0).partition("=")
+            if words[:1] == ["cd"]:  # what follows is for another project
+                break
+            if words:
+                yield words
+    for line in re.findall(r"`(tools/\w+\.py [^`]+)`", text):
+        yield shlex.split(line)
+
+
+def check_command(words, monkeypatch):
+    program, *arguments = words
+    if program.startswith("tools/"):
+        options = parse(program, arguments, monkeypatch)
+        if "lazy" not in program:
+            cfg = get_cfg()
+            wsbcn_d2.add_wsbcn_config(cfg)
+            cfg.merge_from_list(getattr(options, "opts", None) or [])
+    elif program == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+        assert {word for word in arguments if "=" not in word} <= set(targets)
+    elif program == "python" and arguments[0] == "-m":
+        sys.path.insert(0, str(ROOT))
+        assert importlib.util.find_spec(arguments[1]) is not None
+        sys.path.remove(str(ROOT))
+    elif program == "python" and arguments[0] == "-c":
+        compile(arguments[1], "command", "exec")
+    elif program in ("python", ".ci/run"):
+        assert (ROOT / words[-1]).is_file()
+    else:
+        assert program in FOREIGN
+
+
+@every_document
+def test_commands_are_understood(document, monkeypatch):
+    for words in commands(text_of(document)):
+        try:
+            check_command(words, monkeypatch)
+        except (AssertionError, KeyError, SystemExit, ValueError) as error:
+            raise AssertionError(f"{document.name}: {shlex.join(words)}") from error
+
+
+def test_commands_are_found():
+    programs = [words[0] for words in commands(README)]
+    assert programs.count("make") == 2 and "tools/train_net.py" in programs
 
 
 def test_tools_can_be_executed():
     assert [t for t in (ROOT / "tools").iterdir() if t.suffix and not os.access(t, os.X_OK)] == []
+
+
+# ---------------------------------------------------------------------------------------- numbers
+
+
+def pairs(name):
+    """Box and mask AP of the settings of docs/results/NAME.json, as the documents write them."""
+    runs = {}
+    for run in json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())["runs"]:
+        values = [run["ap"][kind]["AP"]["value"] for kind in ("bbox", "segm")]
+        runs.setdefault((run["norm"].split(",")[0], run["label"]), []).append(values)
+    return {
+        setting: " / ".join(
+            f"{statistics.mean(v):.1f}" + (f" ± {statistics.stdev(v):.1f}" if len(v) > 1 else "")
+            for v in zip(*values)
+        )
+        for setting, values in runs.items()
+    }
+
+
+def test_numbers_of_the_readme():
+    rows = re.findall(r"^\| `([^`]+)` \| (\d[^|]*) \| ([^|]*) \|", README, re.M)
+    assert {norm: f"{box} / {mask}" for norm, box, mask in rows} == {
+        norm: pair for (norm, _), pair in pairs("long").items() if norm != "BN"
+    }
+
+
+NUMBER = r"\d+\.\d(?: ± \d+\.\d)?"
+
+
+def test_numbers_of_the_results():
+    text = (ROOT / "docs" / "results.md").read_text()
+    found = 0
+    for part in re.split(r"^## ", text, flags=re.M):
+        names = re.findall(r"\(results/(\w+)\.md\)", part)
+        known = {pair for name in names if name != "norms" for pair in pairs(name).values()}
+        if "larger batches" in part:  # which quotes the first section
+            known |= set(pairs("long").values())
+        given = re.findall(f"{NUMBER} / {NUMBER}", part)
+        assert [pair for pair in given if pair not in known] == []
+        found += len(given)
+    assert found > 40
+
+
+# --------------------------------------------------------------------------------------- snippets
+
+
+@every_document
+def test_snippets_are_python(document):
+    for snippet in blocks(document.read_text(), "python"):
+        compile(snippet, document.name, "exec")
+
+
+def test_use(tmp_path):
+    """The lines of the README make of a model of Detectron2 what they promise."""
+    (python,) = blocks(README, "python")
+    (yaml,) = blocks(README, "yaml")
+    names = {}
+    exec(python, names)
+    cfg = names["cfg"]
+    stock = model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml")
+    cfg.merge_from_file(stock)
+    (tmp_path / "my.yaml").write_text(yaml)
+    cfg.merge_from_file(str(tmp_path / "my.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    summary = wsbcn_d2.summarize(build_model(cfg))
+    assert summary.startswith("weight standardization in 69 of 74 convolutions")
+    assert "69 BatchChannelNorm(estimate)" in summary
+
+
+def test_your_own_trainer():
+    (python,) = blocks((ROOT / "docs" / "statistics.md").read_text(), "python")
+    names = {}
+    exec(python, names)
+    assert issubclass(names["MyTrainer"], DefaultTrainer)
 
 
 def one_class_with_polygons(annotations):
@@ -45,23 +245,25 @@ def one_class_with_polygons(annotations):
     annotations.write_text(json.dumps(data))
 
 
-def test_your_own_lazy_config(tmp_path):
-    (config,) = re.findall(r"^```python\n([^`]*lr_multiplier.*?)```", README, re.S | re.M)
-    (norm,) = re.findall(r"--config-file my_lazy.py '(train.norm=.*?)'`", README)
-    make_digits_dataset(
-        str(tmp_path / "balloon"), num_train=2, num_val=2, image_size=64, progress=False
-    )
-    for annotations in (tmp_path / "balloon" / "annotations").iterdir():
+def make_balloons(folder, **sizes):
+    make_digits_dataset(str(folder), progress=False, **sizes)
+    for annotations in (folder / "annotations").iterdir():
         one_class_with_polygons(annotations)
+
+
+def test_your_own_lazy_config(tmp_path):
+    text = section(GETTING_STARTED, "LazyConfig")
+    (config,), (command,) = blocks(text, "python"), blocks(text)
+    make_balloons(tmp_path / "balloon", num_train=2, num_val=2, image_size=64)
     (tmp_path / "my_lazy.py").write_text(config)
+    tool, *arguments = shlex.split(command)
     size = "mapper.augmentations.0.short_edge_length"
     small = [
         *("train.max_iter=1", "train.device=cpu"),
         *("dataloader.train.num_workers=0", "dataloader.test.num_workers=0"),
         *(f"dataloader.train.{size}=[64]", f"dataloader.test.{size}=64"),
     ]
-    command = [sys.executable, str(ROOT / "tools" / "lazyconfig_train_net.py")]
-    command += ["--config-file", "my_lazy.py", norm, *small]
+    command = [sys.executable, str(ROOT / tool), *arguments, *small]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -70,21 +272,14 @@ def test_your_own_lazy_config(tmp_path):
 
 
 def test_your_own_dataset(tmp_path):
-    text = README
-    section = re.search(r"## Your own dataset\n(.*?)\n## ", text, re.S)
-    # and one of COCO's configs, which needs weights from the network
-    commands = re.findall(r"^```\n(.*?)```", section[1], re.S | re.M)[:2]
-    (predictor,) = re.findall(r"^```python\n([^`]*DefaultPredictor\(.*?)```", text, re.S | re.M)
-    make_digits_dataset(
-        str(tmp_path / "balloon"), num_train=4, num_val=2, image_size=96, progress=False
-    )
-    for annotations in (tmp_path / "balloon" / "annotations").iterdir():
-        one_class_with_polygons(annotations)
+    (train,) = blocks(section(README, "Your own dataset"))
+    (look,) = blocks(section(GETTING_STARTED, "Look at the run"))
+    (predictor,) = blocks(section(GETTING_STARTED, "Predict"), "python")
+    make_balloons(tmp_path / "balloon", num_train=4, num_val=2, image_size=96)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     # all detections, as there are hardly good ones after so few steps
     shorter = "SOLVER.MAX_ITER 2 SOLVER.STEPS '()' MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 OUTPUT_DIR"
-    assert "OUTPUT_DIR" in commands[0] and "compare.py" in commands[1]
-    script = "".join(commands).replace("OUTPUT_DIR", shorter)
+    script = (train + look).replace("OUTPUT_DIR", shorter)
     script = re.sub("^tools/", f"{sys.executable} {ROOT}/tools/", script, flags=re.M)
     subprocess.run(["bash", "-ec", script], cwd=tmp_path, check=True)
     predictor += "import numpy; print(predictor(numpy.zeros((96, 80, 3), 'uint8')))"
@@ -96,5 +291,6 @@ def test_your_own_dataset(tmp_path):
     assert compared["groups"][0]["ap"]["bbox"]["AP"]["value"] == pytest.approx(
         metrics["bbox/AP"], abs=1e-3
     )
+    assert (run / "predictions.png").stat().st_size > 1000
     assert (run / "differ.png").stat().st_size > 1000
     assert (run / "folded" / "config.yaml").is_file()
