@@ -4,13 +4,13 @@ VENV ?= .venv
 # a new environment takes python3 and an existing one is kept.
 PYTHON ?=
 # Files for black, isort and flake8.
-SOURCES := setup.py wsbcn_d2 tools tests
+SOURCES := setup.py wsbcn_d2 tools tests docs
 
 RUN := $(VENV)/bin/python
 DEMO := output/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test benchmark lint types format clean
+.PHONY: help setup demo tutorial test benchmark lint types format clean
 
 help:  ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12] [VENV=.venv]"
@@ -28,6 +28,9 @@ demo: setup  ## train Mask R-CNN with BCN+WS at 1 image per step, evaluate, draw
 	@$(RUN) tools/visualize.py --dataset digits_val \
 		--predictions $(DEMO)/inference/coco_instances_results.json \
 		--output $(DEMO)/predictions.png
+
+tutorial: setup  ## run docs/tutorial.py: one norm string, two trainings, comparison, export
+	@$(RUN) docs/tutorial.py
 
 # One thread each: the processes of the tests take all cores.
 test: setup  ## run the tests

@@ -25,7 +25,12 @@ PANELS = (
     (
         "4,000 steps of 1 image",
         "long",
-        {"BN: 1,000 steps\nof 4 images": "bn_batch4", "GN": "gn", "GN+WS": "gn_ws", "BCN+WS": "bcn_ws"},
+        {
+            "BN: 1,000 steps\nof 4 images": "bn_batch4",
+            "GN": "gn",
+            "GN+WS": "gn_ws",
+            "BCN+WS": "bcn_ws",
+        },
     ),
 )
 

@@ -271,19 +271,36 @@ def test_your_own_lazy_config(tmp_path):
     assert (tmp_path / "output" / "lazy" / "model_final.pth").is_file()
 
 
+# Runs commands and then a snippet in one process, which has to import everything once only.
+RUN = """
+import json, runpy, sys
+commands, snippet = json.loads(sys.argv[1])
+for sys.argv in commands:
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, end.code
+exec(snippet)
+"""
+
+
 def test_your_own_dataset(tmp_path):
-    (train,) = blocks(section(README, "Your own dataset"))
-    (look,) = blocks(section(GETTING_STARTED, "Look at the run"))
+    text = section(README, "Your own dataset") + section(GETTING_STARTED, "Look at the run")
     (predictor,) = blocks(section(GETTING_STARTED, "Predict"), "python")
+    predictor += "import numpy; print(predictor(numpy.zeros((96, 80, 3), 'uint8')))"
     make_balloons(tmp_path / "balloon", num_train=4, num_val=2, image_size=96)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     # all detections, as there are hardly good ones after so few steps
-    shorter = "SOLVER.MAX_ITER 2 SOLVER.STEPS '()' MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 OUTPUT_DIR"
-    script = (train + look).replace("OUTPUT_DIR", shorter)
-    script = re.sub("^tools/", f"{sys.executable} {ROOT}/tools/", script, flags=re.M)
-    subprocess.run(["bash", "-ec", script], cwd=tmp_path, check=True)
-    predictor += "import numpy; print(predictor(numpy.zeros((96, 80, 3), 'uint8')))"
-    subprocess.run([sys.executable, "-c", predictor], cwd=tmp_path, check=True)
+    shorter = ["SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()"]
+    shorter += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+    script = [[str(ROOT / words[0]), *words[1:]] for words in commands(text)]
+    script[0] += shorter
+    subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps([script, predictor])],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
     run = tmp_path / "output" / "my"
     metrics = json.loads((run / "metrics.json").read_text().splitlines()[-1])
     compared = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
