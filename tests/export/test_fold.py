@@ -406,3 +406,42 @@ def test_norm_options_of_the_folded_model():
     conv = Conv2d(4, 32, 1, norm=get_norm("GN+WS", 32))
     assert b"wsbcn_d2" in pickle.dumps(conv.norm)
     assert_stock(fold(conv))
+
+
+# ------------------------------------------------------------ tools that fold BatchNorm themselves
+
+
+def by_torch(conv, norm):
+    return torch.nn.utils.fusion.fuse_conv_bn_eval(conv, norm, isinstance(conv, nn.ConvTranspose2d))
+
+
+def by_hand(conv, norm):
+    """As toolboxes do it, in place."""
+    factors = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    shape = [1, -1, 1, 1] if isinstance(conv, nn.ConvTranspose2d) else [-1, 1, 1, 1]
+    conv.weight = nn.Parameter(conv.weight * factors.view(shape))
+    conv.bias = nn.Parameter((conv.bias - norm.running_mean) * factors + norm.bias)
+    return conv
+
+
+@pytest.mark.parametrize("fuse", [by_torch, by_hand])
+@pytest.mark.parametrize("kind", [WSConv2d, WSConvTranspose2d])
+def test_folding_by_other_tools(fuse, kind):
+    """They know nothing of standardization, which would undo what they do to the filters."""
+    model = randomize_norms(nn.Sequential(kind(4, 8, 3), nn.BatchNorm2d(8))).eval()
+    nn.init.uniform_(model[1].weight, 0.5, 1.5)
+    x = torch.randn(1, 4, 9, 9)
+    expected = model(x)
+    with pytest.raises(TypeError, match=r"wsbcn_d2\.fold\(model\) first"):
+        fuse(*model)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(fuse(*fold(model))(x), expected)
+
+
+def test_other_weights_can_be_assigned():
+    conv = WSConv2d(4, 8, 3).eval()
+    state = {**conv.state_dict(), "weight": torch.randn(8, 4, 3, 3)}
+    conv.load_state_dict(state, assign=True)
+    conv.weight = nn.Parameter(torch.randn(8, 4, 3, 3))
+    conv.weight = nn.Parameter(conv.weight.detach().clone())
+    conv.weight = nn.Parameter(torch.randn(8, 2, 1, 1))

@@ -11,6 +11,7 @@ from .weight_standardization import (
     WSConvTranspose2d,
     is_convolution,
     standardize_,
+    weights_per_filter,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "run_branch",
     "standardize_",
     "standardize_together",
+    "weights_per_filter",
 ]
