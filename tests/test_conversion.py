@@ -21,7 +21,7 @@ MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 NORMS = (nn.GroupNorm, nn.InstanceNorm2d, FrozenBatchNorm2d, CycleBatchNormList)
 NORMS += (nn.modules.batchnorm._BatchNorm, torchvision.ops.FrozenBatchNorm2d)
-NORMS += tuple(filter(None, [getattr(batch_norm, "LayerNorm", None)]))  # not in Detectron2 0.6
+NORMS += (batch_norm.LayerNorm,)
 LOGGER = "detectron2.wsbcn_d2"
 C, EPS = 8, 1e-3  # an eps that is none of the defaults
 
@@ -227,8 +227,6 @@ def expected_output(source, old, target, x):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_values_are_carried(source, target):
-    if "LN" in (source, target) and not hasattr(batch_norm, "LayerNorm"):
-        pytest.skip("Detectron2 0.6 has no LayerNorm")
     norm = layer(source)
     old = values(norm)
     model = net(norm).eval()
@@ -484,22 +482,28 @@ def first(last):
         (first([]), "", ValueError, "unknown norm option ''"),
         (first([]), "BCN+WS", ValueError, r"0\.2: .*8 channels .*32 groups; 'BCN\(groups=8\)\+WS'"),
         (
-            first([nn.ReLU(), nn.BatchNorm2d(C)]),
-            "GN(groups=2)+WS",
-            ValueError,
-            r"cannot convert 1\.1: .*follows a ReLU",
-        ),
-        (
             first([nn.Conv2d(C, 2 * C, 1), nn.BatchNorm2d(C)]),
             "GN(groups=2)+WS",
             ValueError,
-            r"cannot convert 1\.1: .*8 output channels",
+            r"cannot convert 1\.1: it has 8 channels and follows a Conv2d, .* 16 output channels",
         ),
         (
             first([nn.Conv1d(C, C, 1), nn.GroupNorm(2, C)]),
             "CN(groups=2)",
             ValueError,
             r"cannot convert 1\.1: .*follows a Conv1d, and not feature maps",
+        ),
+        (
+            first([nn.Conv3d(C, C, 1), nn.ReLU(), nn.Sequential(nn.GroupNorm(2, C))]),
+            "CN(groups=2)",
+            ValueError,
+            r"cannot convert 1\.2\.0: .*follows a Conv3d, and not feature maps",
+        ),
+        (
+            first([nn.Sequential(nn.Linear(C, C), nn.ReLU()), nn.GroupNorm(2, C)]),
+            "CN(groups=2)",
+            ValueError,
+            r"cannot convert 1\.1: .*follows a Linear, and not feature maps",
         ),
         (first([Swish(C)]), "GN(groups=2)", TypeError, r"cannot convert 1\.0, .*Swish"),
         (
@@ -528,6 +532,71 @@ def test_errors_leave_the_model_unchanged(model, norm, error, message):
     with pytest.raises(error, match=message):
         convert(model, norm, keep_function=True)
     assert everything() == before and same(values(model), state)
+
+
+def test_group_norm_behind_a_layer_for_something_else():
+    """The blocks of diffusion models embed the time step there."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.embed = nn.Conv2d(C, C, 1), nn.Linear(4, C)
+            self.norm2 = nn.GroupNorm(2, C)
+
+        def forward(self, x, t):
+            return self.norm2(self.conv1(x) + self.embed(t)[..., None, None])
+
+    model = convert(Block(), "CN(groups=2)")
+    assert model(torch.randn(1, C, 4, 4), torch.randn(1, 4)).shape == (1, C, 4, 4)
+
+
+def norm_act(name, base, act, *args, drop=None):
+    """A layer with the structure of timm's."""
+
+    def forward(self, x):
+        return self.act(self.drop(base.forward(self, x)))
+
+    kind = type(name, (base,), {"forward": forward, "__module__": "timm.layers.norm_act"})
+    norm = kind(*args)
+    norm.drop, norm.act = drop or nn.Identity(), act
+    return norm
+
+
+@pytest.mark.parametrize("target", ["BCN(groups=2)+WS", "GN(groups=2)", "BN+WS", "BN"])
+@pytest.mark.parametrize("source", ["BatchNormAct2d", "GroupNormAct", "GroupNorm1Act"])
+def test_layers_of_timm_keep_their_activation(source, target):
+    torch.manual_seed(0)
+    groups = {"GroupNormAct": 2, "GroupNorm1Act": 1}.get(source)
+    arguments = (C,) if groups is None else (groups, C)
+    base = nn.BatchNorm2d if groups is None else nn.GroupNorm
+    norm = as_if_trained(norm_act(source, base, nn.SiLU(), *arguments, drop=nn.Dropout(0.5)))
+    stock = base(*arguments)
+    stock.load_state_dict(norm.state_dict())
+    model = net(norm).eval()
+    expected = nn.Sequential(*copy.deepcopy(model)[:2], stock, nn.Dropout(0.5), nn.SiLU(), model[3])
+    convert(expected.eval(), target), convert(model, target)
+    assert model[2] is norm and type(norm) is nn.Sequential
+    assert [type(m) for m in norm][1:] == [nn.Dropout, nn.SiLU]
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(model(x), expected(x))
+    torch.testing.assert_close(fold(model)(x), expected(x), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_timm_without_activation():
+    norm = norm_act("GroupNorm1", nn.GroupNorm, nn.Identity(), 1, C)
+    model = convert(net(norm), "BCN(groups=2)+WS")
+    assert type(model[2]) is BatchChannelNorm and type(model[1]) is WSConv2d
+
+
+@pytest.mark.parametrize("name", ["densenet121", "efficientnet_b0", "resnetv2_50"])
+def test_models_of_timm(name):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = timm.create_model(name).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    convert(model, "BN+WS", keep_function=True, example_inputs=x)
+    assert modules_of_type(model, WSConv2d)
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_layer_alone():

@@ -5,7 +5,7 @@ For models that are not built from norm options: those of other libraries, or sa
 
 import logging
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Tuple, Type
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Type
 
 import torch
 from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
@@ -14,8 +14,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
-from .detectron2_hooks import CYCLED, complete, feeding_convolution, restart_levels_before_forward
-from .layers import BatchChannelNorm, ChannelNorm, WeightStandardized, become, standardize_
+from .detectron2_hooks import CYCLED, complete, restart_levels_before_forward, settle
+from .feeding import (
+    ONE_WEIGHT,
+    NotFed,
+    feeding_convolution,
+    followed_convolutions,
+    path_of,
+    preceding_layer,
+)
+from .layers import (
+    BatchChannelNorm,
+    ChannelNorm,
+    WeightStandardized,
+    become,
+    is_convolution,
+    standardize_,
+    weights_per_filter,
+)
 from .norm_options import NormOption, weight_standardization_request
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
@@ -31,27 +47,54 @@ _CONVERTED: Tuple[Type[nn.Module], ...] = (
     ChannelNorm,
     nn.GroupNorm,
     nn.InstanceNorm2d,
+    batch_norm.LayerNorm,
 )
-if hasattr(batch_norm, "LayerNorm"):  # newer than Detectron2 0.6
-    _CONVERTED += (batch_norm.LayerNorm,)
+
+# timm's normalization layers with what they are without the activation that they may contain.
+_TIMM: Dict[str, Type[nn.Module]] = {
+    "BatchNormAct2d": nn.BatchNorm2d,
+    "SyncBatchNormAct": nn.SyncBatchNorm,
+    "FrozenBatchNormAct2d": FrozenBatchNorm2d,
+    "GroupNorm": nn.GroupNorm,
+    "GroupNorm1": nn.GroupNorm,
+    "GroupNormAct": nn.GroupNorm,
+    "GroupNorm1Act": nn.GroupNorm,
+}
+
+# What stays, although its statistics are those of a batch, too.
+_OTHER_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm3d)
 
 # A GroupNorm behind one of these has no feature maps of shape (N, C, H, W).
 _OF_OTHER_SHAPES = (nn.Linear, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d)
 
 
 @torch.no_grad()
-def convert(model: nn.Module, norm: str = "BCN+WS", *, keep_function: bool = False) -> nn.Module:
+def convert(
+    model: nn.Module,
+    norm: str = "BCN+WS",
+    *,
+    keep_function: bool = False,
+    example_inputs: Any = None,
+    pairs: Optional[Mapping[str, Optional[str]]] = None,
+    unfed: str = "convert",
+) -> nn.Module:
     """Gives a model another normalization, in place.
 
     Every layer that normalizes feature maps of shape (N, C, H, W) becomes that of the norm option:
     PyTorch's BatchNorm2d, SyncBatchNorm, GroupNorm and InstanceNorm2d, Detectron2's and
     torchvision's FrozenBatchNorm2d, Detectron2's NaiveSyncBatchNorm, CycleBatchNormList and
-    (channel-first) LayerNorm, BatchChannelNorm and ChannelNorm. PyTorch's LayerNorm, which is that
-    of transformers, stays. With "+WS" the convolution that feeds such a layer is standardized: the
-    one that owns it, or else the module registered before it in the same parent. All others stay
-    as they are; without "+WS", those that are standardized do so too. Objects remain the same and
-    change their class, so that whatever refers to them, such as the plain lists of Detectron2's FPN
-    and ResNet, sees the change.
+    (channel-first) LayerNorm, BatchChannelNorm and ChannelNorm, and timm's BatchNormAct2d,
+    GroupNormAct and their like, which become a Sequential of the new layer and their activation.
+    PyTorch's LayerNorm, which is that of transformers, stays, and so does BatchNorm1d, which the
+    log names. Objects remain the same and change their class, so that whatever refers to them, such
+    as the plain lists of Detectron2's FPN and ResNet, sees the change.
+
+    With "+WS" the convolution that feeds such a layer is standardized. Which one that is,
+    ``example_inputs`` tell for certain; without them it is what the structure of the model says
+    (:func:`wsbcn_d2.feeding.feeding_convolution`). Layers that no convolution feeds, as in
+    pre-activation networks, are converted all the same; the log names them. A convolution with
+    filters of one weight each (1x1, depthwise) stays as it is, since they would become 0. Without
+    "+WS", convolutions that are standardized stay so.
 
     What a layer has learned goes where loading its state dict into the new layer would put it:
 
@@ -86,27 +129,39 @@ def convert(model: nn.Module, norm: str = "BCN+WS", *, keep_function: bool = Fal
             channel did before, for an image whose statistics are those of all images. Otherwise
             filters that were trained without standardization are another function from now on,
             with which running statistics have nothing to do; the log warns of it.
+        example_inputs: arguments to call the model with, once, in evaluation mode: a tuple, or the
+            only one. A layer's convolution is the one whose output it gets then. For models that
+            register their parts in another order than they call them.
+        pairs: what feeds a layer, by the full names of the layer and of the convolution; None for
+            what is to be converted without weight standardization. It overrules everything else.
+        unfed: what to do to layers that no convolution feeds, with "+WS": "convert" or "leave".
 
     Returns:
         ``model``
 
     Raises:
-        ValueError: if the norm option is unknown or its groups do not divide the channels, if a
-            layer does not follow a convolution that can be standardized, if a GroupNorm follows
-            what gives no feature maps, or if there is nothing to convert. It names the layer, and
-            the model is unchanged.
+        ValueError: if the norm option is unknown or its groups do not divide the channels, if it
+            cannot be told which convolution feeds a layer, if a GroupNorm follows what gives no
+            feature maps, if there is nothing to convert, or the model cannot be called with the
+            example. It names the layer, and the model is unchanged.
         TypeError: if a layer is of a class derived from those above, or the model is within
             DistributedDataParallel or DataParallel. The model is unchanged.
     """
     option = NormOption.parse(norm)
-    changes = list(_plan(model, option, keep_function))
+    if unfed not in ("convert", "leave"):
+        raise ValueError(f"unfed must be 'convert' or 'leave', got {unfed!r}")
+    changes = list(_plan(model, option, keep_function, example_inputs, pairs or {}))
     if not changes:
         kinds = ", ".join(dict.fromkeys(kind.__name__ for kind in _CONVERTED))
         raise ValueError(f"{type(model).__name__} has nothing to convert: none of {kinds}")
     trained = any(_is_trained(change.norm) for change in changes)
+    without = {change.path: change.unfed for change in changes if change.unfed}
+    if unfed == "leave":
+        changes = [change for change in changes if change.path not in without]
 
     standardized = 0
     for change in changes:
+        settle(change.norm)
         for conv in change.convs:
             if not isinstance(conv, WeightStandardized):
                 standardize_(conv)
@@ -126,6 +181,15 @@ def convert(model: nn.Module, norm: str = "BCN+WS", *, keep_function: bool = Fal
         f"Converted {len(changes)} normalization layers to {option}"
         + (f"; {frozen} of them are frozen, as before" if frozen else "")
     )
+    if without:
+        names = ", ".join(f"{path} ({why})" for path, why in without.items())
+        done = (
+            "left as they are" if unfed == "leave" else "converted without weight standardization"
+        )
+        logger.warning(f"{len(without)} normalization layers were {done}: {names}")
+    left = [name for name, m in model.named_modules() if isinstance(m, _OTHER_BATCH_NORMS)]
+    if left:
+        logger.warning(f"Not for feature maps of shape (N, C, H, W), and left: {', '.join(left)}")
     if standardized and trained and not keep_function:
         logger.warning(
             f"The filters of {standardized} convolutions are standardized from now on. The model "
@@ -147,52 +211,100 @@ class _Change:
     """What happens to a normalization layer.
 
     Attributes:
+        path: name of the layer in the model.
         norm: the layer.
         new: what it becomes; None if it is that already.
         convs: the convolutions to standardize.
+        unfed: why none is standardized though the option asks for it; empty if that is not so.
         frozen: whether the layer is frozen.
     """
 
+    path: str
     norm: nn.Module
     new: Optional[nn.Module]
     convs: List[nn.Module]
+    unfed: str
     frozen: bool
 
 
-def _plan(model: nn.Module, option: NormOption, keep_function: bool) -> Iterator[_Change]:
+def _plan(
+    model: nn.Module,
+    option: NormOption,
+    keep_function: bool,
+    example_inputs: Any,
+    pairs: Mapping[str, Optional[str]],
+) -> Iterator[_Change]:
     """Whatever can go wrong does so here, where nothing is changed yet."""
     levels = _levels_in_heads(model)
-    for norm, places in _find(model).items():
+    found = _find(model)
+    followed = {}
+    if option.weight_standardization:
+        _check_pairs(model, found, pairs)
+        if example_inputs is not None:
+            names = {norm: places[0][0] for norm, places in found.items()}
+            followed = followed_convolutions(model, names, example_inputs)
+    _check_groups(option, found)
+    for norm, places in found.items():
         path, parent, _ = places[0]
         path = path or "the model"
-        if type(norm) not in _CONVERTED:
+        if type(norm) not in _CONVERTED and not _is_timm(norm):
             raise TypeError(
                 f"cannot convert {path}, a {type(norm).__module__}.{type(norm).__name__}: it is "
                 "derived from a normalization layer and may do more than that. Other parts of the "
                 "model can be converted one by one."
             )
-        frozen = _is_frozen(norm, parent)
+        plain, activation = _taken_apart(norm)
+        frozen = _is_frozen(plain, parent)
         convs: List[nn.Module] = []
+        unfed = ""
         try:
-            for place in places:
-                _check_shape(place, norm)
-            new = _successor(norm, option, levels.get(norm, 1), frozen)
+            for place in places if norm not in followed else ():
+                _check_shape(model, place[0], plain)
+            new = _successor(plain, option, levels.get(norm, 1), frozen)
             if option.weight_standardization:
-                convs = [_feeding_convolution(place, norm) for place in places]
+                convs, unfed = _feeding_convolutions(model, norm, places, followed, pairs)
         except ValueError as error:
             raise ValueError(f"cannot convert {path}: {error}") from error
         if new is not None:
             like = _reference(norm, parent or norm, model)
             new.to(device=like.device, dtype=like.dtype)
             new.train(norm.training).requires_grad_(not frozen)
-            _carry(norm, new, keep_function)
-        yield _Change(norm, new, convs, frozen)
+            _carry(plain, new, keep_function)
+        if activation:
+            new = nn.Sequential(new or plain, *activation).train(norm.training)
+        elif new is None and plain is not norm:
+            new = plain
+        yield _Change(path, norm, new, convs, unfed, frozen)
+
+
+def _is_timm(norm: nn.Module) -> bool:
+    kind = type(norm)
+    return kind.__name__ in _TIMM and kind.__module__.partition(".")[0] == "timm"
+
+
+def _taken_apart(norm: nn.Module) -> Tuple[nn.Module, List[nn.Module]]:
+    """A layer without the activation that it contains, with the same parameters and buffers; and
+    what it does to its result."""
+    if type(norm) in _CONVERTED:
+        return norm, []
+    kind = _TIMM[type(norm).__name__]
+    if kind is nn.GroupNorm:
+        plain = kind(norm.num_groups, norm.num_channels, norm.eps, norm.affine)
+    elif kind is FrozenBatchNorm2d:
+        plain = kind(_num_channels(norm), norm.eps)
+    else:
+        arguments = (norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        plain = kind(norm.num_features, *arguments)
+    plain._parameters.update(norm._parameters)
+    plain._buffers.update(norm._buffers)
+    activation = [m for m in norm.children() if not isinstance(m, nn.Identity)]
+    return plain.train(norm.training), activation
 
 
 def _find(model: nn.Module) -> Dict[nn.Module, List[_Place]]:
     """The normalization layers of a model, and all places where each is registered."""
     places: Dict[nn.Module, List[_Place]] = {}
-    if isinstance(model, _CONVERTED):
+    if isinstance(model, _CONVERTED) or _is_timm(model):
         places[model] = [("", None, "")]
     for prefix, parent in model.named_modules():
         if isinstance(parent, (DistributedDataParallel, DataParallel)):
@@ -203,7 +315,7 @@ def _find(model: nn.Module) -> Dict[nn.Module, List[_Place]]:
         if isinstance(parent, CycleBatchNormList):  # which is converted as a whole
             continue
         for name, child in parent._modules.items():
-            if isinstance(child, _CONVERTED):
+            if isinstance(child, _CONVERTED) or _is_timm(child):
                 path = f"{prefix}.{name}" if prefix else name
                 places.setdefault(child, []).append((path, parent, name))
     return places
@@ -220,27 +332,87 @@ def _levels_in_heads(model: nn.Module) -> Dict[nn.Module, int]:
     }
 
 
-def _check_shape(place: _Place, norm: nn.Module) -> None:
-    _, parent, name = place
-    if parent is None or type(norm) is not nn.GroupNorm:  # others take feature maps only
+def _check_groups(option: NormOption, norms: Mapping[nn.Module, List[_Place]]) -> None:
+    channels = [_num_channels(norm) for norm in norms]
+    for number, places in zip(channels, norms.values()):
+        try:
+            option.check_channels(number, *channels)
+        except ValueError as error:
+            raise ValueError(f"cannot convert {places[0][0] or 'the model'}: {error}") from error
+
+
+def _check_shape(model: nn.Module, path: str, norm: nn.Module) -> None:
+    if type(norm) is not nn.GroupNorm or not path:  # others take feature maps only
         return
-    siblings = list(parent._modules)
-    before = [parent._modules[key] for key in siblings[: siblings.index(name)]]
-    previous = next((module for module in reversed(before) if module is not None), parent)
-    if isinstance(previous, _OF_OTHER_SHAPES):
+    previous, certain = preceding_layer(path_of(model, path))
+    # What a module of its own class has registered before is not always what it calls before: the
+    # blocks of diffusion models have a Linear there, for something else.
+    if isinstance(previous, _OF_OTHER_SHAPES if certain else _OF_OTHER_SHAPES[1:]):
         raise ValueError(
             f"it follows a {type(previous).__name__}, and not feature maps of shape (N, C, H, W). "
             "Other parts of the model can be converted one by one."
         )
 
 
-def _feeding_convolution(place: _Place, norm: nn.Module) -> nn.Module:
-    _, parent, name = place
-    if parent is None:
-        raise ValueError(
-            "'+WS' needs the convolution before the layer, but there is the layer only"
-        )
-    return feeding_convolution(parent, name, _num_channels(norm))
+def _check_pairs(
+    model: nn.Module,
+    norms: Mapping[nn.Module, List[_Place]],
+    pairs: Mapping[str, Optional[str]],
+) -> None:
+    paths = [place[0] for places in norms.values() for place in places]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for norm, conv in pairs.items():
+        if norm not in paths:
+            raise ValueError(f"pairs: {norm!r} is none of the layers to convert: {_some(paths)}")
+        if conv is not None and not is_convolution(modules.get(conv)):
+            found = type(modules[conv]).__name__ if conv in modules else "not in the model"
+            raise ValueError(
+                f"pairs: {norm!r}: {conv!r} is {found}, and no convolution that can be standardized"
+            )
+
+
+def _feeding_convolutions(
+    model: nn.Module,
+    norm: nn.Module,
+    places: List[_Place],
+    followed: Mapping[nn.Module, List[nn.Module]],
+    pairs: Mapping[str, Optional[str]],
+) -> Tuple[List[nn.Module], str]:
+    """The convolutions to standardize, one for each place, and why there is none if so."""
+    convs: Dict[nn.Module, None] = {}
+    unfed: List[str] = []
+    for path, parent, _ in places:
+        if parent is None:
+            raise ValueError(
+                "'+WS' needs the convolution before the layer, but there is the layer only"
+            )
+        if path in pairs:
+            found = [model.get_submodule(pairs[path])] if pairs[path] is not None else []
+            why = "as pairs say"
+        elif norm in followed and not is_convolution(parent):
+            found, why = followed[norm], "gets the output of no convolution"
+        else:
+            found, why = [], ""
+            try:
+                found = [feeding_convolution(path_of(model, path), _num_channels(norm))]
+            except NotFed as error:
+                why = str(error)
+            except ValueError as error:
+                raise ValueError(
+                    f"it has {_num_channels(norm)} channels and {error}. Say what feeds it: "
+                    f"pairs={{{path!r}: 'NAME OF THE CONVOLUTION'}}, None for none; or give "
+                    "example_inputs"
+                ) from error
+        if any(weights_per_filter(conv) == 1 for conv in found):
+            found, why = [], ONE_WEIGHT
+        convs.update(dict.fromkeys(found))
+        if not found:
+            unfed.append(why)
+    return list(convs), "; ".join(dict.fromkeys(unfed))
+
+
+def _some(names: List[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _is_frozen(norm: nn.Module, parent: Optional[nn.Module]) -> bool:

@@ -5,7 +5,13 @@ from typing import List
 
 from torch import nn
 
-from .layers import BatchChannelNorm, ChannelNorm, WeightStandardized, is_convolution
+from .layers import (
+    BatchChannelNorm,
+    ChannelNorm,
+    WeightStandardized,
+    is_convolution,
+    weights_per_filter,
+)
 
 
 def summarize(model: nn.Module) -> str:
@@ -21,6 +27,9 @@ def summarize(model: nn.Module) -> str:
         where = ", ".join(f"{name} {ws} of {n}" for name, (n, ws) in counts.items() if n)
         where = where and f" ({where})"
         parts.append(f"weight standardization in {standardized} of {total} convolutions{where}")
+        single = sum(is_convolution(m) and weights_per_filter(m) == 1 for m in model.modules())
+        if single:
+            parts.append(f"{single} with filters of one weight, which are not standardized")
     norms = Counter(
         f"BatchChannelNorm({m.mode})" if isinstance(m, BatchChannelNorm) else "ChannelNorm"
         for m in model.modules()
