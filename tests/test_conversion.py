@@ -104,8 +104,9 @@ def trained():
     return as_if_trained(small_model(MASK_RCNN, "GN"))
 
 
-def test_converted_model_trains_saves_and_folds(trained):
-    model = convert(copy.deepcopy(trained), "BCN+WS", keep_function=True)
+def test_converted_model_trains_saves_and_folds():
+    source = as_if_trained(small_model(MASK_RCNN, "BN"))
+    model = convert(source, "BCN+WS", keep_function=True)
     with EventStorage():
         sum(model([a_training_image()]).values()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
@@ -351,20 +352,99 @@ def test_filters_keep_what_they_are(dtype):
         )
 
 
-@pytest.mark.parametrize("source", ["BN", "GN(groups=2)"])
-def test_bcn_has_the_scale_and_mean_of_the_old_layer(source):
-    """Exact where images are as the statistics say, with channels of mean 0 and variance 1 after
-    the batch normalization (for GN: before it, as then it does nothing)."""
-    norm = layer(source).eval()
-    x = torch.randn(2, C, 6, 6)
+def with_statistics(mean, std, images=2, size=6):
+    """Images whose channels have these means and deviations, each of them."""
+    x = torch.randn(images, len(mean), size, size)
     x = (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), unbiased=False, keepdim=True)
-    if source == "BN":
-        x = x * norm.running_var.sqrt().view(1, -1, 1, 1) + norm.running_mean.view(1, -1, 1, 1)
+    return x * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
+
+
+def test_bcn_has_the_scale_and_mean_of_the_old_layer():
+    """Exact where images are as the statistics say."""
+    norm = layer("BN").eval()
+    x = with_statistics(norm.running_mean, norm.running_var.sqrt())
     expected = norm(x).detach()
     loaded = convert(nn.Sequential(copy.deepcopy(norm)), "BCN(groups=2)").eval()
     kept = convert(nn.Sequential(norm), "BCN(groups=2)", keep_function=True).eval()
     torch.testing.assert_close(kept(x).detach(), expected, rtol=1e-2, atol=1e-2)
     assert (loaded(x) - expected).abs().max() > 0.3
+
+
+WITHOUT_STATISTICS = ["GN(groups=2)", "GN(groups=4)", "CN(groups=4)", "IN", "LN", "no statistics"]
+
+
+@pytest.mark.parametrize("source", WITHOUT_STATISTICS)
+@pytest.mark.parametrize("target", ["BCN(groups=2)", "BCN(groups=2)+WS", "naiveSyncBN", "FrozenBN"])
+def test_function_that_cannot_be_kept_without_data(source, target):
+    model = net(layer(source))
+    state, kinds = values(model), [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=r"keep_function: .*needs statistics.* 2\).*give data"):
+        convert(model, target, keep_function=True)
+    assert same(values(model), state) and [type(m) for m in model.modules()] == kinds
+    convert(model, "CN(groups=2)", keep_function=True)  # which needs none
+
+
+@pytest.mark.parametrize("source", [s for s in WITHOUT_STATISTICS if s != "LN"])
+@pytest.mark.parametrize("target", ["BCN(groups=2)", "BatchBCN(groups=4)", "BN", "FrozenBN"])
+def test_statistics_from_data_keep_the_function_of_a_typical_image(source, target):
+    if source == "no statistics" and target == "BN":
+        pytest.skip("BN without statistics stays so")
+    norm = layer(source).eval()
+    mean, std = torch.randn(C), torch.rand(C) + 0.5
+    data = [with_statistics(mean, std, n) for n in (1, 3)]
+    expected = [norm(x).detach() for x in data]
+    model = convert(nn.Sequential(norm), target, keep_function=True, data=iter(data))
+    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norm.running_var, std**2, rtol=1e-4, atol=1e-4)
+    for x, y in zip(data, expected):
+        torch.testing.assert_close(model(x).detach(), y, rtol=2e-3, atol=2e-3)
+
+
+def test_affine_per_group_is_kept_for_all_images():
+    """Where it is the same for all channels of a group, BCN does what GN does."""
+    norm = nn.GroupNorm(2, C).eval()
+    norm.weight.data = torch.tensor([0.5, -2.0]).repeat_interleave(4)
+    norm.bias.data = torch.tensor([1.0, 0.3]).repeat_interleave(4)
+    x = with_statistics(torch.randn(C), torch.rand(C) + 1)
+    y = torch.rand(2, C, 6, 6) * 3
+    expected = norm(y).detach()
+    model = convert(nn.Sequential(norm), "BCN(groups=2)", keep_function=True, data=[x])
+    assert type(norm) is BatchChannelNorm
+    torch.testing.assert_close(model(y).detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_levels_get_statistics_of_their_own():
+    model = as_if_trained(small_model(RETINANET, "GN", FPN__OUT_CHANNELS=64)).eval()
+    inputs = []
+    handle = model.head.cls_subnet[1].register_forward_pre_hook(lambda m, x: inputs.append(*x))
+    images = [a_training_image() for _ in range(2)]
+    model([images[0]]), model([images[1]])
+    handle.remove()
+    convert(model, "BCN", keep_function=True, data=[[image] for image in images])
+    means = [torch.cat([inputs[i], inputs[i + 5]]).mean((0, 2, 3)) for i in range(5)]
+    torch.testing.assert_close(model.head.cls_subnet[1].running_mean, torch.stack(means))
+
+
+def test_data_that_do_not_fit():
+    model = net(layer("GN(groups=2)"))
+    for data, message in (
+        ([], "data: the model does not call 2 "),
+        ([torch.randn(1, 4, 9, 9)], "data: the model cannot be called with them .RuntimeError: "),
+        (torch.randn(1, 3, 9, 9), "data: expected an iterable of inputs, got a Tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(model, "BCN(groups=2)", keep_function=True, data=data)
+    assert type(model[2]) is nn.GroupNorm and model.training
+
+
+def test_detector_with_group_norm_computes_nearly_what_it_did(trained):
+    model = copy.deepcopy(trained).eval()
+    expected = features(model)
+    data = [torch.randn(8, 3, 64, 64)]
+    kept, changed = copy.deepcopy(model), convert(copy.deepcopy(model), "BCN")
+    convert(kept.backbone, "BCN+WS", keep_function=True, data=data)
+    for x, y, z in zip(features(kept), features(changed), expected):
+        assert (x - z).norm() < 0.5 * z.norm() < 0.5 * (y - z).norm()
 
 
 def test_log_tells_of_a_changed_function():

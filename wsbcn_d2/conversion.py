@@ -33,6 +33,7 @@ from .layers import (
     weights_per_filter,
 )
 from .norm_options import NormOption, weight_standardization_request
+from .observation import Observation, observe
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
@@ -74,6 +75,7 @@ def convert(
     norm: str = "BCN+WS",
     *,
     keep_function: bool = False,
+    data: Any = None,
     example_inputs: Any = None,
     pairs: Optional[Mapping[str, Optional[str]]] = None,
     unfed: str = "convert",
@@ -129,6 +131,10 @@ def convert(
             channel did before, for an image whose statistics are those of all images. Otherwise
             filters that were trained without standardization are another function from now on,
             with which running statistics have nothing to do; the log warns of it.
+        data: for ``keep_function`` where layers without running statistics (GroupNorm, LayerNorm,
+            InstanceNorm) become some that have them (BN, BCN): an iterable of what to call the
+            model with, each a tuple of arguments or the only one. The statistics are those of these
+            data, and affines such that a typical image gives what it gave. Some hundred images.
         example_inputs: arguments to call the model with, once, in evaluation mode: a tuple, or the
             only one. A layer's convolution is the one whose output it gets then. For models that
             register their parts in another order than they call them.
@@ -142,15 +148,15 @@ def convert(
     Raises:
         ValueError: if the norm option is unknown or its groups do not divide the channels, if it
             cannot be told which convolution feeds a layer, if a GroupNorm follows what gives no
-            feature maps, if there is nothing to convert, or the model cannot be called with the
-            example. It names the layer, and the model is unchanged.
+            feature maps, if there is nothing to convert, if the function cannot be kept without
+            data, or the model cannot be called with these or the example. It names the layer, and the model is unchanged.
         TypeError: if a layer is of a class derived from those above, or the model is within
             DistributedDataParallel or DataParallel. The model is unchanged.
     """
     option = NormOption.parse(norm)
     if unfed not in ("convert", "leave"):
         raise ValueError(f"unfed must be 'convert' or 'leave', got {unfed!r}")
-    changes = list(_plan(model, option, keep_function, example_inputs, pairs or {}))
+    changes = _plan(model, option, keep_function, data, example_inputs, pairs or {}, unfed)
     if not changes:
         kinds = ", ".join(dict.fromkeys(kind.__name__ for kind in _CONVERTED))
         raise ValueError(f"{type(model).__name__} has nothing to convert: none of {kinds}")
@@ -213,6 +219,7 @@ class _Change:
     Attributes:
         path: name of the layer in the model.
         norm: the layer.
+        plain: the same without the activation that it may contain.
         new: what it becomes; None if it is that already.
         convs: the convolutions to standardize.
         unfed: why none is standardized though the option asks for it; empty if that is not so.
@@ -221,6 +228,7 @@ class _Change:
 
     path: str
     norm: nn.Module
+    plain: nn.Module
     new: Optional[nn.Module]
     convs: List[nn.Module]
     unfed: str
@@ -231,9 +239,11 @@ def _plan(
     model: nn.Module,
     option: NormOption,
     keep_function: bool,
+    data: Any,
     example_inputs: Any,
     pairs: Mapping[str, Optional[str]],
-) -> Iterator[_Change]:
+    unfed: str,
+) -> List[_Change]:
     """Whatever can go wrong does so here, where nothing is changed yet."""
     levels = _levels_in_heads(model)
     found = _find(model)
@@ -244,6 +254,7 @@ def _plan(
             names = {norm: places[0][0] for norm, places in found.items()}
             followed = followed_convolutions(model, names, example_inputs)
     _check_groups(option, found)
+    changes = []
     for norm, places in found.items():
         path, parent, _ = places[0]
         path = path or "the model"
@@ -254,27 +265,71 @@ def _plan(
                 "model can be converted one by one."
             )
         plain, activation = _taken_apart(norm)
-        frozen = _is_frozen(plain, parent)
-        convs: List[nn.Module] = []
-        unfed = ""
+        change = _Change(path, norm, plain, None, [], "", _is_frozen(plain, parent))
+        changes.append(change)
         try:
             for place in places if norm not in followed else ():
                 _check_shape(model, place[0], plain)
-            new = _successor(plain, option, levels.get(norm, 1), frozen)
             if option.weight_standardization:
-                convs, unfed = _feeding_convolutions(model, norm, places, followed, pairs)
+                change.convs, change.unfed = _feeding_convolutions(
+                    model, norm, places, followed, pairs
+                )
+            if change.unfed and unfed == "leave":
+                continue
+            change.new = _successor(plain, option, levels.get(norm, 1), change.frozen)
         except ValueError as error:
             raise ValueError(f"cannot convert {path}: {error}") from error
-        if new is not None:
+        if change.new is not None:
             like = _reference(norm, parent or norm, model)
-            new.to(device=like.device, dtype=like.dtype)
-            new.train(norm.training).requires_grad_(not frozen)
-            _carry(plain, new, keep_function)
+            change.new.to(device=like.device, dtype=like.dtype)
+            change.new.train(norm.training).requires_grad_(not change.frozen)
+    observed = _observations(model, changes, data) if keep_function else {}
+    for change in changes:
+        if change.new is not None:
+            _carry(change.plain, change.new, keep_function, observed.get(change.norm))
+        _, activation = _taken_apart(change.norm)
         if activation:
-            new = nn.Sequential(new or plain, *activation).train(norm.training)
-        elif new is None and plain is not norm:
-            new = plain
-        yield _Change(path, norm, new, convs, unfed, frozen)
+            parts = [change.new or change.plain, *activation]
+            change.new = nn.Sequential(*parts).train(change.norm.training)
+        elif change.new is None and change.plain is not change.norm:
+            change.new = change.plain
+    return changes
+
+
+def _observations(
+    model: nn.Module, changes: List[_Change], data: Any
+) -> Dict[nn.Module, List[Observation]]:
+    """Of the layers that have no statistics, which those that they become need.
+
+    Raises:
+        ValueError: if there are such, and no data.
+    """
+    lacking = [
+        change
+        for change in changes
+        if isinstance(change.new, (BatchChannelNorm, *_BATCH_NORMS))
+        and (
+            getattr(change.plain, "running_mean", None) is None
+            and not isinstance(change.plain, CycleBatchNormList)
+            or isinstance(change.plain, nn.InstanceNorm2d)
+        )
+        and not (isinstance(change.plain, _TRAINABLE_BATCH_NORMS) and type(change.new) in CYCLED)
+    ]
+    if not lacking:
+        return {}
+    if data is None:
+        kinds = [f"{type(c.plain).__name__} {c.path}" for c in lacking]
+        raise ValueError(
+            f"keep_function: {type(lacking[0].new).__name__} needs statistics, which "
+            f"{len(lacking)} layers do not have ({_some(kinds)}): give data to take them from, or "
+            "choose a norm without statistics (GN, CN)"
+        )
+    return observe(
+        model,
+        {change.norm: change.path for change in lacking},
+        {change.norm: _num_levels(change.new) for change in lacking},
+        data,
+    )
 
 
 def _is_timm(norm: nn.Module) -> bool:
@@ -495,9 +550,14 @@ def _is_same_kind(norm: nn.Module, new: nn.Module) -> bool:
     )
 
 
-def _carry(norm: nn.Module, new: nn.Module, keep_function: bool) -> None:
+def _carry(
+    norm: nn.Module,
+    new: nn.Module,
+    keep_function: bool,
+    observed: Optional[List[Observation]] = None,
+) -> None:
     """Gives a new layer what the old one has learned. The old one is not changed."""
-    if isinstance(norm, _TRAINABLE_BATCH_NORMS) and type(new) in CYCLED:
+    if observed is None and isinstance(norm, _TRAINABLE_BATCH_NORMS) and type(new) in CYCLED:
         vars(new).update(vars(norm))  # with or without affine and statistics
         return
     _carry_arguments(norm, new)
@@ -522,8 +582,46 @@ def _carry(norm: nn.Module, new: nn.Module, keep_function: bool) -> None:
         new.group_weight.zero_()  # see convert
     else:
         _assign(new, ("weight", "bias"), first)
-        if keep_function:
+        if keep_function and observed is None:
             _match_channel_norm(new)
+    if observed is not None:
+        _take_statistics(new, observed, None if is_zero else second)
+        if isinstance(new, BatchChannelNorm) and not is_zero:
+            _match_channel_norm(new)
+
+
+def _take_statistics(
+    new: nn.Module,
+    observed: List[Observation],
+    affine: Optional[Tuple[Optional[Tensor], Optional[Tensor]]],
+) -> None:
+    """Gives a new layer statistics, and the affine with which it computes what the old one does of
+    an image that is as all are on average.
+
+    The old one computes ``weight * (x - own_mean) / own_std + bias``, the new one
+    ``w * (x - mean) / std + b``, so that w is ``weight * std / own_std`` and b is
+    ``bias + weight * (mean - own_mean) / own_std``; on average over feature levels.
+    """
+    layers = new if isinstance(new, CycleBatchNormList) else [new]
+    for key in ("running_mean", "running_var"):
+        values = torch.stack([getattr(o, key[len("running_") :]) for o in observed])
+        for layer, value in zip(layers, values if len(layers) > 1 else [values]):
+            target = getattr(layer, key)
+            target.copy_(value.view_as(target))
+    if affine is None:
+        return
+    eps = layers[0].eps
+    own_std = torch.stack([torch.sqrt(o.own_var + eps) for o in observed])
+    scale = (torch.stack([torch.sqrt(o.var + eps) for o in observed]) / own_std).mean(0)
+    shift = (torch.stack([o.mean - o.own_mean for o in observed]) / own_std).mean(0)
+    weight = torch.ones_like(scale) if affine[0] is None else _per_channel(affine[0], new).double()
+    bias = torch.zeros_like(scale) if affine[1] is None else _per_channel(affine[1], new).double()
+    for key, value in (("weight", weight * scale), ("bias", bias + weight * shift)):
+        target = getattr(new, key)
+        if isinstance(target, nn.Parameter):  # perhaps that of the old layer
+            setattr(new, key, nn.Parameter(value.to(target), target.requires_grad))
+        else:
+            target.copy_(value)
 
 
 def _carry_arguments(norm: nn.Module, new: nn.Module) -> None:
@@ -561,8 +659,11 @@ def _assign(
                 setattr(new, name, value)
                 continue
         # From one per group or channel to one per group or channel.
-        per_channel = value.repeat_interleave(_num_channels(new) // len(value))
-        target.copy_(per_channel.unflatten(0, (len(target), -1)).mean(1))
+        target.copy_(_per_channel(value, new).unflatten(0, (len(target), -1)).mean(1))
+
+
+def _per_channel(value: Tensor, norm: nn.Module) -> Tensor:
+    return value.repeat_interleave(_num_channels(norm) // len(value))
 
 
 def _match_channel_norm(bcn: BatchChannelNorm) -> None:
