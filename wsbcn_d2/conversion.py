@@ -5,7 +5,7 @@ For models that are not built from norm options: those of other libraries, or sa
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Type
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
 
 import torch
 from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
@@ -149,7 +149,8 @@ def convert(
         ValueError: if the norm option is unknown or its groups do not divide the channels, if it
             cannot be told which convolution feeds a layer, if a GroupNorm follows what gives no
             feature maps, if there is nothing to convert, if the function cannot be kept without
-            data, or the model cannot be called with these or the example. It names the layer, and the model is unchanged.
+            data, or the model cannot be called with these or the example. It names the layer, and
+            the model is unchanged.
         TypeError: if a layer is of a class derived from those above, or the model is within
             DistributedDataParallel or DataParallel. The model is unchanged.
     """

@@ -15,7 +15,7 @@ class Observation:
 
     Attributes:
         mean, var: of each channel, over everything, (C,), float64.
-        own_mean, own_var: what the layer itself normalizes with, on average, for each channel, (C,).
+        own_mean, own_var: what the layer itself normalizes a channel with, on average, (C,).
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ def observe(
         model: it is as before afterwards.
         norms: the layers to observe, with their names.
         levels: by how many feature levels they are shared, if by more than one.
-        data: an iterable of what to call the model with: each a tuple of arguments, or the only one.
+        data: an iterable of what to call the model with, each a tuple of arguments or the only one.
 
     Returns:
         For each layer one observation a level.
