@@ -302,7 +302,7 @@ def test_densenet_is_converted():
     model.features.norm5.requires_grad_(False)
     with logged(LOGGER) as messages:
         convert(model, "BCN(groups=8)+WS")
-    (report,) = [m for m in messages if "converted without standardization" in m]
+    (report,) = [m for m in messages if "converted without weight standardization" in m]
     names = {
         *("features.denseblock1.denselayer1.norm1", "features.transition1.norm"),
         *("features.denseblock2.denselayer1.norm1", "features.norm5"),
