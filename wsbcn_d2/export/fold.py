@@ -20,7 +20,7 @@ import torch
 from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, ModulatedDeformConv
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -121,6 +121,8 @@ def _computed_tensors(model: nn.Module) -> Dict[int, Tensor]:
 
 def _make_permanent(module: nn.Module) -> None:
     """Makes parameters that PyTorch's utilities compute from others what they are at present."""
+    from torch.nn.utils import prune  # which nothing else imports
+
     if parametrize.is_parametrized(module):
         # Not remove_parametrizations, which changes the class, that copies of a module share.
         values = {name: getattr(module, name) for name in module.parametrizations}
