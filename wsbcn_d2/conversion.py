@@ -5,16 +5,16 @@ For models that are not built from norm options: those of other libraries, or sa
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
+from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, Type
 
 import torch
 from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
-from .detectron2_hooks import CYCLED, complete, restart_levels_before_forward, settle
+from .detectron2_hooks import CYCLED, complete, settle
 from .feeding import (
     ONE_WEIGHT,
     NotFed,
@@ -32,6 +32,7 @@ from .layers import (
     standardize_,
     weights_per_filter,
 )
+from .levels import levels_of, restart_levels_before_forward
 from .norm_options import NormOption, weight_standardization_request
 from .observation import Observation, observe
 
@@ -157,7 +158,7 @@ def convert(
     option = NormOption.parse(norm)
     if unfed not in ("convert", "leave"):
         raise ValueError(f"unfed must be 'convert' or 'leave', got {unfed!r}")
-    changes = _plan(model, option, keep_function, data, example_inputs, pairs or {}, unfed)
+    changes, heads = _plan(model, option, keep_function, data, example_inputs, pairs or {}, unfed)
     if not changes:
         kinds = ", ".join(dict.fromkeys(kind.__name__ for kind in _CONVERTED))
         raise ValueError(f"{type(model).__name__} has nothing to convert: none of {kinds}")
@@ -177,10 +178,8 @@ def convert(
                     _keep_filters(conv)
         if change.new is not None:
             become(change.norm, change.new)
-    for head in model.modules():
-        if isinstance(head, RetinaNetHead) and any(
-            isinstance(m, BatchChannelNorm) and m.num_levels > 1 for m in head.modules()
-        ):
+    for head in heads:
+        if any(isinstance(m, BatchChannelNorm) and m.num_levels > 1 for m in head.modules()):
             restart_levels_before_forward(head)
 
     frozen = sum(change.frozen for change in changes)
@@ -244,16 +243,21 @@ def _plan(
     example_inputs: Any,
     pairs: Mapping[str, Optional[str]],
     unfed: str,
-) -> List[_Change]:
-    """Whatever can go wrong does so here, where nothing is changed yet."""
-    levels = _levels_in_heads(model)
+) -> Tuple[List[_Change], Set[nn.Module]]:
+    """Whatever can go wrong does so here, where nothing is changed yet.
+
+    Returns:
+        The changes, and the modules that call layers for one feature level after the other.
+    """
     found = _find(model)
-    followed = {}
     if option.weight_standardization:
         _check_pairs(model, found, pairs)
-        if example_inputs is not None:
-            names = {norm: places[0][0] for norm, places in found.items()}
-            followed = followed_convolutions(model, names, example_inputs)
+    heads = _levels_in_heads(model)
+    followed: Dict[nn.Module, List[nn.Module]] = {}
+    if example_inputs is not None:
+        names = {norm: places[0][0] for norm, places in found.items()}
+        followed, levels = followed_convolutions(model, names, example_inputs)
+        heads = {**{norm: (model, number) for norm, number in levels.items()}, **heads}
     _check_groups(option, found)
     changes = []
     for norm, places in found.items():
@@ -277,7 +281,7 @@ def _plan(
                 )
             if change.unfed and unfed == "leave":
                 continue
-            change.new = _successor(plain, option, levels.get(norm, 1), change.frozen)
+            change.new = _successor(plain, option, heads.get(norm, (model, 1))[1], change.frozen)
         except ValueError as error:
             raise ValueError(f"cannot convert {path}: {error}") from error
         if change.new is not None:
@@ -294,7 +298,7 @@ def _plan(
             change.new = nn.Sequential(*parts).train(change.norm.training)
         elif change.new is None and change.plain is not change.norm:
             change.new = change.plain
-    return changes
+    return changes, {head for head, _ in heads.values()}
 
 
 def _observations(
@@ -377,14 +381,17 @@ def _find(model: nn.Module) -> Dict[nn.Module, List[_Place]]:
     return places
 
 
-def _levels_in_heads(model: nn.Module) -> Dict[nn.Module, int]:
-    """How many feature levels share a layer, for those in the heads of RetinaNet and FCOS."""
+def _levels_in_heads(model: nn.Module) -> Dict[nn.Module, Tuple[nn.Module, int]]:
+    """The layers that feature levels share in heads that are known, with the head, and how many."""
+    levels = {head: levels_of(head) for head in model.modules()}
+    for detector in model.modules():
+        if isinstance(detector, (RetinaNet, FCOS)):
+            levels[detector.head] = len(detector.anchor_generator.sizes)
     return {
-        norm: head._num_features
-        for head in model.modules()
-        if isinstance(head, RetinaNetHead)
-        for subnet in (head.cls_subnet, head.bbox_subnet)
-        for norm in subnet.children()
+        norm: (head, number)
+        for head, number in levels.items()
+        if number > 1
+        for norm in head.modules()
     }
 
 

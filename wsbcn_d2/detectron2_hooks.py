@@ -43,6 +43,7 @@ from .layers import (
     standardize_together,
     weights_per_filter,
 )
+from .levels import levels_of, restart_levels_before_forward, separate_levels
 from .modeling import BACKBONES, fuse_
 from .norm_options import NormOption, get_norm, weight_standardization_request
 from .summary import summarize
@@ -130,6 +131,9 @@ def _on_module(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None
         _keep_zero_initialization(child.norm3)
     if isinstance(parent, RetinaNetHead) and name in ("cls_subnet", "bbox_subnet"):
         _separate_levels(parent, child)
+    elif levels_of(child) > 1 and not isinstance(child, RetinaNetHead):
+        if any(isinstance(m, BatchChannelNorm) for m in child.modules()):
+            separate_levels(child, levels_of(child))
     if "pixel_mean" in parent._buffers:  # a part that joins a model that seemed complete
         complete(child, f"{type(parent).__name__}.{name}")
 
@@ -250,18 +254,6 @@ def _separate_levels(head: RetinaNetHead, subnet: nn.Module) -> None:
             )
     if shared:
         restart_levels_before_forward(head)
-
-
-def restart_levels_before_forward(head: nn.Module) -> None:
-    """A forward pass of a head that ended halfway must not shift the levels of the next."""
-    if _restart_levels not in head._forward_pre_hooks.values():
-        head.register_forward_pre_hook(_restart_levels)
-
-
-def _restart_levels(head: nn.Module, inputs: Any) -> None:
-    for module in head.modules():
-        if isinstance(module, BatchChannelNorm):
-            module.restart_levels()
 
 
 def complete(module: nn.Module, name: str) -> None:

@@ -161,7 +161,7 @@ def _reversed(module: nn.Module) -> Iterator[nn.Module]:
 @torch.no_grad()
 def followed_convolutions(
     model: nn.Module, norms: Mapping[nn.Module, str], example_inputs: Any
-) -> Dict[nn.Module, List[nn.Module]]:
+) -> Tuple[Dict[nn.Module, List[nn.Module]], Dict[nn.Module, int]]:
     """Calls a model once, in evaluation mode, and looks whose outputs the norm layers get.
 
     Args:
@@ -171,7 +171,8 @@ def followed_convolutions(
 
     Returns:
         For each layer that was called, the convolutions whose outputs it got, unchanged; none if it
-        also got, or only, something else.
+        also got, or only, something else. For each layer that was called several times, with
+        feature maps of several sizes, how often that was.
 
     Raises:
         ValueError: if the model cannot be called with these, or a layer gets no feature maps of
@@ -179,14 +180,14 @@ def followed_convolutions(
     """
     outputs: Dict[int, Tuple[nn.Module, Tensor, int]] = {}
     found: Dict[nn.Module, List[Optional[nn.Module]]] = {}
-    shapes: Dict[nn.Module, torch.Size] = {}
+    shapes: Dict[nn.Module, List[torch.Size]] = {}
 
     def note_output(conv: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):  # kept, so that its id is not given to another
             outputs[id(output)] = conv, output, output._version
 
     def note_input(norm: nn.Module, inputs: Any) -> None:
-        shapes[norm] = inputs[0].shape
+        shapes.setdefault(norm, []).append(inputs[0].shape)
         conv, _, version = outputs.get(id(inputs[0]), (None, None, None))
         found.setdefault(norm, []).append(conv if version == inputs[0]._version else None)
 
@@ -197,15 +198,17 @@ def followed_convolutions(
     finally:
         for hook in hooks:
             hook.remove()
-    for norm, shape in shapes.items():
+    for norm, (shape, *_) in shapes.items():
         if len(shape) != 4:
             raise ValueError(
                 f"cannot convert {norms[norm]}: its input is of shape {tuple(shape)}, and not "
                 "(N, C, H, W). Other parts of the model can be converted one by one."
             )
-    return {
+    convolutions = {
         norm: [] if None in convs else list(dict.fromkeys(convs)) for norm, convs in found.items()
     }
+    levels = {norm: len(sizes) for norm, sizes in shapes.items() if len(set(sizes)) > 1}
+    return convolutions, levels
 
 
 def call(model: nn.Module, inputs: Any, name: str) -> None:
