@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 DEMO := output/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test benchmark lint format clean
+.PHONY: help setup demo test benchmark lint types format clean
 
 help:  ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12] [VENV=.venv]"
@@ -41,10 +41,13 @@ lint: setup  ## check format, imports and style
 	@$(RUN) -m isort --check --diff $(SOURCES)
 	@$(RUN) -m flake8 $(SOURCES)
 
+types: setup  ## check the types of the public API; setup.cfg says of which files
+	@$(RUN) -m mypy
+
 format: setup  ## format the code
 	@$(RUN) -m isort --quiet $(SOURCES)
 	@$(RUN) -m black --quiet $(SOURCES)
 
 clean:  ## remove caches and build leftovers; keeps $(VENV), datasets/ and output/
-	@rm -rf build dist *.egg-info .pytest_cache
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

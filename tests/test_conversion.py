@@ -7,7 +7,8 @@ import pickle
 import pytest
 import torch
 import torchvision
-from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, batch_norm, get_norm
+from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, get_norm
+from detectron2.layers.batch_norm import LayerNorm
 from detectron2.utils.events import EventStorage
 from detectron2_models import a_training_image, logged, modules_of_type, small_model
 from oracles import channel_norm, estimated_bcn, standardized_weight
@@ -20,8 +21,7 @@ from wsbcn_d2.layers import WeightStandardized
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 NORMS = (nn.GroupNorm, nn.InstanceNorm2d, FrozenBatchNorm2d, CycleBatchNormList)
-NORMS += (nn.modules.batchnorm._BatchNorm, torchvision.ops.FrozenBatchNorm2d)
-NORMS += (batch_norm.LayerNorm,)
+NORMS += (nn.modules.batchnorm._BatchNorm, torchvision.ops.FrozenBatchNorm2d, LayerNorm)
 LOGGER = "detectron2.wsbcn_d2"
 C, EPS = 8, 1e-3  # an eps that is none of the defaults
 

@@ -137,27 +137,16 @@ def filled_lists(norm):
 
 
 def test_lists_that_are_filled_later():
-    """No hook can know the parent of a list: the complete model, or the first call, settles it."""
-    model = nn.Module()
-    model.backbone = filled_lists(functools.partial(get_norm, OPTION))
-    assert not standardized(model)
-    with pytest.raises(ValueError, match=r"GroupNorm asks for weight standardization .*convert"):
-        model.backbone(torch.randn(1, 3, 9, 9))
-    other = convert(copy.deepcopy(model), OPTION)
-    model.register_buffer("pixel_mean", torch.zeros(3))  # as meta-architectures do at the end
-    for m in (model, other):
-        assert standardized(m) == {"backbone.convs.0", "backbone.convs.1"}
-        m.backbone(torch.randn(1, 3, 9, 9))
-    assert standardized(convert(filled_lists(plain), OPTION)) == {"convs.0", "convs.1"}
-
-
-def test_layer_that_never_found_its_convolution():
-    model = nn.Module()
-    model.norms = nn.ModuleList([get_norm(OPTION, C)])
-    with pytest.raises(ValueError, match="asks for weight standardization"):
-        model.norms[0](torch.randn(1, C, 4, 4))
-    with pytest.raises(ValueError, match="asks for weight standardization"):
-        model.register_buffer("pixel_mean", torch.zeros(3))
+    """No hook can know the parent of a list, so the first call says what to do."""
+    block = filled_lists(functools.partial(get_norm, OPTION))
+    x = torch.randn(1, 3, 9, 9)
+    for model in (block, copy.deepcopy(block)):
+        assert not standardized(model)
+        with pytest.raises(ValueError, match=r"GroupNorm asks for weight stand.*wsbcn_d2.convert"):
+            model(x)
+    for model in (block, filled_lists(plain)):
+        assert standardized(convert(model, OPTION)) == {"convs.0", "convs.1"}
+        model(x)
 
 
 DOUBTFUL = {

@@ -14,7 +14,6 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.layers import DeformConv, ShapeSpec
 from detectron2.modeling import build_model
-from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
@@ -149,7 +148,7 @@ FAMILIES = {
     ),
     "PointRend": ("Misc/pointrend_rcnn_R_50_FPN_bcn_ws_1x_1img.yaml", of_point_rend),
     "Faster R-CNN, ResNeXt": (
-        "COCO-Detection/faster_rcnn_X_50_32x4d_FPN_bcn_ws_20-23-24e_1img.yaml",
+        "COCO-Detection/faster_rcnn_X_50_32x4d_FPN_bcn_ws_1x_1img.yaml",
         of_this_package,
     ),
     "RetinaNet": ("COCO-Detection/retinanet_R_50_FPN_bcn_ws_1x_1img.yaml", of_this_package),
@@ -173,8 +172,6 @@ SHARED_HEADS = ("RetinaNet", "FCOS")
 # PointRend's mask head cannot take an image without foreground, whatever its norm: Detectron2's
 # loader leaves out images without objects.
 NEEDS_OBJECTS = {"PointRend"}
-if not hasattr(FCOS, "_match_anchors"):
-    NEEDS_OBJECTS.add("FCOS")  # of Detectron2 0.6
 
 # What the last convolutions and linear layers are called. Some of them are absent in each model.
 PREDICTORS = (
@@ -322,10 +319,9 @@ def test_family(name, tmp_path):
             model.get_submodule(predictor).weight.normal_(0.0, std)
         for conv in standardized.values():
             conv.eps = 1e-12  # else the scale has a small effect
-            conv.forget_standardized_weight()
         losses = losses_of(model, with_object)
         # PointRend picks points by what it is unsure of, which rounding can change.
-        same = {"rtol": 1e-3 if name == "PointRend" else 1e-4, "atol": 1e-5}
+        same = {"rtol": 3e-3 if name == "PointRend" else 1e-4, "atol": 1e-5}
         torch.testing.assert_close(losses_of(fold(model), with_object), losses, **same)
         for conv in standardized.values():
             conv.weight.mul_(3.0).add_(0.1)

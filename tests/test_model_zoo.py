@@ -1,4 +1,4 @@
-"""The configs that are combinations, the page that lists them, and LazyConfigs.
+"""The recipes, what overrides make of them, the page that lists them, and LazyConfigs.
 
 What they say is compared with their names, with Detectron2's own configs of the same models, and
 with the metadata of the datasets. tests/test_model_families.py trains small ones.
@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,38 +18,58 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2_models import modules_of_type
 from test_configs import NORMS, is_type, norm_layers
 from test_model_families import of_deeplab, of_panoptic_deeplab, of_point_rend, of_this_package
 
 import wsbcn_d2
+from wsbcn_d2.config import flatten_config
 from wsbcn_d2.data import make_digits_dataset
 from wsbcn_d2.engine import ConfigError, load_config
 from wsbcn_d2.layers import WeightStandardized
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
-NAME = re.compile(
-    r"(?P<model>.+)_(?P<norm>gn|gn_ws|bcn|bcn_ws)_(?P<schedule>[\dxe-]+)_(?P<images>[12])img"
-)
-FILES = {}  # by folder and model
-for _path in sorted(CONFIGS.rglob("*img.yaml")):
-    _match = NAME.fullmatch(_path.stem)
-    if _match is not None:
-        FILES.setdefault(f"{_path.parent.name}/{_match['model']}", []).append((_path, _match))
-RCNN = [
-    f"{folder}_rcnn_{backbone}_FPN"
-    for folder in ("COCO-InstanceSegmentation/mask", "COCO-Detection/faster")
+PAGE = (ROOT / "MODEL_ZOO.md").read_text()
+
+# The models with one recipe per norm, and the schedule of these.
+R_CNN = {
+    f"COCO-{kind}_rcnn_{backbone}_FPN": schedule
+    for kind, schedule in (("InstanceSegmentation/mask", "2x"), ("Detection/faster", "1x"))
     for backbone in ("R_50", "R_101", "X_50_32x4d", "X_101_32x4d")
-]
+}
+# With all norms, tested in test_configs.py.
+MASK_R_50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN"
+LVIS = "LVISv1-InstanceSegmentation/mask_rcnn_R_50_FPN"
+MODELS = {
+    **{model: schedule for model, schedule in R_CNN.items() if model != MASK_R_50},
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_C4": "1x",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_DC5": "1x",
+    "COCO-Detection/retinanet_R_50_FPN": "1x",
+    "COCO-Keypoints/keypoint_rcnn_R_50_FPN": "1x",
+    "COCO-PanopticSegmentation/panoptic_fpn_R_50": "1x",
+    LVIS: "1x",
+    "PascalVOC-Detection/faster_rcnn_R_50_FPN": "17e",
+    "PascalVOC-Detection/faster_rcnn_R_50_C4": "17e",
+    "Cityscapes/mask_rcnn_R_50_FPN": "65e",
+    "Cityscapes/semantic_R_50_FPN": "699e",
+    "Cityscapes/deeplab_v3_plus_R_103": "484e",
+    "Cityscapes/panoptic_deeplab_R_52": "968e",
+    "Misc/cascade_mask_rcnn_R_50_FPN": "1x",
+    "Misc/mask_rcnn_R_50_FPN_dconv_c3-c5": "1x",
+    "Misc/mask_rcnn_R_50_FPN_mdconv_c3-c5": "1x",
+    "Misc/pointrend_rcnn_R_50_FPN": "1x",
+    "Misc/scratch_mask_rcnn_R_50_FPN": "3x",
+}
+RECIPES = ("gn_ws", "bcn_ws")
 
 # Thousands of images seen at the decays and at the end.
 SEEN = {
     "1x": (960, 1280, 1440),
     "2x": (2400, 2720, 2880),
     "3x": (3360, 4000, 4320),
-    "9x": (12000, 12640, 12960),
     # 7,330 batches of 16 images make an epoch
     "20-23-24e": (2345.6, 2697.44, 2814.72),
     "17e": (192, 256, 288),
@@ -58,13 +79,16 @@ SEEN = {
     "968e": (2880,),
 }
 EPOCH = {"17e": 16551, "65e": 2975, "699e": 2975, "484e": 2975, "968e": 2975}
-LVIS = "LVISv1-InstanceSegmentation/mask_rcnn_R_50_FPN"
 LEARNING_RATES = {  # for 16 images; the others have 0.02
     "COCO-Detection/retinanet_R_50_FPN": 0.01,
     "Cityscapes/semantic_R_50_FPN": 0.005,
     "Cityscapes/deeplab_v3_plus_R_103": 0.01,
     "Cityscapes/panoptic_deeplab_R_52": 0.0005,
 }
+
+
+def path_of(model, norm="gn_ws"):
+    return CONFIGS / f"{model}_{norm}_{MODELS[model]}_1img.yaml"
 
 
 def load(path):
@@ -81,75 +105,111 @@ def load(path):
     return cfg
 
 
-def flat(cfg, prefix=""):
-    for key, value in cfg.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def seen(cfg):
+    """Thousands of images at the decays and at the end."""
+    solver = cfg.SOLVER
+    steps = [] if solver.LR_SCHEDULER_NAME == "WarmupPolyLR" else solver.STEPS
+    return [solver.IMS_PER_BATCH * i / 1000 for i in (*steps, solver.MAX_ITER)]
 
 
-def test_combinations():
-    assert set(RCNN) < FILES.keys() and len(FILES) == 25
-    for model, files in FILES.items():
-        schedules = {match["schedule"] for _, match in files}
-        if model in RCNN:
-            assert schedules == {"1x", "2x", "20-23-24e"}
-        found = {(match["norm"], match["schedule"], match["images"]) for _, match in files}
-        assert len(found) == 4 * len(schedules) * 2  # every norm and number of images
+def scaled(cfg, gpus, images_per_gpu):
+    """What Detectron2's trainer makes of the key that MODEL_ZOO.md tells to set."""
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 8 // images_per_gpu
+    return DefaultTrainer.auto_scale_workers(cfg, gpus)
 
 
-@pytest.mark.parametrize("model", FILES)
+def documented(key):
+    """The arguments that MODEL_ZOO.md has, from a key on."""
+    (arguments,) = re.findall(rf"`({re.escape(key)} .*?)`", PAGE)
+    return shlex.split(arguments)
+
+
+def test_every_recipe_is_there():
+    expected = {path_of(model, norm) for model in MODELS for norm in RECIPES}
+    found = set(CONFIGS.rglob("*_[0-9]img.yaml"))
+    of_mask_r_50 = set((CONFIGS / MASK_R_50).parent.glob("mask_rcnn_R_50_FPN_*"))
+    assert expected == found - of_mask_r_50
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_config_is_what_its_name_says(model):
-    for path, match in FILES[model]:
+    for norm in RECIPES:
+        path = path_of(model, norm)
         cfg = load(path)
-        norm, schedule, images = match["norm"], match["schedule"], int(match["images"])
         # The norm, everywhere.
-        option = NORMS[norm][0]
-        norms = {k: v for k, v in flat(cfg.MODEL) if k.rpartition(".")[2] == "NORM"}
-        if model == RCNN[0]:  # its files set what the model has
-            del norms["RETINANET.NORM"], norms["SEM_SEG_HEAD.NORM"]
+        norms = {k: v for k, v in flatten_config(cfg.MODEL).items() if k.endswith(".NORM")}
         assert len(norms) >= 4
         if "DC5" in model:  # fully connected layers have none
             assert norms.pop("ROI_BOX_HEAD.NORM") == ""
         for key, value in norms.items():
             if "v3_plus" in model and key == "SEM_SEG_HEAD.NORM":  # has layers of 48 channels
                 value = value.replace("(groups=16)", "")
-            assert value == option, f"{path}: {key}"
+            assert value == NORMS[norm][0], f"{path}: {key}"
 
-        # The schedule, whatever the batch.
-        solver = cfg.SOLVER
-        assert solver.IMS_PER_BATCH == 8 * images, path
-        rate = LEARNING_RATES.get(model, 0.02) * images / 2
-        assert solver.BASE_LR == pytest.approx(rate), path
-        steps = [] if solver.LR_SCHEDULER_NAME == "WarmupPolyLR" else solver.STEPS
-        seen = [solver.IMS_PER_BATCH * i / 1000 for i in (*steps, solver.MAX_ITER)]
-        assert seen == pytest.approx(
-            [x * (2 if model == LVIS else 1) for x in SEEN[schedule]]
-        ), path
+        # The schedule.
+        schedule = MODELS[model]
+        images = [x * (2 if model == LVIS else 1) for x in SEEN[schedule]]
+        assert seen(cfg) == pytest.approx(images), path
         if schedule in EPOCH:
-            assert round(1000 * seen[-1] / EPOCH[schedule]) == int(schedule[:-1]), path
+            assert round(1000 * images[-1] / EPOCH[schedule]) == int(schedule[:-1]), path
+        rate = LEARNING_RATES.get(model, 0.02) / 16
+        assert cfg.SOLVER.IMS_PER_BATCH == 8
+        assert cfg.SOLVER.BASE_LR == pytest.approx(8 * rate), path
 
-        # Weights and the input that they were trained with.
-        weights, mean, std = cfg.MODEL.WEIGHTS, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
-        if "FAIR" in weights or "MSRA" in weights:
-            assert cfg.INPUT.FORMAT == "BGR" and mean[0] < mean[2] and set(std) == {1.0}, path
-        else:
-            assert cfg.INPUT.FORMAT == "RGB" and mean[0] > mean[2] and min(std) > 57, path
-        assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 == ("MSRA" in weights), path
-        if not weights:
-            assert cfg.MODEL.BACKBONE.FREEZE_AT == 0, path
-        if weights.startswith(("detectron2://", "catalog://")):  # all of them without WS
-            assert not norm.endswith("_ws"), path
-            assert ("GN" in weights) == (norm == "gn"), path
+        # And with other images per GPU.
+        for gpus, per_gpu in ((8, 2), (1, 1), (2, 8)):
+            other = scaled(cfg.clone(), gpus, per_gpu)
+            assert other.SOLVER.IMS_PER_BATCH == gpus * per_gpu
+            assert other.SOLVER.BASE_LR == pytest.approx(gpus * per_gpu * rate)
+            assert seen(other) == pytest.approx(images), path
+
+        # Random weights, and the input of those that others have for these models.
+        mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+        assert cfg.INPUT.FORMAT == "RGB" and mean[0] > mean[2] and min(std) > 57, path
+        assert not cfg.MODEL.RESNETS.STRIDE_IN_1X1, path
+        assert not cfg.MODEL.WEIGHTS and cfg.MODEL.BACKBONE.FREEZE_AT == 0, path
         if "scratch" in path.stem:
-            assert not weights and cfg.MODEL.WSBCN.UPDATE_RATE_WARMUP, path
+            assert cfg.MODEL.WSBCN.UPDATE_RATE_WARMUP, path
 
 
-@pytest.mark.parametrize("model", FILES)
+@pytest.mark.parametrize("model", MODELS)
+def test_recipes_differ_in_the_norm_alone(model):
+    """So that another norm is an override of these keys."""
+    configs = [flatten_config(load(path_of(model, norm))) for norm in RECIPES]
+    differing = {key for key, value in configs[0].items() if configs[1][key] != value}
+    assert differing and all(key.endswith(".NORM") for key in differing)
+
+
+@pytest.mark.parametrize(
+    "model, further",
+    [
+        ("COCO-InstanceSegmentation/mask_rcnn_X_101_32x4d_FPN", []),
+        ("PascalVOC-Detection/faster_rcnn_R_50_C4", []),
+        ("COCO-Detection/retinanet_R_50_FPN", ["MODEL.RETINANET.NORM", "GN"]),
+        ("COCO-PanopticSegmentation/panoptic_fpn_R_50", ["MODEL.SEM_SEG_HEAD.NORM", "GN"]),
+    ],
+)
+def test_another_norm_by_the_documented_keys(model, further):
+    assert not further or f"`{further[0]}`" in PAGE
+    opts = [*documented("MODEL.RESNETS.NORM"), *further, "MODEL.DEVICE", "meta"]
+    with torch.device("meta"):
+        network = build_model(load_config(str(path_of(model, "bcn_ws")), opts, needs=()))
+    norms = norm_layers(network)
+    assert len(norms) >= 53 and all(is_type(norm, torch.nn.GroupNorm) for norm in norms)
+    assert not modules_of_type(network, WeightStandardized)
+
+
+@pytest.mark.parametrize("backbone", ["R_101", "X_50_32x4d"])
+def test_another_schedule_by_the_documented_keys(backbone):
+    path = path_of(f"COCO-InstanceSegmentation/mask_rcnn_{backbone}_FPN")
+    cfg = load_config(str(path), documented("SOLVER.STEPS"), needs=())
+    assert seen(cfg) == pytest.approx(SEEN["20-23-24e"])
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_programs_read_it(model):
     of_a_project = "pointrend" in model or "deeplab" in model
-    for path, _ in FILES[model]:
+    for path in (path_of(model, norm) for norm in RECIPES):
         if of_a_project:
             with pytest.raises(ConfigError, match=f"{path.name}.*docs/in_your_project.md"):
                 load_config(str(path), needs=())
@@ -166,9 +226,9 @@ CLASSES = {  # key below MODEL -> which classes of the dataset it counts
 }
 
 
-@pytest.mark.parametrize("model", FILES)
+@pytest.mark.parametrize("model", MODELS)
 def test_number_of_classes_is_that_of_the_dataset(model):
-    cfg = load(FILES[model][0][0])
+    cfg = load(path_of(model))
     for name in cfg.DATASETS.TRAIN + cfg.DATASETS.TEST:
         assert name in DatasetCatalog
         metadata = MetadataCatalog.get(name)
@@ -180,11 +240,11 @@ def test_number_of_classes_is_that_of_the_dataset(model):
 MASK, DETECTION = "COCO-InstanceSegmentation/mask_rcnn_R_50_", "COCO-Detection/"
 DETECTRON2 = {
     **{MASK + kind: f"{MASK}{kind}_1x.yaml" for kind in ("FPN", "C4", "DC5")},
-    RCNN[4]: DETECTION + "faster_rcnn_R_50_FPN_1x.yaml",
-    DETECTION + "retinanet_R_50_FPN": DETECTION + "retinanet_R_50_FPN_1x.yaml",
     **{
         model: f"{model}_1x.yaml"
         for model in (
+            "COCO-Detection/faster_rcnn_R_50_FPN",
+            "COCO-Detection/retinanet_R_50_FPN",
             "COCO-Keypoints/keypoint_rcnn_R_50_FPN",
             "COCO-PanopticSegmentation/panoptic_fpn_R_50",
             LVIS,
@@ -206,18 +266,11 @@ DETECTRON2 = {
 
 @pytest.mark.parametrize("model", DETECTRON2)
 def test_nothing_else_differs_from_the_config_of_detectron2(model):
-    try:
-        stock = dict(flat(model_zoo.get_config(DETECTRON2[model])))
-    except RuntimeError:
-        pytest.skip(f"this Detectron2 has no {DETECTRON2[model]}")
+    """With the images per GPU of Detectron2's, that is with 2 of them."""
+    stock = flatten_config(model_zoo.get_config(DETECTRON2[model]))
     images = stock["SOLVER.IMS_PER_BATCH"] // 8
-    path = next(
-        path
-        for path, match in FILES[model]
-        if match["schedule"] not in ("2x", "20-23-24e", "9x")
-        and (match["norm"], match["images"]) == ("gn_ws", str(images))
-    )
-    ours = dict(flat(load(path)))
+    path = CONFIGS / f"{model}_gn_ws_{MODELS.get(model, '1x')}_1img.yaml"
+    ours = flatten_config(scaled(load(path), 8, images))
     differing = {key for key, value in stock.items() if ours[key] != value}
     if "ANCHOR_GENERATOR" in str(differing):  # written out, and rounded
         key = "MODEL.ANCHOR_GENERATOR.SIZES"
@@ -228,16 +281,17 @@ def test_nothing_else_differs_from_the_config_of_detectron2(model):
     input_and_weights = ("WEIGHTS", "PIXEL_MEAN", "PIXEL_STD", "FORMAT", "STRIDE_IN_1X1")
     backbone = ("MODEL.BACKBONE.NAME", "MODEL.BACKBONE.FREEZE_AT")
     box_head = ("MODEL.ROI_BOX_HEAD.NUM_CONV", "MODEL.ROI_BOX_HEAD.NUM_FC")  # 4conv1fc for 2fc
-    # What the batch determines is left at the default.
-    differing.discard("TEST.EVAL_PERIOD")
-    names = {key for key in differing if key.rpartition(".")[2] not in ("NORM", *input_and_weights)}
+    # The warm-up is as many images, not iterations; what else the batch determines is the default.
+    batch = ("WARMUP_ITERS", "CHECKPOINT_PERIOD", "EVAL_PERIOD", "REFERENCE_WORLD_SIZE")
+    allowed = ("NORM", *input_and_weights, *batch)
+    names = {key for key in differing if key.rpartition(".")[2] not in allowed}
     assert names <= {*backbone, *box_head}
 
 
-@pytest.mark.parametrize("model", RCNN)
+@pytest.mark.parametrize("model", R_CNN)
 def test_full_size(model):
     """On the meta device: nothing is computed."""
-    cfg = load(next(path for path, match in FILES[model] if match["norm"] == "bcn_ws"))
+    cfg = load(CONFIGS / f"{model}_bcn_ws_{R_CNN[model]}_1img.yaml")
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         network = build_model(cfg)
@@ -255,17 +309,33 @@ def test_full_size(model):
 # -------------------------------------------------------------------------------------- the tools
 
 
-@pytest.mark.parametrize("tool", ["make_configs.py", "list_model_zoo.py"])
-def test_what_the_tools_write_is_up_to_date(tool, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [tool, "--check"])
+def test_page_is_up_to_date(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["list_model_zoo.py", "--check"])
     with pytest.raises(SystemExit) as result:
-        runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
-    assert result.value.code == 0, f"run tools/{tool}"
+        runpy.run_path(str(ROOT / "tools" / "list_model_zoo.py"), run_name="__main__")
+    assert result.value.code == 0, "run tools/list_model_zoo.py"
+
+
+def test_configs_and_results_that_are_not_listed_are_errors(tmp_path, monkeypatch):
+    tool = runpy.run_path(str(ROOT / "tools" / "list_model_zoo.py"))
+    (tmp_path / "COCO").mkdir()
+    (tmp_path / "COCO" / "mask_rcnn_xn_1x_1img.yaml").touch()
+    with pytest.raises(ValueError, match="mask_rcnn_xn_1x_1img.yaml: the name must be MODEL_NORM"):
+        tool["find_configs"](tmp_path)
+    published = tmp_path / "published.yaml"
+    monkeypatch.setitem(tool["page"].__globals__, "PUBLISHED", published)
+    for key, message in (
+        ("COCO-Detection/faster_rcnn_R_50_FPN_3x", "there is no config for COCO-Detection/faster"),
+        (f"{MASK_R_50}_1x", "mask_rcnn_R_50_FPN has no config with LN"),
+    ):
+        entry = "{norm: LN, source: me, batch: 8, box AP: 40}"
+        published.write_text(f"sources: {{}}\nresults:\n  {key}: [{entry}]\n")
+        with pytest.raises(ValueError, match=message):
+            tool["page"]()
 
 
 def test_page_lists_every_config():
-    page = (ROOT / "MODEL_ZOO.md").read_text()
-    listed = set(re.findall(r"\]\((configs/[\w/.-]+)\)", page))
+    listed = set(re.findall(r"\]\((configs/[\w/.-]+)\)", PAGE))
     files = {p for p in CONFIGS.rglob("*.*") if p.suffix in (".yaml", ".py")}
     files = {p for p in files if not p.name.startswith("Base-") and "_base_" not in p.parts}
     files.discard(CONFIGS / "LazyConfig" / "common.py")
@@ -398,10 +468,13 @@ def test_training_from_a_lazy_config(tmp_path):
         *("new node", "deleted", "new keys"),
     ],
 )
-def test_errors_of_lazy_configs_are_one_line(tmp_path, arguments, message):
-    result = run_lazyconfig(arguments, tmp_path)
-    assert result.returncode == 1
-    assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+def test_errors_of_lazy_configs_are_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)  # without data
+    monkeypatch.setattr(sys, "argv", ["lazyconfig_train_net.py", *arguments])
+    with pytest.raises(SystemExit) as result:
+        runpy.run_path(str(ROOT / "tools" / "lazyconfig_train_net.py"), run_name="__main__")
+    assert message in result.value.code and "\n" not in result.value.code
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -413,7 +486,7 @@ def test_errors_of_lazy_configs_are_one_line(tmp_path, arguments, message):
 )
 def test_configs_of_projects_have_their_keys(path, key):
     cfg = wsbcn_d2.model_zoo.get_config(path)
-    assert f"MODEL.{key}" in {k[: len(f"MODEL.{key}")] for k in dict(flat(cfg))}
+    assert any(k.startswith(f"MODEL.{key}") for k in flatten_config(cfg))
     assert "WSBCN" in cfg.MODEL
 
 
@@ -434,6 +507,4 @@ def snippets():
 @pytest.mark.parametrize("index", range(3), ids=["strings", "convert", "by hand"])
 def test_ways_into_a_project(index):
     assert len(snippets()) == 3
-    if "wsbcn_d2.convert(" in snippets()[index] and not hasattr(wsbcn_d2, "convert"):
-        pytest.skip("this version has no wsbcn_d2.convert")
     exec(snippets()[index], {})

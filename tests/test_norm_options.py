@@ -13,8 +13,6 @@ from torch import nn
 import wsbcn_d2
 from wsbcn_d2 import BatchChannelNorm, ChannelNorm, WSConv2d, get_norm
 
-LAYER_NORM = getattr(batch_norm, "LayerNorm", None)  # Detectron2 0.6 has none
-
 # name -> class, attributes
 OPTIONS = {
     "BCN": (BatchChannelNorm, dict(mode="estimate", num_groups=32, update_rate=0.1)),
@@ -25,7 +23,7 @@ OPTIONS = {
     "BN": (nn.BatchNorm2d, {}),
     "SyncBN": (nn.SyncBatchNorm, {}),
     "FrozenBN": (FrozenBatchNorm2d, {}),
-    "LN": (LAYER_NORM, {}),
+    "LN": (batch_norm.LayerNorm, {}),
     "nnSyncBN": (nn.SyncBatchNorm, {}),
     "naiveSyncBN": (NaiveSyncBatchNorm, dict(_stats_mode="")),
     "naiveSyncBN_N": (NaiveSyncBatchNorm, dict(_stats_mode="N")),
@@ -38,8 +36,6 @@ OPTIONS = {
     "CN(groups=64)": (ChannelNorm, dict(num_groups=64)),
     "GN(groups=8)": (nn.GroupNorm, dict(num_groups=8)),
 }
-if LAYER_NORM is None:
-    OPTIONS.pop("LN")
 
 # Strings as they are written in configs, some with blanks.
 YAML_STRINGS = [
@@ -78,8 +74,7 @@ def test_stock_options_compute_what_the_stock_layers_compute():
     x = torch.randn(4, 64, 5, 5)
     torch.testing.assert_close(get_norm("GN", 64)(x), nn.GroupNorm(32, 64)(x))
     torch.testing.assert_close(get_norm("BN+WS", 64)(x), nn.BatchNorm2d(64)(x))
-    if LAYER_NORM is not None:
-        torch.testing.assert_close(get_norm("LN", 64)(x), LAYER_NORM(64)(x))
+    torch.testing.assert_close(get_norm("LN", 64)(x), batch_norm.LayerNorm(64)(x))
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,23 @@
 
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from detectron2.config import CfgNode
 
-from wsbcn_d2 import model_zoo
+from wsbcn_d2 import model_zoo, version
+from wsbcn_d2.version import check_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -155,19 +161,55 @@ def test_import_brings_nothing_that_detectron2_has_not():
     run("-W", "error::DeprecationWarning:wsbcn_d2", "-c", code)
 
 
-@pytest.mark.parametrize("package, version", [("detectron2", "0.5"), ("torch", "1.13.1+cu117")])
-def test_versions_that_are_too_old(package, version):
+MARK = "convert_frozenbatchnorm2d_to_batchnorm2d"  # Detectron2 0.6 has no such method
+TOO_OLD = (
+    "wsbcn_d2 needs Python 3.10, torch 2.4 and Detectron2's main branch of 2024, or newer; this "
+    "environment has "
+)
+
+
+def test_importing_with_too_old_versions():
     code = f"""if True:
-        import {package}
-        {package}.__version__ = {version!r}
+        import torch, detectron2.layers
+        torch.__version__ = "2.3.1+cu121"
+        del detectron2.layers.FrozenBatchNorm2d.{MARK}
         try:
             import wsbcn_d2
         except ImportError as error:
             print(error)
     """
-    lines = run("-c", code).splitlines()
-    assert lines[-1].startswith(f"wsbcn_d2 needs {package} ")
-    assert lines[-1].endswith(f"or newer, but {version} is installed.")
+    found = "torch 2.3.1+cu121 and a Detectron2 of before 2024, as its release 0.6 is."
+    assert run("-c", code).splitlines()[-1] == TOO_OLD + found
+
+
+def test_every_version_is_checked(monkeypatch):
+    for holder, name, value, found in (
+        (sys, "version_info", (3, 9, 18, "final", 0), "Python 3."),
+        (torch, "__version__", "1.13.1", "torch 1.13.1."),
+        (torch, "__version__", "2.4.0a0+git1234", None),
+        (torch, "__version__", "3.0.0", None),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, name, value)
+            if found is None:
+                check_versions()
+            else:
+                with pytest.raises(ImportError, match=re.escape(TOO_OLD + found)):
+                    check_versions()
+
+
+def test_versions_of_python_are_the_same_everywhere(unpacked_sdist):
+    setup_env = runpy.run_path(str(ROOT / "tools" / "setup_env.py"))
+    (oldest_major, oldest), (_, newest) = setup_env["OLDEST"], setup_env["NEWEST"]
+    tested = [f"{oldest_major}.{minor}" for minor in range(oldest, newest + 1)]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert workflow["jobs"]["tests"]["strategy"]["matrix"]["python"] == tested
+    metadata = Parser().parsestr((unpacked_sdist / "PKG-INFO").read_text())
+    classifiers = [c for c in metadata.get_all("Classifier") if "Python ::" in c]
+    assert classifiers == [f"Programming Language :: Python :: {python}" for python in tested]
+    assert metadata["Requires-Python"] == f">={tested[0]}"
+    assert version._PYTHON == setup_env["OLDEST"]
+    assert f"torch>={version._TORCH[0]}.{version._TORCH[1]}" in metadata.get_all("Requires-Dist")
 
 
 def test_configs_of_a_checkout():

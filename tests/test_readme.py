@@ -13,7 +13,7 @@ from wsbcn_d2.data import make_digits_dataset
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 # for patterns in file names, one that must exist
 PLACEHOLDERS = {"<norm>": "bcn_ws", "<schedule>": "2x", "<images>": "1img"}
 
@@ -23,7 +23,9 @@ def test_files_that_are_named_exist(document):
     text = document.read_text()
     for placeholder, value in PLACEHOLDERS.items():
         text = text.replace(placeholder, value)
-    paths = set(re.findall(r"\b((?:tools|configs|docs|requirements|wsbcn_d2)/[\w/.-]+\.\w+)", text))
+    folders = "tools|configs|docs|requirements|tests|wsbcn_d2"
+    paths = set(re.findall(rf"\b((?:{folders})/[\w/.-]+\.\w+)", text))
+    paths |= {path for path in re.findall(r"\]\(([\w.-]+\.md)\)", text) if document.parent == ROOT}
     assert paths
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
 

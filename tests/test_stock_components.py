@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.layers import ASPP, DepthwiseSeparableConv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_backbone
-from detectron2.modeling.backbone import regnet
+from detectron2.modeling.backbone import regnet, vit
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
 from detectron2.modeling.meta_arch.fcos import FCOSHead
@@ -132,10 +132,6 @@ def any_net(norm, stem, block, se_ratio=0.0):
     )
 
 
-def vit(module_name):
-    return getattr(pytest.importorskip("detectron2.modeling.backbone.vit"), module_name)
-
-
 class Features(Backbone):
     """The last feature map of some network."""
 
@@ -149,7 +145,7 @@ class Features(Backbone):
 
 
 def simple_feature_pyramid(norm):
-    kind = vit("SimpleFeaturePyramid")
+    kind = vit.SimpleFeaturePyramid
     return kind(
         Features(), "last", 32, (4.0, 2.0, 1.0, 0.5), top_block=LastLevelMaxPool(), norm=norm
     )
@@ -298,7 +294,7 @@ COMPONENTS = {
     "AnyNet, basic": (lambda n: any_net(n, regnet.SimpleStem, regnet.ResBasicBlock), on_image),
     "AnyNet, vanilla": (lambda n: any_net(n, regnet.SimpleStem, regnet.VanillaBlock), on_image),
     "ViT's residual block": (
-        lambda n: vit("ResBottleneckBlock")(64, 64, 32, norm=n),
+        lambda n: vit.ResBottleneckBlock(64, 64, 32, norm=n),
         on_features(64),
     ),
     "simple feature pyramid": (simple_feature_pyramid, on_features(128, 4)),
@@ -508,7 +504,7 @@ def test_norm_that_follows_no_convolution_is_an_error(before):
 def test_zero_initialized_block_of_vit_starts_as_the_identity_and_can_be_trained():
     """One step of SGD must not throw the block far from the identity: with the zero in the weight
     of BCN's first normalization, the second would divide by the deviation of zeros."""
-    block = vit("ResBottleneckBlock")
+    block = vit.ResBottleneckBlock
     movement = {}
     for norm in ("GN", "BCN"):
         torch.manual_seed(0)

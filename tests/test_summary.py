@@ -1,7 +1,7 @@
 """The line that says what a model is made of."""
 
 import pytest
-from detectron2_models import logged, small_model
+from detectron2_models import small_model
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
@@ -38,10 +38,8 @@ def test_part_that_did_not_heed_the_option():
 
 @pytest.mark.parametrize("norm", ["BCN+WS", "GN+WS", "CN"])
 def test_models_of_detectron2(norm):
-    with logged("detectron2.wsbcn_d2") as messages:
-        small_model("Base-RCNN-FPN.yaml", norm)
-    assert messages[0].endswith("no norms in proposal_generator (3 convolutions)")
-    with logged("detectron2.wsbcn_d2") as messages:
-        small_model("Base-RCNN-FPN.yaml", norm, ROI_MASK_HEAD__NORM="")
-    assert "roi_heads.mask_head (3 convolutions)" in messages[0]
+    model = small_model("Base-RCNN-FPN.yaml", norm)
+    assert summarize(model).endswith("no norms in proposal_generator (3 convolutions)")
+    model = small_model("Base-RCNN-FPN.yaml", norm, ROI_MASK_HEAD__NORM="")
+    assert "roi_heads.mask_head (3 convolutions)" in summarize(model)
     assert not summarize(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)))

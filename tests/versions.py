@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 from detectron2.engine import launch
-from detectron2.layers import get_norm
-from detectron2.modeling.meta_arch import retinanet
+
+from wsbcn_d2.ops import native_backend
 
 TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
@@ -21,25 +21,10 @@ def _compiles():
     return True
 
 
-def _exports():
-    try:
-        importlib.import_module("detectron2.export")
-    except ImportError:
-        return False
-    return True
-
-
 def _interprets():
     try:
         return importlib.util.find_spec("triton.runtime.interpreter") is not None
     except ImportError:
-        return False
-
-
-def _has_layer_norm():
-    try:
-        return get_norm("LN", 4) is not None
-    except (KeyError, ValueError):
         return False
 
 
@@ -53,12 +38,6 @@ needs_cpu_processes = pytest.mark.skipif(
     "cuda is not available" in inspect.getsource(inspect.getmodule(launch)),
     reason="this Detectron2 starts several processes on GPUs only",
 )
-needs_export = pytest.mark.skipif(
-    not _exports(), reason="detectron2.export of this Detectron2 needs caffe2"
-)
-needs_live_bytes = pytest.mark.skipif(
-    TORCH < (2, 1), reason="storages of PyTorch 2.0 have no lasting object in Python"
-)
 KEEPS_NO_FILTERS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 keeps_no_filters = pytest.mark.skipif(
     not KEEPS_NO_FILTERS,
@@ -71,16 +50,24 @@ CPU_HAS_HALF = TORCH >= (2, 1)
 needs_cpu_half = pytest.mark.skipif(
     not CPU_HAS_HALF, reason="PyTorch 2.0 does not have all operations in float16 on a CPU"
 )
-needs_layer_norm = pytest.mark.skipif(
-    not _has_layer_norm(), reason="this Detectron2 has no norm LN"
-)
 TRITON_INTERPRETS = _interprets()
 needs_c_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
 )
-# Detectron2 0.6 makes the norm of RetinaNet's head for one channel, to look at its type.
-RETINANET_TAKES_GN = "get_norm(norm, 1)" not in inspect.getsource(retinanet)
 needs_extension = pytest.mark.skipif(
     TORCH < (2, 1) or not any(map(shutil.which, ("c++", "g++", "clang++"))),
     reason="there is no C++ compiler, or this PyTorch is too old for the extension",
+)
+
+
+def _has_native_kernels():
+    try:
+        native_backend.library()
+    except OSError:
+        return False
+    return True
+
+
+needs_native_kernels = pytest.mark.skipif(
+    not _has_native_kernels(), reason="the kernels in C were not built with the installation"
 )

@@ -5,7 +5,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
 import yaml
 from detectron2.config import CfgNode
@@ -16,18 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "MODEL_ZOO.md"
 PUBLISHED = ROOT / "docs" / "published_results.yaml"
 
-# The words for norms in file names, in the order of the rows.
+# The words for norms in file names, in the order of rows and links.
 _NORMS = {
     "frozenbn": "FrozenBN",
     "bn": "BN",
-    "bn_ws": "BN+WS",
     "syncbn": "SyncBN",
     "gn": "GN",
     "gn_ws": "GN+WS",
-    "cn": "CN",
-    "cn_ws": "CN+WS",
-    "batchbcn": "BatchBCN",
-    "batchbcn_ws": "BatchBCN+WS",
     "bcn": "BCN",
     "bcn_ws": "BCN+WS",
 }
@@ -37,66 +32,83 @@ _NAME = re.compile(
     rf"(?P<model>.+?)_(?P<norm>{'|'.join(_NORMS)})(?:_(?P<schedule>[^_]+)_(?P<images>\d)img)?"
 )
 
-# Of the models of Detectron2's projects, which have config keys of their own.
-_PROJECTS = {
-    "Misc/pointrend": "PointRend",
-    "Cityscapes/deeplab": "DeepLab",
-    "Cityscapes/panoptic_deeplab": "Panoptic-DeepLab",
-}
+# How models of Detectron2's projects begin, whose train_net.py runs them.
+_OF_PROJECTS = ("pointrend", "deeplab", "panoptic_deeplab")
 
 _HEADER = """\
 # Model zoo
 
-Every config of this repository; `tools/list_model_zoo.py` writes this page. A name says model,
-backbone, norm and schedule. All but the digits are there for 1 and for 2 images per GPU on 8 GPUs;
-with another number of GPUs add `SOLVER.REFERENCE_WORLD_SIZE 8` to the command, and Detectron2 keeps
-the images per GPU and scales learning rate, steps and iterations itself.
+Every config of this repository; `tools/list_model_zoo.py` writes this page.
 
-Schedules: `1x`, `3x` and `9x` are Detectron2's; `2x` is the authors', 180,000 batches of 16 images
-with decays at 150,000 and 170,000; `20-23-24e` has 24 epochs, with decays after the 20th and the
-23rd; `484e` and the like are as many epochs of the dataset, with Detectron2's own decays.
+```
+tools/train_net.py --num-gpus 8 \\
+    --config-file configs/COCO-Detection/faster_rcnn_R_101_FPN_bcn_ws_1x_1img.yaml
+```
 
-**Nobody has trained these configs with this code yet.** The results are those that others have
-published for the same model, norm and schedule, made with their code: `authors` are those of the
-paper. In brackets: the source, and the images of all GPUs together. Where nothing has been
-published, the cell is empty. Rows in italics are the same model with another norm.
+A name says model, backbone, norm, schedule and images per GPU. Mask R-CNN R-50-FPN and the small
+one of the digits are there with many norms, the others as one recipe each of `GN+WS` and `BCN+WS`,
+from random weights, at 1 image per GPU on 8 GPUs. All else is such a file and arguments behind it:
 
-`starts from`: the weights that the config loads. Those that Detectron2 hosts are downloaded; with
-`random`, nothing is frozen. To start from others, give `MODEL.WEIGHTS FILE`; convert them first,
-unless they were trained with the same norm by Detectron2 or this package.
-[docs/weights.md](docs/weights.md) says how, and what to freeze.
+- **Another norm**: the `NORM` keys of the parts, as
+  `MODEL.RESNETS.NORM GN MODEL.FPN.NORM GN MODEL.ROI_BOX_HEAD.NORM GN MODEL.ROI_MASK_HEAD.NORM GN`.
+  RetinaNet has `MODEL.RETINANET.NORM` for the latter two, models with semantic segmentation also
+  `MODEL.SEM_SEG_HEAD.NORM`, Panoptic-DeepLab also `MODEL.INS_EMBED_HEAD.NORM`.
+- **Another number of GPUs**, with 1 image each: `SOLVER.REFERENCE_WORLD_SIZE 8`.
+- **More images per GPU**: `SOLVER.REFERENCE_WORLD_SIZE 4` for 2 images, `2` for 4, `1` for 8, on
+  any number of GPUs. The key is Detectron2's: the batch becomes GPUs × 8 / its value, and learning
+  rate, steps and iterations follow.
+- **Other weights**: `MODEL.WEIGHTS FILE`, and what to freeze: [docs/weights.md](docs/weights.md).
+- **The 24 epochs** of mmdetection's GN+WS models, `20-23-24e`:
+  `SOLVER.STEPS "(293200, 337180)" SOLVER.MAX_ITER 351840`.
 
-The files are written by `tools/make_configs.py` from the few that people write: `Base-*.yaml` in
-each folder, and `configs/_base_`. For another norm, take the file of the model whose weights suit
-it (a `_ws` file for an option with `+WS`), and give the `NORM` options as arguments of the command.
+Schedules: `1x` and `3x` are Detectron2's; `2x` is the authors', 180,000 batches of 16 images with
+decays at 150,000 and 170,000; `17e` and the like are as many epochs of the dataset, with
+Detectron2's own decays.
+
+**Nobody has trained these configs with this code yet.** What is published was made by others with
+their code, for the same model and the norm that is named: [authors] are those of the paper. In
+brackets: the source, the images of all GPUs together, and the schedule where it is another one.
+Models with `FrozenBN` have Detectron2's usual box head, of two fully connected layers.
 """
 
+_LAZY_HEADER = """\
+## LazyConfig
 
-def command(group: str, example: str) -> str:
-    """How the configs of a group are trained."""
-    for prefix, project in _PROJECTS.items():
-        if group.startswith(prefix):
-            return (
-                f"cd DETECTRON2/projects/{project}  # with `import wsbcn_d2` in its train_net.py: "
-                "docs/in_your_project.md\n"
-                f"python train_net.py --num-gpus 8 --config-file WSBCN_D2/{example}"
+Detectron2's own, each with every norm, from random weights, at 1 image per GPU; for 2, see
+`configs/LazyConfig/common.py`.
+
+```
+tools/lazyconfig_train_net.py --num-gpus 8 --config-file {example} train.norm=BCN+WS
+```
+
+"""
+
+# The files of a model and schedule, by norm and images per GPU.
+Files = Dict[str, Dict[str, Path]]
+# Those of a folder, by model and schedule.
+Folder = Dict[str, Dict[str, Files]]
+
+
+def find_configs(configs: Path) -> Dict[str, Folder]:
+    """The configs by the parts of their names, and by folder.
+
+    Raises:
+        ValueError: naming a file whose name has other parts.
+    """
+    found: Dict[str, Folder] = {}
+    for path in sorted(configs.rglob("*.yaml")):
+        if path.name.startswith("Base-") or "_base_" in path.parts:
+            continue
+        match = _NAME.fullmatch(path.stem)
+        if match is None:
+            raise ValueError(
+                f"{path}: the name must be MODEL_NORM.yaml or MODEL_NORM_SCHEDULE_IMAGESimg.yaml, "
+                f"and NORM one of {', '.join(_NORMS)}"
             )
-    gpus = "" if group.startswith("Digits") else "--num-gpus 8 "
-    return f"tools/train_net.py {gpus}--config-file {example}"
-
-
-def published(entries: List[Dict[str, Any]], sources: Dict[str, str]) -> str:
-    """A cell: metrics, source and batch of each entry."""
-    cells = []
-    for entry in entries:
-        metrics = ", ".join(
-            f"{key} {value}"
-            for key, value in entry.items()
-            if key not in ("source", "batch", "norm")
-        )
-        source = entry["source"]
-        cells.append(f"{metrics} ([{source}]({sources[source]}), {entry['batch']})")
-    return "; ".join(cells)
+        schedules = found.setdefault(path.parent.name, {}).setdefault(match["model"], {})
+        files = schedules.setdefault(match["schedule"] or "", {})
+        files.setdefault(match["norm"], {})[match["images"] or "1"] = path
+    return found
 
 
 def weights(path: Path) -> str:
@@ -105,47 +117,65 @@ def weights(path: Path) -> str:
     return re.sub(r"^.*?//(?:ImageNetPretrained/)?", "", value) or "random"
 
 
-def groups(configs: Path) -> Dict[str, List[Tuple[Path, Dict[str, str]]]]:
-    """The configs with the parts of their names, by folder and model.
+def published(entry: Dict[str, Any]) -> str:
+    """Metrics, source, batch and schedule of a result."""
+    about = ("norm", "source", "batch", "schedule")
+    metrics = ", ".join(f"{key} {value}" for key, value in entry.items() if key not in about)
+    source = [f"[{entry['source']}]", str(entry["batch"]), entry.get("schedule", "")]
+    return f"{metrics} ({', '.join(filter(None, source))})"
 
-    Raises:
-        ValueError: naming a file whose name has other parts.
-    """
-    found: Dict[str, List[Tuple[Path, Dict[str, str]]]] = {}
-    for path in sorted(configs.rglob("*.yaml")):
-        if path.name.startswith("Base-") or "_base_" in path.parts:
-            continue
-        match = _NAME.fullmatch(path.stem)
-        if match is None:
-            raise ValueError(
-                f"{path}: the name must be MODEL_NORM.yaml or MODEL_NORM_SCHEDULE_IMAGESimg.yaml"
-            )
-        found.setdefault(f"{path.parent.name}/{match['model']}", []).append(
-            (path, match.groupdict(default=""))
-        )
-    return found
+
+def _links(files: Dict[str, Path]) -> str:
+    return ", ".join(f"[{images}]({path.relative_to(ROOT)})" for images, path in files.items())
+
+
+def _table(header: List[str], rows: List[List[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
+
+
+def table_of_models(folder: str, models: Folder, results: Dict[str, Any]) -> str:
+    """The table of models with one recipe per norm; takes what it shows out of ``results``."""
+    rows = []
+    for model, schedules in models.items():
+        for schedule, files in schedules.items():
+            links = [
+                f"[{_NORMS[norm]}]({files[norm]['1'].relative_to(ROOT)})"
+                for norm in sorted(files, key=list(_NORMS).index)
+            ]
+            found = results.pop(f"{folder}/{model}_{schedule}", [])
+            cell = "<br>".join(f"{entry['norm']}: {published(entry)}" for entry in found)
+            mark = " \\*" if model.startswith(_OF_PROJECTS) else ""
+            rows.append([model + mark, schedule, " ".join(links), cell])
+    return _table(["model", "schedule", "configs", "published"], rows)
+
+
+def table_of_norms(
+    folder: str, model: str, schedules: Dict[str, Files], results: Dict[str, Any]
+) -> str:
+    """The table of a model with many norms; takes what it shows out of ``results``."""
+    cells: Dict[str, List[str]] = {}
+    for schedule in schedules:
+        for entry in results.pop(f"{folder}/{model}_{schedule}", []):
+            of_schedule = "" if "schedule" in entry else f"{schedule}: "
+            cells.setdefault(entry["norm"], []).append(of_schedule + published(entry))
+    rows = []
+    for norm in (norm for norm in _NORMS if all(norm in files for files in schedules.values())):
+        paths = [files[norm] for files in schedules.values()]
+        cell = "<br>".join(cells.pop(_NORMS[norm], []))
+        rows.append([_NORMS[norm], weights(paths[0]["1"]), *map(_links, paths), cell])
+    if cells:
+        raise ValueError(f"{PUBLISHED}: {folder}/{model} has no config with {', '.join(cells)}")
+    columns = [f"{schedule}, images per GPU".lstrip(", ") for schedule in schedules]
+    return _table(["norm", "starts from", *columns, "published"], rows)
 
 
 def lazy_configs() -> str:
     """The section on LazyConfigs."""
-    folder = ROOT / "configs" / "LazyConfig"
-    files = [
-        path.relative_to(ROOT) for path in sorted(folder.glob("*.py")) if path.stem != "common"
-    ]
-    rows = [f"| [{path.stem}]({path}) |" for path in files]
-    return (
-        "## LazyConfig\n\n"
-        "Detectron2's own, each with every norm, from random weights, at 1 image per GPU; for 2,\n"
-        "see `configs/LazyConfig/common.py`.\n\n"
-        "```\ntools/lazyconfig_train_net.py --num-gpus 8 "
-        f"--config-file {files[0]} train.norm=BCN+WS\n```\n\n"
-        "| config |\n|---|\n" + "\n".join(rows) + "\n"
-    )
-
-
-def _order(file: Tuple[Path, Dict[str, str]]) -> Tuple[int, str, int, str]:
-    schedule, images = file[1]["schedule"], file[1]["images"]
-    return len(schedule), schedule, list(_NORMS).index(file[1]["norm"]), images
+    files = sorted((ROOT / "configs" / "LazyConfig").glob("*_*.py"))
+    paths = [path.relative_to(ROOT) for path in files]
+    links = "".join(f"- [{path.stem}]({path})\n" for path in paths)
+    return _LAZY_HEADER.format(example=paths[0]) + links
 
 
 def page() -> str:
@@ -155,46 +185,30 @@ def page() -> str:
         ValueError: if a published result is of a config that does not exist.
     """
     data = yaml.safe_load(PUBLISHED.read_text())
-    sources, results, baselines = data["sources"], data["results"], data["baselines"]
-    known = set()
-    parts, folder = [_HEADER], ""
-    for group, files in groups(ROOT / "configs").items():
-        if group.split("/")[0] != folder:
-            folder = group.split("/")[0]
-            parts.append(f"## {folder}\n")
-        files = sorted(files, key=_order)
-        example = files[-1][0].relative_to(ROOT)
-        parts.append(f"### {group.split('/')[1]}\n\n```\n{command(group, str(example))}\n```\n")
-        rows: Dict[Tuple[str, str], Dict[str, Path]] = {}
-        for path, name in files:
-            rows.setdefault((name["schedule"], name["norm"]), {})[name["images"]] = path
-        lines = [
-            "| norm | schedule | images per GPU | starts from | published |",
-            "|---|---|---|---|---|",
-        ]
-        schedules = dict.fromkeys(schedule for schedule, _ in rows)
-        for schedule in schedules:
-            key = f"{group}_{schedule}"
-            known.add(key)
-            for entry in baselines.get(key, []):
-                cell = published([entry], sources)
-                lines.append(f"| *{entry['norm']}* | {schedule} | | | {cell} |")
-            for (of_schedule, norm), paths in rows.items():
-                if of_schedule != schedule:
-                    continue
-                key = "_".join(filter(None, (group, norm, schedule)))
-                known.add(key)
-                links = ", ".join(
-                    f"[{images or 1}]({path.relative_to(ROOT)})" for images, path in paths.items()
-                )
-                start = weights(next(iter(paths.values())))
-                cell = published(results.get(key, []), sources)
-                lines.append(f"| {_NORMS[norm]} | {schedule} | {links} | {start} | {cell} |")
-        parts.append("\n".join(line.replace("|  |", "| |") for line in lines) + "\n")
+    results = data["results"]
+    parts = [_HEADER]
+    for folder, models in find_configs(ROOT / "configs").items():
+        parts.append(f"## {folder}\n")
+        recipes = {
+            model: schedules
+            for model, schedules in models.items()
+            if all(len(files) == 2 for files in schedules.values())
+        }
+        if recipes:
+            parts.append(table_of_models(folder, recipes, results))
+        if any(model.startswith(_OF_PROJECTS) for model in recipes):
+            parts.append(
+                "\\* For the `train_net.py` of Detectron2's project of that name, with "
+                "`import wsbcn_d2` in it:\n[docs/in_your_project.md](docs/in_your_project.md).\n"
+            )
+        for model, schedules in models.items():
+            if model not in recipes:
+                parts.append(f"### {model}\n")
+                parts.append(table_of_norms(folder, model, schedules, results))
+    if results:
+        raise ValueError(f"{PUBLISHED}: there is no config for {', '.join(sorted(results))}")
     parts.append(lazy_configs())
-    unknown = sorted({*results, *baselines} - known)
-    if unknown:
-        raise ValueError(f"{PUBLISHED}: there is no config for {', '.join(unknown)}")
+    parts.append("".join(f"[{name}]: {url}\n" for name, url in data["sources"].items()))
     return "\n".join(parts)
 
 

@@ -36,6 +36,7 @@ SOURCES = [
     DETECTRON2_NEEDS,
     ROOT / "pyproject.toml",
     ROOT / "setup.py",
+    ROOT / "wsbcn_d2" / "ops" / "native_kernels.c",
     ROOT / "wsbcn_d2" / "version.py",
     Path(__file__).resolve(),
 ]

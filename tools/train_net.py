@@ -3,8 +3,7 @@
 
     tools/train_net.py --config-file CONFIG [--num-gpus N] [--resume] [--eval-only] [KEY VALUE ...]
 
-On a machine without GPU the model runs on CPU, and --num-gpus N starts N processes (with Detectron2
-newer than 0.6).
+On a machine without GPU the model runs on CPU, and --num-gpus N starts N processes.
 """
 
 import argparse

@@ -5,16 +5,17 @@ For models that are not built from norm options: those of other libraries, or sa
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, Type
+from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, Type, cast
 
 import torch
-from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
+from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm
+from detectron2.layers.batch_norm import LayerNorm
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
-from .detectron2_hooks import CYCLED, complete, settle
+from .detectron2_hooks import CYCLED, settle
 from .feeding import (
     ONE_WEIGHT,
     NotFed,
@@ -33,8 +34,10 @@ from .layers import (
     weights_per_filter,
 )
 from .levels import levels_of, restart_levels_before_forward
+from .modeling import fuse_
 from .norm_options import NormOption, weight_standardization_request
 from .observation import Observation, observe
+from .summary import summarize
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
@@ -49,7 +52,7 @@ _CONVERTED: Tuple[Type[nn.Module], ...] = (
     ChannelNorm,
     nn.GroupNorm,
     nn.InstanceNorm2d,
-    batch_norm.LayerNorm,
+    LayerNorm,
 )
 
 # timm's normalization layers with what they are without the activation that they may contain.
@@ -175,7 +178,7 @@ def convert(
                 standardize_(conv)
                 standardized += 1
                 if keep_function:
-                    _keep_filters(conv)
+                    _keep_filters(cast(WeightStandardized, conv))
         if change.new is not None:
             become(change.norm, change.new)
     for head in heads:
@@ -202,7 +205,9 @@ def convert(
             "seems to have been trained without that, and no longer computes what it did: rather "
             "use convert(..., keep_function=True), or load weights that were trained with it."
         )
-    complete(model, type(model).__name__)
+    for module in model.modules():
+        fuse_(module)
+    logger.info(f"{type(model).__name__}: {summarize(model)}")
     return model
 
 
@@ -332,7 +337,7 @@ def _observations(
     return observe(
         model,
         {change.norm: change.path for change in lacking},
-        {change.norm: _num_levels(change.new) for change in lacking},
+        {change.norm: _num_levels(cast(nn.Module, change.new)) for change in lacking},
         data,
     )
 
@@ -427,7 +432,7 @@ def _check_pairs(
     for norm, conv in pairs.items():
         if norm not in paths:
             raise ValueError(f"pairs: {norm!r} is none of the layers to convert: {_some(paths)}")
-        if conv is not None and not is_convolution(modules.get(conv)):
+        if conv is not None and not (conv in modules and is_convolution(modules[conv])):
             found = type(modules[conv]).__name__ if conv in modules else "not in the model"
             raise ValueError(
                 f"pairs: {norm!r}: {conv!r} is {found}, and no convolution that can be standardized"
@@ -450,8 +455,8 @@ def _feeding_convolutions(
                 "'+WS' needs the convolution before the layer, but there is the layer only"
             )
         if path in pairs:
-            found = [model.get_submodule(pairs[path])] if pairs[path] is not None else []
-            why = "as pairs say"
+            conv, why = pairs[path], "as pairs say"
+            found = [] if conv is None else [model.get_submodule(conv)]
         elif norm in followed and not is_convolution(parent):
             found, why = followed[norm], "gets the output of no convolution"
         else:
@@ -488,8 +493,9 @@ def _is_frozen(norm: nn.Module, parent: Optional[nn.Module]) -> bool:
 
 def _is_trained(norm: nn.Module) -> bool:
     """Whether the values of a layer are others than those that it starts with."""
-    weight, bias, mean = (getattr(norm, key, None) for key in ("weight", "bias", "running_mean"))
-    return _any(bias) or _any(mean) or (_any(weight) and _any(weight - 1))
+    bias, mean = (getattr(norm, key, None) for key in ("bias", "running_mean"))
+    weight: Optional[Tensor] = getattr(norm, "weight", None)
+    return _any(bias) or _any(mean) or (weight is not None and _any(weight) and _any(weight - 1))
 
 
 def _any(value: Optional[Tensor]) -> bool:
@@ -497,7 +503,7 @@ def _any(value: Optional[Tensor]) -> bool:
     return value is not None and not value.is_meta and bool(value.any())
 
 
-def _num_channels(norm: nn.Module) -> int:
+def _num_channels(norm: Any) -> int:
     if isinstance(norm, CycleBatchNormList):
         return norm[0].num_features
     if isinstance(norm, nn.GroupNorm):

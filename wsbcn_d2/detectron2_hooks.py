@@ -10,14 +10,10 @@
    model: configs, LazyConfig, DefaultPredictor or other code. The convolution changes its class
    and stays the same object, since FPN and others keep theirs in plain lists as well. The same
    hook gives norm layers that RetinaNet's and FCOS's heads share between feature levels one set
-   of estimates a level, as Detectron2 does for the literal options "BN" and "SyncBN" only.
+   of estimates a level, as Detectron2 does for the literal options "BN" and "SyncBN" only, and
+   gives residual blocks and heads with BCN, which are complete when they join, their fused class.
 
-3. A hook of PyTorch, called whenever a module gets a buffer. Meta-architectures register
-   ``pixel_mean`` when their parts are in place, which is the moment to give blocks and heads with
-   BCN their faster classes, to let the standardized convolutions share their work, and to say in
-   the log which they are.
-
-4. The backbones of :mod:`wsbcn_d2.modeling` in Detectron2's BACKBONE_REGISTRY.
+3. The backbones of :mod:`wsbcn_d2.modeling` in Detectron2's BACKBONE_REGISTRY.
 """
 
 import logging
@@ -27,31 +23,17 @@ from typing import Any, Iterator, List, Optional, Tuple
 from detectron2.layers import CycleBatchNormList
 from detectron2.layers import get_norm as detectron2_get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.vit import ResBottleneckBlock
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_module_registration_hook,
-)
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from .feeding import ONE_WEIGHT, NotFedYet, Path, feeding_convolution, path_of
-from .layers import (
-    BatchChannelNorm,
-    WeightStandardized,
-    standardize_,
-    standardize_together,
-    weights_per_filter,
-)
+from .feeding import ONE_WEIGHT, NotFedYet, Path, feeding_convolution
+from .layers import BatchChannelNorm, standardize_, weights_per_filter
 from .levels import levels_of, restart_levels_before_forward, separate_levels
 from .modeling import BACKBONES, fuse_
 from .norm_options import NormOption, get_norm, weight_standardization_request
-from .summary import summarize
-
-try:
-    from detectron2.modeling.backbone import vit
-except ImportError:  # Detectron2 0.6
-    vit = None
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
@@ -59,7 +41,7 @@ logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where D
 CYCLED = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 _stock_code: Optional[CodeType] = None
-_handles: List[RemovableHandle] = []
+_handle: Optional[RemovableHandle] = None
 
 
 def register() -> None:
@@ -67,26 +49,25 @@ def register() -> None:
 
     Importing :mod:`wsbcn_d2` does it; doing it again changes nothing.
     """
-    global _stock_code
+    global _stock_code, _handle
     if is_registered():
         return
     for backbone in BACKBONES:  # first, as it fails if another copy of this package is registered
         BACKBONE_REGISTRY.register(backbone)
     _stock_code = detectron2_get_norm.__code__
     detectron2_get_norm.__code__ = _get_norm.__code__
-    _handles.append(register_module_module_registration_hook(_on_module))
-    _handles.append(register_module_buffer_registration_hook(_on_buffer))
+    _handle = register_module_module_registration_hook(_on_module)
 
 
 def unregister() -> None:
     """Undoes :func:`register`. Models that have been built remain as they are."""
-    global _stock_code
+    global _stock_code, _handle
     if not is_registered():
         return
     detectron2_get_norm.__code__ = _stock_code
     _stock_code = None
-    while _handles:
-        _handles.pop().remove()
+    _handle.remove()
+    _handle = None
     for backbone in BACKBONES:
         # The registry has no public way to remove an entry.
         BACKBONE_REGISTRY._obj_map.pop(backbone.__name__)
@@ -110,8 +91,8 @@ def _get_norm(norm, out_channels):  # type: ignore[no-untyped-def]
 def get_norm_for(norm: Any, out_channels: int, caller: FrameType) -> Optional[nn.Module]:
     """What ``detectron2.layers.get_norm`` returns to ``caller``.
 
-    RetinaNetHead asks for a layer of 32 channels (1 in Detectron2 0.6) before its real ones, to
-    look at its type. Groups that divide its channels need not divide those, so that layer gets one.
+    RetinaNetHead asks for a layer of 32 channels before its real ones, to look at its type. Groups
+    that divide its channels need not divide those, so that layer gets one.
     """
     if (
         isinstance(norm, str)
@@ -127,20 +108,14 @@ def _on_module(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None
     if child is None:
         return
     _attach_weight_standardization(parent, name, child)
-    if vit is not None and isinstance(child, vit.ResBottleneckBlock):
+    if isinstance(child, ResBottleneckBlock):
         _keep_zero_initialization(child.norm3)
     if isinstance(parent, RetinaNetHead) and name in ("cls_subnet", "bbox_subnet"):
         _separate_levels(parent, child)
     elif levels_of(child) > 1 and not isinstance(child, RetinaNetHead):
         if any(isinstance(m, BatchChannelNorm) for m in child.modules()):
             separate_levels(child, levels_of(child))
-    if "pixel_mean" in parent._buffers:  # a part that joins a model that seemed complete
-        complete(child, f"{type(parent).__name__}.{name}")
-
-
-def _on_buffer(module: nn.Module, name: str, buffer: Optional[Tensor]) -> None:
-    if name == "pixel_mean":
-        complete(module, type(module).__name__)
+    fuse_(child)
 
 
 # A norm layer that asks for weight standardization, with the parents that are known of it.
@@ -221,16 +196,6 @@ def settle(norm: nn.Module) -> None:
             del norm._forward_pre_hooks[key]
 
 
-def _attach_the_rest(model: nn.Module) -> None:
-    """For lists that were filled when they had a parent already, whose parent no hook can know."""
-    for name, norm in list(model.named_modules()):
-        request = weight_standardization_request(norm)
-        if request is not None and not request.done:
-            _attach(norm, path_of(model, name))
-            if not request.done:
-                _refuse_to_run(norm, ())
-
-
 def _keep_zero_initialization(norm: nn.Module) -> None:
     """ViT's residual blocks start as the identity, by a zero weight of the last norm layer.
 
@@ -254,14 +219,3 @@ def _separate_levels(head: RetinaNetHead, subnet: nn.Module) -> None:
             )
     if shared:
         restart_levels_before_forward(head)
-
-
-def complete(module: nn.Module, name: str) -> None:
-    """To be called when all parts of a model are there: blocks and heads are fused, convolutions
-    share their standardization, and the log says what the model is made of."""
-    _attach_the_rest(module)
-    fuse_(module)
-    standardize_together(m for m in module.modules() if isinstance(m, WeightStandardized))
-    text = summarize(module)
-    if text:
-        logger.info(f"{name}: {text}")

@@ -14,7 +14,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional, Union
 
-from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
+from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
+from detectron2.layers.batch_norm import LayerNorm
 from torch import nn
 
 from .layers import BatchChannelNorm, ChannelNorm
@@ -24,6 +25,9 @@ _WS = "+WS"
 # Where a norm layer keeps its WeightStandardizationRequest. The request must be found when the
 # layer becomes part of a model, whoever puts it there, so it travels with the layer.
 _WS_ATTRIBUTE = "weight_standardization_request"
+
+
+_Value = Union[int, float]  # of an argument
 
 
 @dataclass
@@ -44,7 +48,7 @@ class _Kind:
     """A normalization that can be asked for by name."""
 
     build: Callable[..., nn.Module]  # called with the number of channels and the arguments
-    defaults: Dict[str, Union[int, float]]  # the arguments that the string may contain
+    defaults: Dict[str, _Value]  # the arguments that the string may contain
 
 
 def _batch_channel_norm(mode: str) -> Callable[..., nn.Module]:
@@ -54,8 +58,8 @@ def _batch_channel_norm(mode: str) -> Callable[..., nn.Module]:
     return build
 
 
-_GROUPS = {"groups": 32}
-_BCN_DEFAULTS = {"groups": 32, "update_rate": 0.1}
+_GROUPS: Dict[str, _Value] = {"groups": 32}
+_BCN_DEFAULTS: Dict[str, _Value] = {"groups": 32, "update_rate": 0.1}
 
 _KINDS: Dict[str, _Kind] = {
     "BCN": _Kind(_batch_channel_norm("estimate"), _BCN_DEFAULTS),
@@ -67,10 +71,10 @@ _KINDS: Dict[str, _Kind] = {
     "BN": _Kind(nn.BatchNorm2d, {}),
     "SyncBN": _Kind(nn.SyncBatchNorm, {}),
     "FrozenBN": _Kind(FrozenBatchNorm2d, {}),
-    "LN": _Kind(batch_norm.LayerNorm, {}),
     "nnSyncBN": _Kind(nn.SyncBatchNorm, {}),
     "naiveSyncBN": _Kind(NaiveSyncBatchNorm, {}),
     "naiveSyncBN_N": _Kind(lambda channels: NaiveSyncBatchNorm(channels, stats_mode="N"), {}),
+    "LN": _Kind(LayerNorm, {}),
 }
 
 
@@ -90,7 +94,7 @@ class NormOption:
     """
 
     name: str
-    arguments: Dict[str, Union[int, float]]
+    arguments: Dict[str, _Value]
     weight_standardization: bool
 
     @classmethod
@@ -108,7 +112,7 @@ class NormOption:
         match = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", text[: -len(_WS)] if standardized else text)
         if match is None or match[1] not in _KINDS:
             by_small_letters = {name.lower(): name for name in _KINDS}
-            word = re.match(r"\w*", text)[0].lower()
+            word = re.split(r"\W", text)[0].lower()
             close = difflib.get_close_matches(word, by_small_letters, n=3, cutoff=0.5)
             raise ValueError(
                 f"unknown norm option {option!r}"
@@ -132,7 +136,7 @@ class NormOption:
 
     def with_one_group(self) -> "NormOption":
         """The same kind of layer for any number of channels, without weight standardization."""
-        groups = {"groups": 1} if "groups" in _KINDS[self.name].defaults else {}
+        groups: Dict[str, _Value] = {"groups": 1} if "groups" in _KINDS[self.name].defaults else {}
         return NormOption(self.name, groups, False)
 
     def check_channels(self, out_channels: int, *others: int) -> None:
@@ -148,7 +152,7 @@ class NormOption:
         groups = {**_KINDS[self.name].defaults, **self.arguments}.get("groups")
         if groups is None or out_channels % groups == 0:
             return
-        fitting = {**self.arguments, "groups": math.gcd(groups, out_channels, *others)}
+        fitting = {**self.arguments, "groups": math.gcd(int(groups), out_channels, *others)}
         possible = NormOption(self.name, fitting, self.weight_standardization)
         raise ValueError(
             f"norm option {str(self)!r}: {out_channels} channels cannot be divided into "
@@ -206,9 +210,9 @@ def weight_standardization_request(module: nn.Module) -> Optional[WeightStandard
     return module.__dict__.get(_WS_ATTRIBUTE)
 
 
-def _parse_arguments(option: str, name: str, text: str) -> Dict[str, Union[int, float]]:
+def _parse_arguments(option: str, name: str, text: str) -> Dict[str, _Value]:
     defaults = _KINDS[name].defaults
-    arguments: Dict[str, Union[int, float]] = {}
+    arguments: Dict[str, _Value] = {}
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
         if key not in defaults or key in arguments:
@@ -221,7 +225,7 @@ def _parse_arguments(option: str, name: str, text: str) -> Dict[str, Union[int, 
     return arguments
 
 
-def _parse_value(option: str, key: str, text: str, kind: Any) -> Union[int, float]:
+def _parse_value(option: str, key: str, text: str, kind: Any) -> _Value:
     allowed = "a positive integer" if kind is int else "a number in [0, 1]"
     try:
         value = kind(text)

@@ -1,21 +1,31 @@
 """The version, where setup.py can read it without importing the package, and those of others."""
 
-import importlib
 import re
+import sys
+
+import torch
+from detectron2.layers import FrozenBatchNorm2d
 
 __version__ = "0.1.0"
 
-# The oldest with which the tests pass; see docs/versions.md.
-_OLDEST = {"detectron2": (0, 6), "torch": (2, 0)}
+# The oldest with which the tests pass; see docs/versions.md and setup.py.
+_PYTHON = (3, 10)
+_TORCH = (2, 4)
 
 
 def check_versions() -> None:
-    """Raises ImportError if Detectron2 or PyTorch is too old for this package."""
-    for package, oldest in _OLDEST.items():
-        version = importlib.import_module(package).__version__
-        numbers = re.match(r"(\d+)\.(\d+)", version)
-        if numbers and tuple(map(int, numbers.groups())) < oldest:
-            raise ImportError(
-                f"wsbcn_d2 needs {package} {oldest[0]}.{oldest[1]} or newer, but {version} is "
-                "installed."
-            )
+    """Raises ImportError, naming it, if something that this package builds on is too old."""
+    too_old = []
+    if sys.version_info < _PYTHON:
+        too_old.append(f"Python {sys.version.split()[0]}")
+    numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if numbers and tuple(map(int, numbers.groups())) < _TORCH:
+        too_old.append(f"torch {torch.__version__}")
+    # The number of Detectron2's version has been 0.6 since 2021. This came in June 2023.
+    if not hasattr(FrozenBatchNorm2d, "convert_frozenbatchnorm2d_to_batchnorm2d"):
+        too_old.append("a Detectron2 of before 2024, as its release 0.6 is")
+    if too_old:
+        raise ImportError(
+            "wsbcn_d2 needs Python 3.10, torch 2.4 and Detectron2's main branch of 2024, or newer; "
+            f"this environment has {' and '.join(too_old)}."
+        )

@@ -3,7 +3,6 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from versions import needs_live_bytes
 
 from wsbcn_d2.benchmark import measure
 from wsbcn_d2.benchmark.measure import (
@@ -103,7 +102,6 @@ class TestSavedBytes:
         assert saved_bytes(lambda: norm(x), norm.parameters()) == expected
 
 
-@needs_live_bytes
 class TestLiveBytes:
     def test_by_hand(self):
         before = torch.ones(1000)

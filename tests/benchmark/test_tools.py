@@ -9,7 +9,6 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
-from versions import needs_live_bytes
 
 from wsbcn_d2.benchmark import report
 from wsbcn_d2.benchmark.__main__ import COMMANDS, commands, main
@@ -37,9 +36,7 @@ def load_tool(kind):
     return module
 
 
-@pytest.mark.parametrize(
-    "kind,arguments", [("norms", NORMS), pytest.param("train", TRAIN, marks=needs_live_bytes)]
-)
+@pytest.mark.parametrize("kind,arguments", [("norms", NORMS), ("train", TRAIN)])
 def test_benchmark(kind, arguments, tmp_path):
     tool = ROOT / "tools" / f"benchmark_{kind}.py"
     outputs = ["--json", "out.json", "--markdown", "out.md", "--plot", "out.png"]

@@ -205,12 +205,6 @@ def amp_trainer(model, data, precision, lr=0.1, gather_metric_period=1, **scaler
     )
 
 
-needs_cpu_scaler = pytest.mark.skipif(
-    not hasattr(torch.amp, "GradScaler"), reason="torch < 2.3 has no GradScaler on CPU"
-)
-
-
-@needs_cpu_scaler
 @pytest.mark.parametrize("precision,scale", [(torch.bfloat16, 1.0), (torch.float16, 64.0)])
 def test_mixed_precision(precision, scale):
     """The step is that of the same losses in mixed precision, scaled and summed by hand."""
@@ -233,7 +227,6 @@ def test_mixed_precision(precision, scale):
     )
 
 
-@needs_cpu_scaler
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e6])
 def test_overflow_leaves_weights_and_estimates(value):
     """1e6 is infinity in float16, which the first convolution makes of it."""
@@ -260,7 +253,6 @@ def test_overflow_leaves_weights_and_estimates(value):
     assert all(e.dtype == torch.float32 for e in estimates(model).values())
 
 
-@needs_cpu_scaler
 def test_stops_naming_the_first_layer_after_overflows_in_a_row():
     model = TwoLayers()
     with torch.no_grad():
@@ -284,7 +276,6 @@ class OverflowingLoss(TwoLayers):
         return {name: loss * factor for name, loss in super().forward(image).items()}
 
 
-@needs_cpu_scaler
 @pytest.mark.parametrize("period", [1, 2, 20])
 def test_infinite_losses_are_skipped_and_stop_after_some_in_a_row(period):
     """However seldom Detectron2 looks at the losses. Two batches are a step: AMPTrainer's own step

@@ -9,7 +9,6 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from versions import needs_cpu_processes
 
 from wsbcn_d2.data import make_digits_dataset
 
@@ -78,7 +77,6 @@ def test_train_evaluate_and_resume(datasets, tmp_path):
     assert not torch.equal(after["model"][key], before[key])
 
 
-@needs_cpu_processes
 def test_two_processes_without_gpu(datasets, tmp_path):
     opts = ["SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "SOLVER.IMS_PER_BATCH", "2"]
     if torch.cuda.is_available():

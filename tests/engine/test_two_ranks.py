@@ -16,7 +16,6 @@ from oracles import channel_norm
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-from versions import needs_cpu_processes
 
 from wsbcn_d2 import BatchChannelNorm
 from wsbcn_d2.data import make_digits_dataset
@@ -40,7 +39,6 @@ SMALL = [
 ]
 
 
-@needs_cpu_processes
 def test_two_ranks(tmp_path):
     folder = tmp_path / "datasets"
     make_digits_dataset(

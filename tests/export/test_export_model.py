@@ -11,7 +11,6 @@ import torch
 from detectron2.modeling import build_model
 from detectron2_models import randomize_norms
 from export.small_exports import assert_same_detections, detect, images
-from versions import needs_export
 
 from wsbcn_d2.engine import load_config
 from wsbcn_d2.export import fold
@@ -65,7 +64,6 @@ def test_for_detectron2(trained, tmp_path):
         assert_same_detections(detect(model, image), detect(loaded, image))
 
 
-@needs_export
 @pytest.mark.parametrize("format", ["tracing", "scripting", "onnx", "onnx-backbone"])
 def test_other_formats(trained, tmp_path, format):
     if format.startswith("onnx"):

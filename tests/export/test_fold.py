@@ -17,7 +17,6 @@ from detectron2_models import an_image, modules_of_type, randomize_norms, small_
 from test_stock_components import COMPONENTS, dense_head, flat, noise, pyramid
 from torch import nn
 from torch.nn.utils import prune
-from versions import needs_layer_norm
 
 import wsbcn_d2
 from wsbcn_d2 import BatchChannelNorm, ChannelNorm, WSConv2d, WSConvTranspose2d
@@ -186,7 +185,7 @@ MORE_NORMS += ["GN+WS", "FrozenBN+WS"]
     [
         *((name, norm) for name in COMPONENTS for norm in NORMS),
         *(("ResNet-50", norm) for norm in MORE_NORMS),
-        pytest.param("ResNet-50", "LN+WS", marks=needs_layer_norm),
+        ("ResNet-50", "LN+WS"),
     ],
 )
 def test_component(name, norm):

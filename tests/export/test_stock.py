@@ -11,7 +11,6 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from export.small_exports import assert_same_detections, detect, images, small_export
 from torch import nn
-from versions import RETINANET_TAKES_GN
 
 from wsbcn_d2.export import fold
 from wsbcn_d2.export.stock import save_for_detectron2, stock_config
@@ -67,18 +66,17 @@ torch.save(outputs, "outputs.pth")
 def test_reload_without_the_package(tmp_path):
     torch.save(images(), tmp_path / "images.pth")
     expected, alone = {}, {}
-    exports = EXPORTS if RETINANET_TAKES_GN else {k: v for k, v in EXPORTS.items() if k != "levels"}
-    for name, (kind, norm) in exports.items():
+    for name, (kind, norm) in EXPORTS.items():
         cfg, model = small_export(kind, norm, BACKBONE__NAME=backbone(kind))
         if norm == "BN+WS":
             settle(model)
         expected[name] = [detect(model, image) for image in images()]
         alone[name] = save_for_detectron2(fold(model), cfg, str(tmp_path / name))
         assert sorted(os.listdir(tmp_path / name)) == ["config.yaml", "load_model.py", "model.pth"]
-    assert alone == {name: name in ("cn", "bn") for name in exports}
+    assert alone == {name: name in ("cn", "bn") for name in EXPORTS}
 
     result = subprocess.run(
-        [sys.executable, "-c", CHILD, *exports],
+        [sys.executable, "-c", CHILD, *EXPORTS],
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         cwd=tmp_path,
         text=True,
@@ -86,7 +84,7 @@ def test_reload_without_the_package(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     found = torch.load(tmp_path / "outputs.pth")
-    for name in exports:
+    for name in EXPORTS:
         assert len(found[name]) == 1 + alone[name]
         for outputs in found[name]:
             for x, y in zip(expected[name], outputs):

@@ -68,9 +68,11 @@ def test_in_one_pass(monkeypatch):
     )
     x, residual = torch.randn(2, 2, 8, 5, 4)
     y = normalize(x, norm, residual, F.relu_)
-    assert calls[0]["relu"] and calls[0]["residual"] is residual and (y >= 0).all()
+    assert calls[0]["activation"] == "relu" and calls[0]["residual"] is residual and (y >= 0).all()
     conv = WSConv2d(8, 8, 1, norm=norm, activation=nn.ReLU())
-    assert (conv(x) >= 0).all() and calls[1]["relu"] and calls[1]["residual"] is None
+    assert (
+        (conv(x) >= 0).all() and calls[1]["activation"] == "relu" and calls[1]["residual"] is None
+    )
     normalize(x, norm, None, F.gelu)
     assert not calls[2]
 

@@ -3,7 +3,8 @@
 import torch
 from oracles import estimated_bcn, large_batch_bcn
 
-from wsbcn_d2.ops import batch_channel_norm
+from wsbcn_d2 import ops
+from wsbcn_d2.ops import Normalization
 
 # The interpreter of Triton works on the CPU, where there is no GPU.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -21,6 +22,11 @@ def make_inputs(shape, groups, dtype=torch.float64, offset=0.0, scale=1.0):
     return [t.to(dtype) for t in (x, *affine, mean, var)]
 
 
+def batch_channel_norm(x, *tensors, residual=None, activation="", **options):
+    """The operation for an input and what else :func:`make_inputs` gives."""
+    return ops.batch_channel_norm(x, Normalization(*tensors, **options), residual, activation)
+
+
 def with_grad(tensors):
     """Copies, of which all but the estimates require gradients."""
     return [t.detach().clone().requires_grad_() for t in tensors[:5]] + [
@@ -28,13 +34,13 @@ def with_grad(tensors):
     ]
 
 
-def run(inputs, grad, residual=None, relu=False, **options):
+def run(inputs, grad, residual=None, activation="", **options):
     """Everything that a forward and a backward pass make, by name, in float64 on the CPU.
 
     Args:
         inputs: those of :func:`make_inputs`; left alone.
         grad: of the output.
-        residual, relu, options: those of the operation.
+        residual, activation, options: those of the operation.
     """
     x, *rest = with_grad(inputs)
     x = inputs[0].detach().requires_grad_()  # in its memory format
@@ -46,7 +52,7 @@ def run(inputs, grad, residual=None, relu=False, **options):
         x,
         *rest,
         residual=residual,
-        relu=relu,
+        activation=activation,
         skipped_updates=skipped,
         seen_elements=seen,
         **options,
@@ -63,7 +69,9 @@ def run(inputs, grad, residual=None, relu=False, **options):
     return {name: t.detach().double().cpu() for name, t in results.items()}
 
 
-def expected(inputs, grad, residual=None, relu=False, use_batch_statistics=False, update_rate=None):
+def expected(
+    inputs, grad, residual=None, activation="", use_batch_statistics=False, update_rate=None
+):
     """The same by the formulas in float64."""
     x, *rest = with_grad([t.double().cpu() for t in inputs])
     rate = update_rate
@@ -76,7 +84,7 @@ def expected(inputs, grad, residual=None, relu=False, use_batch_statistics=False
         leaves.append(residual.detach().double().cpu().requires_grad_())
         names.append("gradient of residual")
         y = y + leaves[-1]
-    if relu:
+    if activation:
         y = y.relu()
     gradients = torch.autograd.grad(y, leaves, grad.double().cpu())
     seen = x.numel() / x.shape[1] if update_rate is not None else 0

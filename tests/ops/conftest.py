@@ -1,12 +1,11 @@
 import pytest
 import torch
 from ops.cases import DEVICE
-from versions import TRITON_INTERPRETS, needs_c_compiler
+from versions import needs_native_kernels
 
 from wsbcn_d2.ops import backend_name, set_backend
-from wsbcn_d2.ops.extension import load
 
-KINDS = ["eager", "native", "triton", "without extension"]
+KINDS = ["eager", "native", "triton"]
 
 
 def use(kind, device):
@@ -15,43 +14,19 @@ def use(kind, device):
     if kind == "native":
         if device.type != "cpu":
             pytest.skip("the compiled kernels are for the CPU")
-        if needs_c_compiler.args[0]:
-            pytest.skip(needs_c_compiler.kwargs["reason"])
+        if needs_native_kernels.args[0]:
+            pytest.skip(needs_native_kernels.kwargs["reason"])
     if kind == "triton":
         pytest.importorskip("triton", reason="Triton is not installed")
         if device.type == "cpu":
             if torch.cuda.is_available():
                 pytest.skip("without its interpreter, Triton is for tensors on a GPU")
-            if not TRITON_INTERPRETS:
-                pytest.skip("this Triton has no interpreter")
-    with pytest.MonkeyPatch.context() as patch:
-        if kind == "without extension":
-            patch.setenv("WSBCN_D2_EXTENSION", "0")
-            load.cache_clear()
-        else:
-            set_backend(kind)
-            assert backend_name(device) == kind
-        try:
-            yield kind
-        finally:
-            set_backend(None)
-            if kind == "without extension":
-                load.cache_clear()
-
-
-@pytest.fixture
-def fake_compiler(tmp_path, monkeypatch):
-    """Sets a compiler by its environment variable: a shell script, whose calls a file has, one a
-    line, which is returned."""
-
-    def set_to(variable, body):
-        path, calls = tmp_path / "compiler", tmp_path / "calls"
-        path.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n{body}\n')
-        path.chmod(0o755)
-        monkeypatch.setenv(variable, str(path))
-        return calls
-
-    return set_to
+    set_backend(kind)
+    assert backend_name(device) == kind
+    try:
+        yield kind
+    finally:
+        set_backend(None)
 
 
 @pytest.fixture(params=KINDS)

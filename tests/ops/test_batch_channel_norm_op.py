@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from ops.cases import ORACLES, make_inputs, with_grad
+from ops.cases import ORACLES, batch_channel_norm, make_inputs, with_grad
 from oracles import estimated_bcn
-
-from wsbcn_d2.ops import batch_channel_norm
 
 # (N, C, H, W), groups: a group a channel, one group, odd sizes, one pixel, one channel
 SHAPES = [
@@ -211,13 +209,29 @@ def test_saves_the_input_and_tables_only():
     torch.relu_(y).sum().backward()  # the output may be overwritten
 
 
-def test_no_second_derivative():
-    """Not even where what comes into the backward pass is a constant."""
-    x, *rest = make_inputs((1, 6, 3, 5), 2, torch.float32)
-    y = batch_channel_norm(x.requires_grad_(), *rest)
-    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.square().sum().backward()
+@pytest.mark.parametrize("batch_statistics", [False, True])
+@pytest.mark.parametrize("activation", ["", "relu"])
+def test_second_derivatives(batch_statistics, activation):
+    inputs = make_inputs((2, 6, 2, 3), 3)
+    residual = torch.randn_like(inputs[0]).requires_grad_()
+
+    def f(*tensors):
+        estimates = [t.clone() for t in inputs[5:]]
+        options = {"use_batch_statistics": batch_statistics, "activation": activation}
+        return batch_channel_norm(*tensors[:-1], *estimates, residual=tensors[-1], **options)
+
+    leaves = [t.requires_grad_() for t in inputs[:5]]
+    assert torch.autograd.gradgradcheck(f, [*leaves, residual], atol=1e-4)
+
+
+def test_many_gradients_at_once():
+    x, *rest = with_grad(make_inputs((2, 6, 2, 3), 3))
+    y = batch_channel_norm(x, *rest, activation="relu")
+    grads = torch.randn(4, *y.shape, dtype=y.dtype)
+    leaves = [x, *rest[:4]]
+    together = torch.autograd.grad(y, leaves, grads, retain_graph=True, is_grads_batched=True)
+    single = [torch.autograd.grad(y, leaves, grad, retain_graph=True) for grad in grads]
+    torch.testing.assert_close(together, tuple(torch.stack(g) for g in zip(*single)))
 
 
 def test_other_devices_are_errors():
@@ -226,3 +240,20 @@ def test_other_devices_are_errors():
         batch_channel_norm(x, *[t.to("meta") for t in rest])
     with pytest.raises(RuntimeError, match="x is on cpu, but the residual is on meta"):
         batch_channel_norm(x, *rest, residual=x.to("meta"))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "group_bias", "running_mean", "running_var"])
+def test_arguments_that_do_not_fit_are_errors(name):
+    """Kernels would read beyond them."""
+    x, *rest = make_inputs((1, 6, 3, 5), 2, torch.float32)
+    at = ["weight", "bias", "group_weight", "group_bias", "running_mean", "running_var"].index(name)
+    rest[at] = rest[at][:1]
+    with pytest.raises(ValueError, match=f"^{name} must be of shape"):
+        batch_channel_norm(x, *rest)
+
+
+def test_groups_that_do_not_divide():
+    x, *rest = make_inputs((1, 6, 3, 5), 2, torch.float32)
+    rest[2:4] = [torch.ones(4), torch.ones(4)]
+    with pytest.raises(ValueError, match="6 channels cannot be divided into 4 groups"):
+        batch_channel_norm(x, *rest)

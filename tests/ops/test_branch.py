@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wsbcn_d2.ops import Link, batch_channel_norm, branch
+from wsbcn_d2.ops import Link, Normalization, batch_channel_norm, branch, standardize_weight
 
 NCHW, LAST = torch.contiguous_format, torch.channels_last
 pytestmark = [
@@ -18,20 +18,6 @@ pytestmark = [
     # Of the interpreter.
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
 ]
-
-
-class Again:
-    """Filters that are not saved."""
-
-    def __init__(self, filters):
-        self.made_of = filters.detach().clone()
-        self.calls = 0
-        self.on_call = lambda: None
-
-    def filters(self):
-        self.calls += 1
-        self.on_call()
-        return self.made_of
 
 
 # Filters (C_out, C_in / groups, kh, kw), and stride, padding, dilation and groups.
@@ -42,59 +28,69 @@ CONVOLUTIONS = [
 ]
 
 
-def make_links(count, dtype=torch.float64, batch=False, again=False, parameters=None):
+def make_links(count, dtype=torch.float64, batch=False, parameters=None, eps=1e-5):
     links = []
     for shape, *geometry in CONVOLUTIONS[:count]:
-        filters = torch.randn(shape).to(DEVICE, dtype).requires_grad_()
+        weight = torch.randn(shape).to(DEVICE, dtype).requires_grad_()
         affine = [
             (torch.randn(n) + 1).to(DEVICE, parameters or dtype).requires_grad_()
             for n in (shape[0], shape[0], 4, 4)
         ]
         wide = torch.promote_types(dtype, torch.float32)
-        state = [
+        norm = Normalization(
+            *affine,
             torch.zeros(shape[0], dtype=wide, device=DEVICE),
             torch.ones(shape[0], dtype=wide, device=DEVICE),
-            torch.tensor(0, device=DEVICE),
-            torch.tensor(0.0, device=DEVICE),
-        ]
-        remade = Again(filters) if again else None
-        links.append(Link(filters, remade, geometry, affine, state, 0.3, 1e-5, batch, False))
+            use_batch_statistics=batch,
+            update_rate=0.3,
+            skipped_updates=torch.tensor(0, device=DEVICE),
+            seen_elements=torch.tensor(0.0, device=DEVICE),
+        )
+        links.append(Link(weight, eps, geometry, norm))
     return links
 
 
-def one_by_one(x, links, residual, relu):
+STATE = ("running_mean", "running_var", "skipped_updates", "seen_elements")
+
+
+def with_own_state(links):
+    return [
+        link._replace(
+            norm=link.norm._replace(**{name: getattr(link.norm, name).clone() for name in STATE})
+        )
+        for link in links
+    ]
+
+
+def leaves_of(links):
+    return [t for link in links for t in (link.weight, *link.norm.parameters)]
+
+
+def one_by_one(x, links, residual, activation):
     for link in links:
         last = link is links[-1]
-        mean, var, skipped, seen = link.state
-        x = batch_channel_norm(
-            F.conv2d(x, link.filters, None, *link.geometry),
-            *link.parameters,
-            mean,
-            var,
-            eps=link.eps,
-            use_batch_statistics=link.use_batch_statistics,
-            update_rate=link.update_rate,
-            skipped_updates=skipped,
-            seen_elements=seen,
-            residual=residual if last else None,
-            relu=relu or not last,
-        )
+        filters = link.weight
+        if link.eps is not None:
+            filters = standardize_weight(filters, link.eps)
+        z = F.conv2d(x, filters, None, *link.geometry)
+        after = activation if last else "relu"
+        x = batch_channel_norm(z, link.norm, residual if last else None, after)
     return x
 
 
-def outcome(function, x, links, residual, relu):
+def outcome(function, x, links, residual, activation):
     """Output, gradients and estimates."""
-    links = [link._replace(state=[t.clone() for t in link.state]) for link in links]
+    links = with_own_state(links)
     x = x.detach().requires_grad_()
-    leaves = [x, *(t for link in links for t in (link.filters, *link.parameters))]
+    leaves = [x, *leaves_of(links)]
     if residual is not None:
         residual = residual.detach().requires_grad_()
         leaves.append(residual)
-    y = function(x, links, residual, relu)
+    y = function(x, links, residual, activation)
     grads = torch.autograd.grad(
         (y * torch.linspace(0, 1, y.numel()).to(y).view_as(y)).sum(), leaves
     )
-    return [y.detach(), grads, [link.state for link in links]]
+    return [y.detach(), grads, [[getattr(link.norm, n) for n in STATE] for link in links]]
 
 
 def inputs(count, dtype=torch.float64, memory_format=NCHW, images=2):
@@ -107,16 +103,14 @@ def inputs(count, dtype=torch.float64, memory_format=NCHW, images=2):
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("has_residual,relu", [(0, 1), (1, 1), (1, 0), (0, 0)])
 @pytest.mark.parametrize("batch", [False, True])
-def test_same_as_one_by_one(count, has_residual, relu, batch):
-    """Also with filters that are not saved."""
+@pytest.mark.parametrize("eps", [None, 1e-3])
+def test_same_as_one_by_one(count, has_residual, relu, batch, eps):
+    """Also with filters that are not standardized."""
     x, residual = inputs(count)
-    links = make_links(count, batch=batch)
-    case = (residual if has_residual else None, bool(relu))
+    links = make_links(count, batch=batch, eps=eps)
+    case = (residual if has_residual else None, "relu" * relu)
     expected = outcome(one_by_one, x, links, *case)
     torch.testing.assert_close(outcome(branch, x, links, *case), expected)
-    again = [link._replace(again=Again(link.filters)) for link in links]
-    torch.testing.assert_close(outcome(branch, x, again, *case), expected)
-    assert [link.again.calls for link in again] == [1] * count
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,15 +119,16 @@ def test_dtypes_and_memory_formats(dtype, memory_format):
     """To the last bit: what is made again is what it was. Parameters stay in float32."""
     x, residual = inputs(3, dtype, memory_format)
     links = make_links(3, dtype, parameters=torch.float32)
-    ours = outcome(branch, x, links, residual, True)
-    torch.testing.assert_close(ours, outcome(one_by_one, x, links, residual, True), rtol=0, atol=0)
+    ours = outcome(branch, x, links, residual, "relu")
+    theirs = outcome(one_by_one, x, links, residual, "relu")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert {g.dtype for g in ours[1]} == {dtype, torch.float32}
 
 
 def test_empty():
     x, residual = inputs(3, images=0)
     links = make_links(3)
-    case = (x, links, residual, True)
+    case = (x, links, residual, "relu")
     torch.testing.assert_close(outcome(branch, *case), outcome(one_by_one, *case))
 
 
@@ -150,74 +145,77 @@ class Looks(TorchDispatchMode):
 def test_same_whether_or_not_something_looks(observer):
     x, residual = inputs(3)
     links = make_links(3)
-    with observer() as seen:
-        watched = outcome(branch, x, links, residual, True)
-    unseen = outcome(branch, x, links, residual, True)
+    with observer():
+        watched = outcome(branch, x, links, residual, "relu")
+    unseen = outcome(branch, x, links, residual, "relu")
     torch.testing.assert_close(watched, unseen, rtol=0, atol=0)
-    if not isinstance(seen, Looks):
-        counts = {event.key: event.count for event in seen.key_averages()}
-        assert counts["wsbcn_d2::batch_channel_norm"] == 3
-        assert counts["wsbcn_d2::batch_channel_norm_backward"] == 3
-        assert counts["wsbcn_d2::batch_channel_norm_again"] == 2
 
 
 def test_saves_no_output_between_two_convolutions(backend):
-    """But the input, the outputs of the convolutions, small tables, and the result, which what
-    follows saves too; the filters only if they cannot be made again."""
+    """But the input, the outputs of the convolutions, small tables, weights (not the filters made
+    of them), and the result, which what follows saves too."""
     x, residual = inputs(3)
-    for again in (False, True):
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            y = branch(x.requires_grad_(), make_links(3, again=again), residual)
-        activations = [t for t in saved if t.dim() == 4 and t.shape[0] == 2]
-        assert [t.shape[1] for t in activations] == [6, 12, 8, 8, 12]
-        assert activations[0].data_ptr() == x.data_ptr()
-        assert activations[1].data_ptr() == y.data_ptr()
-        assert sum(t.dim() == 4 for t in saved) == (5 if again else 8)
-        assert sum(t.dim() == 1 for t in saved) == 9 and len(saved) == (14 if again else 17)
+    links, saved = make_links(3), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = branch(x.requires_grad_(), links, residual)
+    activations = [t for t in saved if t.dim() == 4 and t.shape[0] == 2]
+    assert [t.shape[1] for t in activations] == [6, 12, 8, 8, 12]
+    assert activations[0].data_ptr() == x.data_ptr()
+    assert activations[1].data_ptr() == y.data_ptr()
+    weights = [t.data_ptr() for t in saved if t.dim() == 4 and t.shape[0] != 2]
+    assert weights == [link.weight.data_ptr() for link in links]
+    assert sum(t.dim() == 1 for t in saved) == 15 and len(saved) == 23
+
+
+class Notes(TorchDispatchMode):
+    """Calls a function after each operation of a name."""
+
+    def __init__(self, name, function):
+        super().__init__()
+        self.name, self.function = name, function
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.name() == self.name:
+            self.function(result)
+        return result
 
 
 def test_what_has_been_used_is_freed(backend):
     """While the backward pass goes on, as if the operations had been single ones."""
     x, residual = inputs(3)
-    links = make_links(3, again=True)
-    saved = {}
+    links, saved, alive = make_links(3), [], []
 
     def pack(t):
-        if t.dim() == 4:
-            saved[len(saved)] = StorageWeakRef(t.untyped_storage())
+        if t.dim() == 4 and t.shape[0] == 2:
+            saved.append(StorageWeakRef(t.untyped_storage()))
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = branch(x.requires_grad_(), links, residual)
-    alive = []
-    first = links[0].again
-    # The interpreter leaves cycles behind.
-    first.on_call = (
-        lambda: gc.collect() and None or alive.append([not ref.expired() for ref in saved.values()])
-    )
-    y.sum().backward()
+
+    def note(_):
+        gc.collect()  # the interpreter leaves cycles behind
+        alive.append([not ref.expired() for ref in saved])
+
+    with Notes("aten::convolution_backward", note):
+        y.sum().backward()
     # x, y (which is not ours to free) and the outputs of the three convolutions
-    assert alive == [[True, True, False, False, False]]
+    assert alive[-1] == [True, True, False, False, False]
 
 
 def test_nothing_is_kept_without_gradient():
     x, residual = inputs(3)
     links = make_links(3)
     for grad in (False, True):
-        alive = []
+        alive, outputs = [], []
 
-        class Notes(TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                result = func(*args, **(kwargs or {}))
-                if func.name() == "aten::convolution":
-                    self.outputs.append(StorageWeakRef(result.untyped_storage()))
-                    gc.collect()  # the interpreter leaves cycles behind
-                    alive.append(sum(not ref.expired() for ref in self.outputs))
-                return result
+        def note(result, alive=alive, outputs=outputs):
+            outputs.append(StorageWeakRef(result.untyped_storage()))
+            gc.collect()  # the interpreter leaves cycles behind
+            alive.append(sum(not ref.expired() for ref in outputs))
 
-        Notes.outputs = []
-        with torch.set_grad_enabled(grad), Notes():
+        with torch.set_grad_enabled(grad), Notes("aten::convolution", note):
             branch(x, links, residual)
         # of a convolution's output the next one needs only what was made of it
         assert alive == ([1, 2, 3] if grad else [1, 1, 1])
@@ -225,15 +223,18 @@ def test_nothing_is_kept_without_gradient():
 
 def test_result_is_freed_with_its_last_use(backend):
     x, residual = inputs(3)
-    links = make_links(3, again=True)
-    y = branch(x.requires_grad_(), links, residual)
+    y = branch(x.requires_grad_(), make_links(3), residual)
     loss = y * torch.ones_like(y)
     result = StorageWeakRef(y.untyped_storage())
     del y
     alive = []
-    for link in links:  # the interpreter leaves cycles behind
-        link.again.on_call = lambda: gc.collect() and None or alive.append(not result.expired())
-    loss.sum().backward()
+
+    def note(_):
+        gc.collect()  # the interpreter leaves cycles behind
+        alive.append(not result.expired())
+
+    with Notes("aten::convolution_backward", note):
+        loss.sum().backward()
     assert alive == [False] * 3
 
 
@@ -241,13 +242,12 @@ def test_some_of_the_gradients():
     """Images need none, nor do frozen filters or parameters."""
     x, residual = inputs(2)
     links = make_links(2)
-    links[0].filters.requires_grad_(False)
-    links[1].parameters[2].requires_grad_(False)
-    leaves = [t for link in links for t in (link.filters, *link.parameters) if t.requires_grad]
+    links[0].weight.requires_grad_(False)
+    links[1].norm.group_weight.requires_grad_(False)
+    leaves = [t for t in leaves_of(links) if t.requires_grad]
     results = []
     for function in (branch, one_by_one):
-        copies = [link._replace(state=[t.clone() for t in link.state]) for link in links]
-        y = function(x, copies, residual, True)
+        y = function(x, with_own_state(links), residual, "relu")
         results.append(torch.autograd.grad(y.square().sum(), leaves))
     torch.testing.assert_close(*results)
     assert len(leaves) == 8
@@ -255,9 +255,9 @@ def test_some_of_the_gradients():
 
 def test_the_same_graph_twice():
     x, residual = inputs(3)
-    links = make_links(3, again=True)
+    links = make_links(3)
     y = branch(x.requires_grad_(), links, residual)
-    leaves = [x, links[0].filters, links[1].parameters[0]]
+    leaves = [x, links[0].weight, links[1].norm.weight]
     grad = torch.randn_like(y)
     first = torch.autograd.grad(y, leaves, grad, retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(y, leaves, grad), first, rtol=0, atol=0)
@@ -265,15 +265,30 @@ def test_the_same_graph_twice():
         torch.autograd.grad(y, leaves, grad)
 
 
-@pytest.mark.parametrize("of_constant", [False, True])
-def test_no_second_derivative(of_constant):
-    """Not even where what comes into the backward pass does not depend on x."""
-    x, _ = inputs(1)
-    y = branch(x.requires_grad_(), make_links(1))
-    loss = y.sum() if of_constant else y.square().sum()
-    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()
+@pytest.mark.parametrize("batch", [False, True])
+def test_second_derivatives(batch):
+    x, residual = inputs(3)
+    x, residual = x[:, :, :3, :3], residual[:, :, :2, :2]
+    links, case = make_links(3, batch=batch), (residual.requires_grad_(), "relu")
+    leaves = [x.requires_grad_(), residual, *leaves_of(links)]
+    results = []
+    for function in (branch, one_by_one):
+        y = function(x, with_own_state(links), *case)
+        grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        penalty = sum(g.square().sum() for g in grads)
+        results.append(torch.autograd.grad(penalty, leaves))
+    torch.testing.assert_close(*results)
+
+
+def test_many_gradients_at_once():
+    x, residual = inputs(2)
+    links = make_links(2)
+    y = branch(x.requires_grad_(), links, residual)
+    leaves = [x, *leaves_of(links)]
+    grads = torch.randn(3, *y.shape).to(y)
+    together = torch.autograd.grad(y, leaves, grads, retain_graph=True, is_grads_batched=True)
+    single = [torch.autograd.grad(y, leaves, grad, retain_graph=True) for grad in grads]
+    torch.testing.assert_close(together, tuple(torch.stack(g) for g in zip(*single)))
 
 
 def test_change_before_the_backward_pass_is_an_error():

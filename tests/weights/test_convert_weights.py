@@ -174,7 +174,7 @@ def test_deeplab_stem_and_decoder(tmp_path):
     def build(norm):
         cfg = get_cfg()
         deeplab.add_deeplab_config(cfg)
-        cfg.merge_from_file(str(CONFIGS / "Cityscapes/deeplab_v3_plus_R_103_gn_484e_1img.yaml"))
+        cfg.merge_from_file(str(CONFIGS / "Cityscapes/deeplab_v3_plus_R_103_gn_ws_484e_1img.yaml"))
         size = ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.STEM_OUT_CHANNELS", 64]
         cfg.merge_from_list([*SMALL, *size, "MODEL.RESNETS.NORM", norm])
         return build_model(cfg)

@@ -178,13 +178,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        """
-        Raises:
-            RuntimeError: before PyTorch 2.1, where nothing in Python lives as long as a storage.
-        """
         super().__init__()
-        if torch.__version__.startswith("2.0."):
-            raise RuntimeError("the memory of a step on the CPU can be counted from PyTorch 2.1 on")
         self.current = 0
         self.peak = 0
         self._storages: Dict[int, int] = {}

@@ -153,9 +153,7 @@ class Trainee:
         self.optimizer = build_optimizer(cfg, self.model)
         self._device = device
         self._amp = amp
-        # PyTorch before 2.3 has it for CUDA alone
-        scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
-        self._scaler = scaler(enabled=amp == "float16")
+        self._scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
 
     def autocast(self) -> ContextManager[Any]:
         """The context of forward passes."""
@@ -227,8 +225,7 @@ class Trainee:
             self.step(batch)
             torch.cuda.synchronize(self._device)
         on_gpu = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
-        # The name of before PyTorch 2.4 is the second.
-        times = [e.device_time if hasattr(e, "device_time") else e.cuda_time for e in on_gpu]
+        times = [event.device_time for event in on_gpu]
         return {"kernels": len(on_gpu), "kernels_ms": sum(times) / 1e3}
 
     def standardize(self) -> Optional[float]:

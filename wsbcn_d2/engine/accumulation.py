@@ -10,8 +10,6 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..layers import StandardizeOnce
-
 
 class _Accumulation(SimpleTrainer):
     """Overrides :meth:`run_step` to take several batches for one step of the optimizer.
@@ -26,9 +24,8 @@ class _Accumulation(SimpleTrainer):
     proposal. RetinaNet and FCOS divide by a running average of the foreground, or by that of the
     batch.
 
-    Data parallelism reduces the gradients once, with the last batch, and filters are standardized
-    once. An iteration, which learning rate schedules, hooks and logs count, is a step of the
-    optimizer.
+    Data parallelism reduces the gradients once, with the last batch. An iteration, which learning
+    rate schedules, hooks and logs count, is a step of the optimizer.
     """
 
     accumulate_steps: int
@@ -39,19 +36,18 @@ class _Accumulation(SimpleTrainer):
         self.optimizer.zero_grad()
         losses: List[Dict[str, Tensor]] = []
         data_time = 0.0
-        with StandardizeOnce() as standardization:
-            for i in range(self.accumulate_steps):
-                start = time.perf_counter()
-                data = next(self._data_loader_iter)
-                data_time += time.perf_counter() - start
-                last = standardization.last = i == self.accumulate_steps - 1
-                with contextlib.nullcontext() if last else self._no_reduction():
-                    with self._autocast():
-                        loss = self.model(data)
-                    loss = {"total_loss": loss} if isinstance(loss, Tensor) else loss
-                    self._backward(sum(loss.values()) / self.accumulate_steps)
-                losses.append({name: value.detach() for name, value in loss.items()})
-        getattr(self, "after_backward", lambda: None)()  # newer than Detectron2 0.6
+        for i in range(self.accumulate_steps):
+            start = time.perf_counter()
+            data = next(self._data_loader_iter)
+            data_time += time.perf_counter() - start
+            last = i == self.accumulate_steps - 1
+            with contextlib.nullcontext() if last else self._no_reduction():
+                with self._autocast():
+                    loss = self.model(data)
+                loss = {"total_loss": loss} if isinstance(loss, Tensor) else loss
+                self._backward(sum(loss.values()) / self.accumulate_steps)
+            losses.append({name: value.detach() for name, value in loss.items()})
+        self.after_backward()
         names = {name: None for loss in losses for name in loss}  # in order
         mean = {
             name: sum(loss[name] for loss in losses if name in loss) / self.accumulate_steps
@@ -78,14 +74,13 @@ class _Accumulation(SimpleTrainer):
 class _AMPAccumulation(_Accumulation, AMPTrainer):
     def _autocast(self) -> ContextManager[Any]:
         device = next(self.model.parameters()).device.type
-        # Detectron2 0.6 has neither this attribute nor the next
-        return torch.autocast(device, dtype=getattr(self, "precision", torch.float16))
+        return torch.autocast(device, dtype=self.precision)
 
     def _backward(self, loss: Tensor) -> None:
         self.grad_scaler.scale(loss).backward()
 
     def _step(self) -> None:
-        if getattr(self, "log_grad_scaler", False):
+        if self.log_grad_scaler:
             get_event_storage().put_scalar("[metric]grad_scaler", self.grad_scaler.get_scale())
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()

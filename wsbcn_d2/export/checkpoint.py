@@ -29,7 +29,7 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
     Raises:
         ValueError: if the weights do not belong to the model, or the format cannot express it.
         OSError: if the output cannot be written.
-        ImportError: if this Detectron2 cannot write such a file.
+        ImportError: if the package ``onnx`` is needed, and not installed.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; allowed are {', '.join(FORMATS)}")
@@ -38,7 +38,7 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
     check_output(os.path.join(output, CONFIG) if format == "detectron2" else output)
     if format == "detectron2":
         stock_config(cfg)  # raises, before long work, if there is none
-    else:  # not where Detectron2 has no working detectron2.export
+    else:
         from .deployment import export_backbone_onnx, export_onnx, script, trace
     original = build_model(cfg)
     CompleteCheckpointer(original).load(cfg.MODEL.WEIGHTS)

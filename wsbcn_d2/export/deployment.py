@@ -13,12 +13,12 @@ import io
 import os
 import sys
 import warnings
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple, cast
 
 import torch
 from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.layers import CycleBatchNormList
-from detectron2.modeling import GeneralizedRCNN, PanopticFPN
+from detectron2.modeling import Backbone, GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ _OPSET = 17
 
 # The exporter by tracing, which knows torchvision's operations.
 _HAS_DYNAMO = "dynamo" in inspect.signature(torch.onnx.export).parameters
-_BY_TRACING = {"dynamo": False} if _HAS_DYNAMO else {}
+_BY_TRACING: Dict[str, Any] = {"dynamo": False} if _HAS_DYNAMO else {}
 
 # What Instances may hold while a detector runs.
 _FIELDS = {
@@ -120,7 +120,7 @@ def export_onnx(model: nn.Module) -> bytes:
     )
 
 
-def export_backbone_onnx(backbone: nn.Module, channels: int = 3) -> bytes:
+def export_backbone_onnx(backbone: Backbone, channels: int = 3) -> bytes:
     """A backbone, for example ResNet-FPN, as ONNX.
 
     Args:
@@ -151,7 +151,8 @@ def export_backbone_onnx(backbone: nn.Module, channels: int = 3) -> bytes:
 def _adapter(model: nn.Module) -> Tuple[TracingAdapter, Tensor]:
     """A function from tensor to tensors, which has been called once, and its input."""
     # Nothing is found in it, and what is recorded holds for all images.
-    image = torch.zeros(len(model.pixel_mean), 256, 320, device=model.device)
+    channels = len(cast(Tensor, model.pixel_mean))
+    image = torch.zeros(channels, 256, 320, device=next(model.parameters()).device)
     adapter = TracingAdapter(model, image, _predict).eval()
     with _failure_in_a_line(model, "called with an image alone"):
         adapter(image)
@@ -215,7 +216,7 @@ class _ScriptableRCNN(nn.Module):
     """Returns dictionaries, since a script that returns Instances cannot be saved
     (https://github.com/pytorch/pytorch/issues/46944)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: GeneralizedRCNN) -> None:
         super().__init__()
         self.model = model
 
@@ -254,7 +255,7 @@ def _to_onnx(
         torch.onnx.export(
             adapter,
             (sample,),
-            file,
+            file,  # type: ignore[arg-type]  # a file does, too
             input_names=list(axes)[:1],
             output_names=names,
             dynamic_axes=axes,

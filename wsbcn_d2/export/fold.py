@@ -14,7 +14,7 @@ parameters of a group repeated for each of its channels.
 
 import copy
 from collections import defaultdict
-from typing import Any, Dict, List, Optional, Set, Tuple, Type
+from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union, cast
 
 import torch
 from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, ModulatedDeformConv
@@ -30,6 +30,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 # What a convolution with a bias can be. Only exact types: a subclass may do more than convolve.
 _CONVOLUTIONS = (nn.Conv2d, Conv2d, nn.ConvTranspose2d, ModulatedDeformConv)
+_Convolution = Union[nn.Conv2d, nn.ConvTranspose2d, ModulatedDeformConv]
 # Those of them that call the layer in their attribute `norm`.
 _OWN_NORM = (Conv2d, ModulatedDeformConv)
 
@@ -77,7 +78,7 @@ def fold(model: nn.Module) -> nn.Module:
     if isinstance(model, DistributedDataParallel):
         model = model.module
     model = copy.deepcopy(model, _computed_tensors(model)).eval().requires_grad_(False)
-    modules = list(model.modules())
+    modules: List[Any] = list(model.modules())  # their classes change
     for name, module in model.named_modules():
         _strip(module)
         if isinstance(module, (WeightStandardized, BatchChannelNorm, ChannelNorm)):
@@ -125,7 +126,8 @@ def _make_permanent(module: nn.Module) -> None:
 
     if parametrize.is_parametrized(module):
         # Not remove_parametrizations, which changes the class, that copies of a module share.
-        values = {name: getattr(module, name) for name in module.parametrizations}
+        names = cast(nn.ModuleDict, module.parametrizations)
+        values = {name: getattr(module, name) for name in names}
         module.__class__ = parametrize.type_before_parametrizations(module)
         del module.parametrizations
         for name, value in values.items():
@@ -165,7 +167,7 @@ def _fold_standardization(conv: WeightStandardized) -> None:
     dtype = conv.weight.dtype
     conv.weight = _parameter(conv.weight.double())
     weight = conv.standardized_weight()
-    stock = _stock_class(type(conv))
+    stock: Type[nn.Module] = _stock_class(type(conv))
     if stock is Conv2d and conv.norm is None and conv.activation is None:
         stock = nn.Conv2d  # which, unlike Detectron2's, heeds the padding mode
     elif getattr(conv, "padding_mode", "zeros") != "zeros":
@@ -176,7 +178,7 @@ def _fold_standardization(conv: WeightStandardized) -> None:
     # Whatever else there is, a hook may need.
     ours = {*_attributes(type(conv)(2, 2, 1)), *vars(WeightStandardized)}
     ours -= _attributes(stock(2, 2, 1))
-    conv.__class__ = stock
+    conv.__class__ = stock  # type: ignore[assignment]
     for name in ours & _attributes(conv):
         delattr(conv, name)
     conv.weight = _parameter(weight.to(dtype))
@@ -186,7 +188,7 @@ def _attributes(module: nn.Module) -> Set[str]:
     return {*vars(module), *module._parameters, *module._buffers}
 
 
-def _feeding_convolution(norm: nn.Module, owners: _Owners) -> Optional[nn.Module]:
+def _feeding_convolution(norm: nn.GroupNorm, owners: _Owners) -> Optional[_Convolution]:
     """The convolution whose output is the input of a norm layer, and goes nowhere else; None if
     it is not certain that there is one."""
     if len(owners[id(norm)]) != 1 or norm._forward_hooks or norm._forward_pre_hooks:
@@ -200,7 +202,7 @@ def _feeding_convolution(norm: nn.Module, owners: _Owners) -> Optional[nn.Module
             return None
     before = list(parent._modules.values())[: list(parent._modules).index(name)]
     before = [module for module in before if module is not None]
-    conv = before[-1] if before else None
+    conv: Any = before[-1] if before else None
     if (
         type(conv) not in _CONVOLUTIONS
         or len(owners[id(conv)]) != 1
@@ -220,7 +222,7 @@ def _is_plain(conv: nn.Module) -> bool:
     return not changing and "weight" in conv._parameters and "bias" in conv._parameters
 
 
-def _scale_outputs(conv: nn.Module, scale: Tensor, shift: Tensor) -> None:
+def _scale_outputs(conv: _Convolution, scale: Tensor, shift: Tensor) -> None:
     """Makes the outputs of a convolution ``scale * conv(x) + shift``, each (C_out,), float64."""
     weight = conv.weight.double()
     if isinstance(conv, nn.ConvTranspose2d):

@@ -96,7 +96,7 @@ def save_for_detectron2(model: nn.Module, cfg: CfgNode, folder: str) -> bool:
         file.write(Path(__file__).with_name(LOADER).read_text())
     with atomic_write(os.path.join(folder, CONFIG), "w") as file:
         file.write(_HEADER + ("" if alone else _NEEDS_LOADER) + stock.dump())
-    for entry in state._metadata.values():
+    for entry in state._metadata.values():  # type: ignore[attr-defined]
         entry[FOLDED] = True
     with atomic_write(checkpoint) as file:
         torch.save({"model": state}, file)

@@ -3,8 +3,7 @@
 from .batch_channel_norm import BatchChannelNorm, ChannelNorm
 from .branch import run_branch
 from .exchange import become
-from .fusion import is_hooked, is_relu, normalize
-from .shared_standardization import StandardizeOnce, standardize_together
+from .fusion import fusible_activation, is_hooked, normalize
 from .weight_standardization import (
     WeightStandardized,
     WSConv2d,
@@ -17,17 +16,15 @@ from .weight_standardization import (
 __all__ = [
     "BatchChannelNorm",
     "ChannelNorm",
-    "StandardizeOnce",
     "WSConv2d",
     "WSConvTranspose2d",
     "WeightStandardized",
     "become",
+    "fusible_activation",
     "is_convolution",
     "is_hooked",
-    "is_relu",
     "normalize",
     "run_branch",
     "standardize_",
-    "standardize_together",
     "weights_per_filter",
 ]

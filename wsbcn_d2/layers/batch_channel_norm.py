@@ -6,13 +6,19 @@ that replace BatchNorm layers (FrozenBN conversion, SyncBN conversion, quantizat
 silently drop the channel normalization, leave them alone.
 """
 
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import batch_channel_norm, in_backward, is_compiling, several_ranks
+from ..ops import (
+    Normalization,
+    batch_channel_norm,
+    batch_channel_norm_by,
+    channel_norm,
+    in_backward,
+    several_ranks,
+)
 from .folded import refuse_folded
 
 MODES = ("estimate", "batch", "sync")
@@ -76,7 +82,7 @@ class ChannelNorm(nn.GroupNorm):
         """
         if not torch.jit.is_tracing():
             check_input(x, self.num_channels)
-        return _channel_norm(x, self.weight, self.bias, self.eps)
+        return channel_norm(x, self.weight, self.bias, self.eps)
 
     def _load_from_state_dict(
         self, state_dict: Dict[str, Tensor], prefix: str, local_metadata: Dict[str, Any], *args: Any
@@ -104,12 +110,11 @@ class BatchChannelNorm(nn.GroupNorm):
 
     The estimates are updated in training mode only, and not while all affine parameters have
     ``requires_grad=False``: a frozen layer normalizes with the estimates it has, in every mode.
-    The update also happens under ``no_grad``, but not when activation checkpointing recomputes a
-    forward pass, which uses the estimates that are there then: of several calls of a layer between
-    two backward passes, only the last is recomputed exactly. A batch with a non-finite value leaves
-    the estimates of the layer as they are and is counted in ``skipped_updates``. The estimates stay
-    in float32 (float64 after ``.double()``) whatever the dtype of the module. Gradients through the
-    layer cannot be differentiated themselves, which is a RuntimeError.
+    The update also happens under ``no_grad``, but not when activation checkpointing repeats a call:
+    that uses the estimates of the call (:mod:`wsbcn_d2.ops.recomputation`). A batch with a
+    non-finite value leaves the estimates of the layer as they are and is counted in
+    ``skipped_updates``. The estimates stay in float32 (float64 after ``.double()``) whatever the
+    dtype of the module.
 
     Attributes:
         weight, bias: affine of the batch normalization, (C,).
@@ -207,13 +212,13 @@ class BatchChannelNorm(nn.GroupNorm):
         """Makes the next call use the estimates of the first level."""
         self.level = 0
 
-    def forward(self, x: Tensor, residual: Optional[Tensor] = None, relu: bool = False) -> Tensor:
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None, activation: str = "") -> Tensor:
         """
         Args:
             x: (N, C, H, W), N may be 0.
             residual: of the shape and dtype of x, added to the result.
-            relu: whether ReLU is applied to the result, after that addition. Neither needs a
-                further pass over the activation.
+            activation: "" or "relu", applied to the result, after that addition. Neither needs a
+                further pass over x.
 
         Returns:
             Tensor of the same shape, dtype and memory format.
@@ -222,134 +227,69 @@ class BatchChannelNorm(nn.GroupNorm):
             ValueError: if x or residual has another shape.
         """
         if torch.jit.is_scripting():
-            return self._exported(x, residual, relu)
+            return self._exported(x, residual, activation)
         else:  # TorchScript does not compile what is in the branch not taken
             if not self.training and torch.jit.is_tracing():
-                return self._exported(x, residual, relu)
-            return self._normalized(x, residual, relu)
+                return self._exported(x, residual, activation)
+            return self._normalized(x, residual, activation)
 
     @torch.jit.unused
-    def _normalized(self, x: Tensor, residual: Optional[Tensor], relu: bool) -> Tensor:
+    def _normalized(self, x: Tensor, residual: Optional[Tensor], activation: str) -> Tensor:
         check_input(x, self.num_channels)
-        if residual is not None and residual.shape != x.shape:
-            raise ValueError(f"expected a residual of shape {x.shape}, got {residual.shape}")
-        (weight, bias, group_weight, group_bias), state, options = self.arguments(x.shape)
-        mean, var, skipped, seen = state
-        update_rate, eps, use_batch_statistics, synchronize = options
-        return batch_channel_norm(
-            x,
-            weight,
-            bias,
-            group_weight,
-            group_bias,
+        return batch_channel_norm(x, self.normalization(), residual, activation)
+
+    @torch.jit.unused
+    def normalization(self) -> Normalization:
+        """What the operation is to be called with, for one call, which it counts as one."""
+        parameters = (self.weight, self.bias, self.group_weight, self.group_bias)
+        mean, var, seen = self.running_mean, self.running_var, self.seen_elements
+        if mean.dim() == 2:
+            level = self._next_level()
+            mean, var, seen = mean[level], var[level], seen[level]
+        training = self.training and not _are_frozen(*parameters)
+        of_batch = training and self.mode != "estimate"
+        # Where calls differ in what they normalize by.
+        differ = not of_batch and (training or self.num_levels > 1)
+        return Normalization(
+            *parameters,
             mean,
             var,
-            eps=eps,
-            use_batch_statistics=use_batch_statistics,
-            update_rate=update_rate,
-            skipped_updates=skipped,
+            eps=self.eps,
+            use_batch_statistics=of_batch,
+            update_rate=self.update_rate if training else None,
+            skipped_updates=self.skipped_updates,
             seen_elements=seen,
-            synchronize=synchronize,
-            residual=residual,
-            relu=relu,
+            synchronize=of_batch and self.mode == "sync" and several_ranks(),
+            layer=self.running_mean if differ else None,
         )
 
-    @torch.jit.unused
-    def arguments(
-        self, shape: torch.Size
-    ) -> Tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Any]]:
-        """What the operation is to be called with, for one call, which it counts as one.
-
-        Args:
-            shape: of the input, or of what it is made of: by it a call is known that activation
-                checkpointing repeats.
-
-        Returns:
-            ``weight, bias, group_weight, group_bias``; ``running_mean, running_var,
-            skipped_updates, seen_elements``; ``update_rate, eps, use_batch_statistics,
-            synchronize``. See :func:`wsbcn_d2.ops.batch_channel_norm`.
-        """
-        *parameters, mean, var, skipped, seen = self._tensors()
-        if mean.dim() == 2:
-            level = self._level_of(shape)
-            mean, var, seen = (estimates[level] for estimates in (mean, var, seen))
-        training = self.training and not _are_frozen(*parameters)
-        batch = training and self.mode != "estimate"
-        rate = self.update_rate if training and not in_backward() else None
-        options = (rate, self.eps, batch, batch and self.mode == "sync" and several_ranks())
-        return parameters, (mean, var, skipped, seen), options
-
-    def _level_of(self, shape: torch.Size) -> int:
-        """The level of a call, of which there may be several."""
-        if self.num_levels == 1:
-            return 0
+    def _next_level(self) -> int:
+        """The level of a call; of one that activation checkpointing repeats the operation knows by
+        which estimates it was."""
+        level = self.level
         if not in_backward():
-            level = self.level
             self.level = (level + 1) % self.num_levels
-            if not is_compiling():  # which would compile anew for each
-                self.__dict__.setdefault("_shapes", {})[level] = shape
-            return level
-        # Calls that were checkpointed one by one are repeated in the order of the backward pass,
-        # those that were checkpointed together in their own.
-        shapes = self.__dict__.get("_shapes", {})
-        found = [level for level, other in shapes.items() if other == shape]
-        task = torch._C._current_graph_task_id()
-        following = self.__dict__.get("_following")
-        if len(found) == 1:
-            level = found[0]
-        elif following is not None and following[0] == task and following[1] in found:
-            level = following[1]
-        else:
-            raise RuntimeError(
-                f"activation checkpointing repeats a call of a layer with {self.num_levels} levels "
-                f"for an input of shape {tuple(shape)}, which {len(found) or 'none'} of them had; "
-                "each level must be called once, with another size, before the backward pass"
-            )
-        self._following = task, level + 1
         return level
 
-    def _tensors(self) -> Tuple[Tensor, ...]:
-        """All parameters, then all buffers."""
-        parameters, buffers = self._parameters, self._buffers
-        try:  # as attributes they take more time
-            return (
-                parameters["weight"],
-                parameters["bias"],
-                parameters["group_weight"],
-                parameters["group_bias"],
-                buffers["running_mean"],
-                buffers["running_var"],
-                buffers["skipped_updates"],
-                buffers["seen_elements"],
-            )
-        except KeyError:  # a replica of DataParallel, or FSDP, has tensors in their place
-            return (
-                self.weight,
-                self.bias,
-                self.group_weight,
-                self.group_bias,
-                self.running_mean,
-                self.running_var,
-                self.skipped_updates,
-                self.seen_elements,
-            )
-
-    def _exported(self, x: Tensor, residual: Optional[Tensor], relu: bool) -> Tensor:
+    def _exported(self, x: Tensor, residual: Optional[Tensor], activation: str) -> Tensor:
         """Evaluation by stock operations, for TorchScript, which knows no autograd functions and
         whose traces must hold for inputs of any size."""
         mean, var = self.running_mean, self.running_var
         if mean.dim() == 2:
             mean, var = mean[self.level], var[self.level]
             self.level = (self.level + 1) % self.running_mean.shape[0]
-        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
-        z = F.batch_norm(x.to(mean.dtype), mean, var, weight, bias, False, 0.0, self.eps)
-        group_weight, group_bias = self.group_weight.to(mean.dtype), self.group_bias.to(mean.dtype)
-        y = _channel_norm(z, group_weight, group_bias, self.eps)
-        if residual is not None:
-            y = y + residual
-        if relu:
-            y = F.relu(y)
-        return y.to(x.dtype)
+        return batch_channel_norm_by(
+            x,
+            mean,
+            torch.rsqrt(var + self.eps),
+            self.weight,
+            self.bias,
+            self.group_weight,
+            self.group_bias,
+            self.eps,
+            residual,
+            activation,
+        )
 
     def extra_repr(self) -> str:
         levels = f", levels={self.num_levels}" if self.num_levels > 1 else ""
@@ -411,11 +351,3 @@ def _are_frozen(weight: Tensor, bias: Tensor, group_weight: Tensor, group_bias: 
         or group_weight.requires_grad
         or group_bias.requires_grad
     )
-
-
-def _channel_norm(x: Tensor, group_weight: Tensor, group_bias: Tensor, eps: float) -> Tensor:
-    groups = group_weight.shape[0]
-    weight = group_weight.repeat_interleave(x.shape[1] // groups)
-    bias = group_bias.repeat_interleave(x.shape[1] // groups)
-    # Not F.group_norm, which refuses a group of a single value.
-    return torch.group_norm(x, groups, weight, bias, eps)

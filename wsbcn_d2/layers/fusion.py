@@ -2,14 +2,11 @@
 
 from typing import Callable, Optional
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _of_all
 
+from ..ops import name_of_activation
 from .batch_channel_norm import BatchChannelNorm
-
-_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 
 
 def normalize(
@@ -20,14 +17,14 @@ def normalize(
 ) -> Tensor:
     """``activation(norm(x) + residual)``; any of the three may be missing.
 
-    :class:`BatchChannelNorm` computes all of it at once if the activation is ReLU, unless a hook
-    listens to its output.
+    :class:`BatchChannelNorm` computes all of it at once, with the activations that it knows, unless
+    a hook listens to its output.
     """
-    relu = is_relu(activation)
+    name = fusible_activation(activation)
     # A subclass may take the input alone.
     ours = norm is not None and type(norm).forward is BatchChannelNorm.forward
-    if ours and not is_hooked(norm) and (relu or activation is None):
-        return norm(x, residual=residual, relu=relu)
+    if ours and not is_hooked(norm) and name is not None:
+        return norm(x, residual=residual, activation=name)
     if norm is not None:
         x = norm(x)
     if residual is not None:
@@ -37,9 +34,12 @@ def normalize(
     return x
 
 
-def is_relu(activation: Optional[Callable[[Tensor], Tensor]]) -> bool:
-    """Whether an activation is ReLU, and nothing listens to it."""
-    return activation in _RELUS or (type(activation) is nn.ReLU and not is_hooked(activation))
+def fusible_activation(activation: Optional[Callable[[Tensor], Tensor]]) -> Optional[str]:
+    """The name of an activation that normalization can compute ("" for None); None for others, and
+    where something listens to it."""
+    if isinstance(activation, nn.Module) and is_hooked(activation):
+        return None
+    return name_of_activation(activation)
 
 
 def is_hooked(module: nn.Module) -> bool:

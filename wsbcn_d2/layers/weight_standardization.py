@@ -7,7 +7,6 @@ it.) Any constant offset of a filter is lost, and its scale is normalized away, 
 layer should follow; the layers that predict must not be standardized.
 """
 
-import contextlib
 import logging
 from typing import Any, Callable, Dict, List, Optional, Type
 
@@ -16,14 +15,9 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from torch import Tensor, nn
 
-from ..ops import is_compiling, standardize_weight
+from ..ops import Geometry, standardize_weight, standardized_conv2d
 from .folded import refuse_folded
 from .fusion import normalize
-from .shared_standardization import (
-    forget_standardized_weight,
-    kept_filters,
-    shared_standardized_weight,
-)
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
@@ -43,12 +37,8 @@ class WeightStandardized(nn.Module):
     standardization keep their scale and mean (the adaptive variant of Qiao et al., DetectoRS,
     arXiv 2006.02334); they are constant.
 
-    The standardized filters are kept for as long as the weight stays the same, in training until
-    the forward pass has used them; the backward pass makes them again. A change through
-    ``weight.data``, by a collective of ``torch.distributed`` that receives into the weight, or of
-    memory that is shared, cannot be seen; after one, call :meth:`forget_standardized_weight`,
-    unless a backward pass or a change between training and evaluation lies between it and the next
-    use.
+    Filters are standardized at each call: it computes with the weight that there is, whatever has
+    changed it.
 
     Attributes:
         eps: added to the variance of a filter, inside the root; loaded with the weights.
@@ -59,13 +49,6 @@ class WeightStandardized(nn.Module):
     eps: float
     ws_scale: Optional[Tensor]
     ws_shift: Optional[Tensor]
-
-    # State of :mod:`.shared_standardization`, which neither copies nor pickles take along.
-    _standardized = None
-    _connected = None
-    _neighbours = ()
-    _in_graph = False
-    _calls = 0
 
     def _init_standardization(self, eps: float) -> None:
         _check_filters(self)
@@ -96,21 +79,8 @@ class WeightStandardized(nn.Module):
         return bool(changed) and torch.allclose(new, factors * old, 1e-4)
 
     def standardized_weight(self) -> Tensor:
-        """The filters that the convolution uses, of the shape of ``weight``.
-
-        Returns:
-            Tensor of the dtype of ``weight``, or in which autocast makes the convolution compute.
-        """
-        if torch.jit.is_scripting():
-            return self._adapted(standardize_weight(self.weight, self.eps))
-        else:  # TorchScript does not compile what is in the branch not taken
-            return self._shared_standardized_weight()
-
-    @torch.jit.unused
-    def _shared_standardized_weight(self) -> Tensor:
-        if is_compiling() or torch.jit.is_tracing():
-            return self._adapted(standardize_weight(self.weight, self.eps))
-        return self._adapted(shared_standardized_weight(self))
+        """The filters that the convolution uses, of the shape and dtype of ``weight``."""
+        return self._adapted(standardize_weight(self.weight, self.eps))
 
     def _adapted(self, filters: Tensor) -> Tensor:
         scale, shift = self.ws_scale, self.ws_shift
@@ -118,25 +88,6 @@ class WeightStandardized(nn.Module):
             return filters
         shape = [-1] + [1] * (filters.dim() - 1)
         return (filters * scale.view(shape) + shift.view(shape)).to(filters.dtype)
-
-    def forget_standardized_weight(self) -> None:
-        """Makes the next call standardize the filters anew, after a change of ``weight.data``."""
-        forget_standardized_weight(self)
-
-    def train(self, mode: bool = True) -> nn.Module:
-        if mode != self.training:
-            self.forget_standardized_weight()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
-        self.forget_standardized_weight()
-        return super()._apply(fn, *args, **kwargs)
-
-    def __getstate__(self) -> Dict[str, Any]:
-        state = dict(self.__dict__)
-        for name in ("_standardized", "_connected", "_neighbours", "_in_graph", "_calls"):
-            state.pop(name, None)
-        return state
 
     def _save_to_state_dict(
         self, destination: Dict[str, Tensor], prefix: str, keep_vars: bool
@@ -172,7 +123,6 @@ class WeightStandardized(nn.Module):
             missing_keys.append(prefix + _MARK)
         if prefix + "weight" in state_dict:
             self._expect_adaptation(state_dict, prefix, error_msgs)
-        self.forget_standardized_weight()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -199,6 +149,13 @@ class WeightStandardized(nn.Module):
     def _filter_table(self) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         return torch.empty(self.out_channels, dtype=dtype, device=self.weight.device)
+
+
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    """``stride, padding, dilation, groups`` of a convolution whose padding is in numbers."""
+    pairs = [conv.stride, conv.padding, conv.dilation]
+    stride, padding, dilation = ((p, p) if isinstance(p, int) else p for p in pairs)
+    return stride, padding, dilation, conv.groups
 
 
 class WSConv2d(WeightStandardized, Conv2d):
@@ -241,23 +198,12 @@ class WSConv2d(WeightStandardized, Conv2d):
             return normalize(self.convolve(x), self.norm, activation=self.activation)
 
     @torch.jit.unused
-    def filters(self) -> Tensor:
-        """As :meth:`standardized_weight`, for a call of the convolution in plain Python."""
-        filters = shared_standardized_weight(self)
-        return filters if self._buffers["ws_scale"] is None else self._adapted(filters)
-
-    @torch.jit.unused
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution alone, without what follows it."""
-        bias = self.bias
-        if is_compiling() or torch.jit.is_tracing():
-            return self._conv_forward(x, self.standardized_weight(), bias)
-        filters = self.filters()
-        kept = kept_filters(self, filters)
-        if kept is None:
-            return self._conv_forward(x, filters, bias)
-        with kept:
-            return self._conv_forward(x, filters, bias)
+        in_numbers = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if self.ws_scale is not None or not in_numbers:
+            return self._conv_forward(x, self.standardized_weight(), self.bias)
+        return standardized_conv2d(x, self.weight, self.bias, self.eps, geometry_of(self))
 
 
 class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
@@ -330,9 +276,7 @@ if issubclass(DeformConv, nn.Module):
         object.__setattr__(module, "norm", None)
         module.activation = None
         try:
-            kept = kept_filters(module, filters)
-            with contextlib.nullcontext() if kept is None else kept:
-                return forward(*args)
+            return forward(*args)
         finally:
             object.__delattr__(module, "weight")
             object.__delattr__(module, "norm")

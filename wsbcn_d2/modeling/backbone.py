@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import require_wsbcn_config
 from .blocks import zero_init_residual_
-from .fuse import fuse_
 
 
 class CheckpointedStage(nn.Sequential):
@@ -50,7 +49,6 @@ def build_wsbcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     resnet = build_resnet_backbone(cfg, input_shape)
     if cfg.MODEL.WSBCN.ZERO_INIT_RESIDUAL:
         zero_init_residual_(resnet)
-    fuse_(resnet)
     if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
         # ResNet keeps its stages in a plain list too, so the objects must remain the same.
         for stage in resnet.stages:

@@ -14,6 +14,11 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 
 from ..layers import BatchChannelNorm, run_branch
+from .stock import stock_method
+
+_STEM = stock_method(BasicStem, "forward")
+_BASIC = stock_method(BasicBlock, "forward")
+_BOTTLENECK = stock_method(BottleneckBlock, "forward")
 
 
 class FusedBasicStem(BasicStem):
@@ -29,7 +34,9 @@ class FusedBasicStem(BasicStem):
         """
         if torch.jit.is_scripting():
             x = F.relu(self.conv1(x))
-        else:
+        else:  # TorchScript does not compile what is in the branch not taken
+            if BasicStem.forward is not _STEM:
+                return super().forward(x)
             x = run_branch([self.conv1], x)
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
@@ -49,7 +56,9 @@ class FusedBasicBlock(BasicBlock):
             out = self.conv2(F.relu(self.conv1(x)))
             shortcut = x if self.shortcut is None else self.shortcut(x)
             return F.relu(out + shortcut)
-        else:  # TorchScript does not compile what is in the branch not taken
+        else:
+            if BasicBlock.forward is not _BASIC:
+                return super().forward(x)
             return _run_block([self.conv1, self.conv2], x, self.shortcut)
 
 
@@ -69,11 +78,13 @@ class FusedBottleneckBlock(BottleneckBlock):
             shortcut = x if self.shortcut is None else self.shortcut(x)
             return F.relu(out + shortcut)
         else:
+            if BottleneckBlock.forward is not _BOTTLENECK:
+                return super().forward(x)
             return _run_block([self.conv1, self.conv2, self.conv3], x, self.shortcut)
 
 
 def _run_block(convs: List[nn.Module], x: Tensor, shortcut: Optional[nn.Module]) -> Tensor:
-    residual = x if shortcut is None else run_branch([shortcut], x, relu=False)
+    residual = x if shortcut is None else run_branch([shortcut], x, activation="")
     return run_branch(convs, x, residual)
 
 

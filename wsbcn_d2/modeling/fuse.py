@@ -12,15 +12,14 @@ _FUSED: Dict[Type[nn.Module], Type[nn.Module]] = {**BLOCKS, **HEADS}
 _STOCK = {fused: stock for stock, fused in _FUSED.items()}
 
 
-def fuse_(model: nn.Module) -> None:
-    """Turns stock blocks and heads with BCN into those of this package, and back those that have
-    none any more, in place.
+def fuse_(module: nn.Module) -> None:
+    """Turns a stock block or head with BCN into that of this package, in place, and one that has no
+    BCN any more back. Other modules stay as they are.
 
-    Objects stay the same and only their class changes, to one derived from it, or that it was
+    The object stays the same and only its class changes, to one derived from it, or that it was
     derived from. Other subclasses, such as the deformable bottleneck, are left alone.
     """
-    for module in model.modules():
-        if type(module) in _FUSED or type(module) in _STOCK:
-            has_bcn = any(isinstance(m, BatchChannelNorm) for m in module.modules())
-            classes = _FUSED if has_bcn else _STOCK
-            module.__class__ = classes.get(type(module), type(module))
+    if type(module) in _FUSED or type(module) in _STOCK:
+        has_bcn = any(isinstance(m, BatchChannelNorm) for m in module.modules())
+        classes = _FUSED if has_bcn else _STOCK
+        module.__class__ = classes.get(type(module), type(module))

@@ -10,7 +10,11 @@ from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import Tensor, nn
 
-from ..layers import is_relu, run_branch
+from ..layers import fusible_activation, run_branch
+from .stock import stock_method
+
+_FORWARD = stock_method(FastRCNNConvFCHead, "forward")
+_LAYERS = stock_method(MaskRCNNConvUpsampleHead, "layers")
 
 
 class FusedConvFCHead(FastRCNNConvFCHead):
@@ -29,6 +33,8 @@ class FusedConvFCHead(FastRCNNConvFCHead):
                 x = layer(x)
             return x
         else:  # TorchScript does not compile what is in the branch not taken
+            if FastRCNNConvFCHead.forward is not _FORWARD:
+                return super().forward(x)
             return _run_head(self, x)
 
 
@@ -48,6 +54,8 @@ class FusedConvUpsampleHead(MaskRCNNConvUpsampleHead):
                 x = layer(x)
             return x
         else:
+            if MaskRCNNConvUpsampleHead.layers is not _LAYERS:
+                return super().layers(x)
             return _run_head(self, x)
 
 
@@ -57,7 +65,7 @@ def _run_head(head: nn.Sequential, x: Tensor) -> Tensor:
     while (
         count < len(layers)
         and isinstance(layers[count], Conv2d)
-        and is_relu(layers[count].activation)
+        and fusible_activation(layers[count].activation) == "relu"
     ):
         count += 1
     if count:

@@ -1,26 +1,31 @@
 """Differentiable operations: tensors in, tensors out. They know neither modules nor Detectron2."""
 
 from .backend import BACKENDS, backend_name, set_backend
-from .batch_channel_norm import batch_channel_norm, moments
+from .batch_channel_norm import batch_channel_norm, moments, name_of_activation
 from .branch import Link, branch
-from .extension import has_extension
-from .state import in_backward, is_compiling, is_traced, several_ranks
-from .weight_standardization import standardize_all, standardize_all_backward, standardize_weight
+from .estimates import several_ranks
+from .formula import batch_channel_norm_by, channel_norm, standardize_weight
+from .normalization import Normalization
+from .standardized_convolution import Geometry, standardized_conv2d
+from .state import in_backward, is_compiling, is_plain
 
 __all__ = [
     "BACKENDS",
-    "backend_name",
+    "Geometry",
     "Link",
+    "Normalization",
+    "backend_name",
     "batch_channel_norm",
+    "batch_channel_norm_by",
     "branch",
-    "has_extension",
+    "channel_norm",
     "in_backward",
     "is_compiling",
-    "is_traced",
+    "is_plain",
     "moments",
+    "name_of_activation",
     "set_backend",
     "several_ranks",
-    "standardize_all",
-    "standardize_all_backward",
     "standardize_weight",
+    "standardized_conv2d",
 ]

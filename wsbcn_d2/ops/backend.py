@@ -1,10 +1,10 @@
-"""Which kernels run: Triton's on GPUs, compiled C on CPUs, plain PyTorch where those do not."""
+"""Which kernels run: Triton's on GPUs, those in C on CPUs, plain PyTorch where there are none."""
 
 import logging
 import os
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Callable, Dict, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ BACKENDS = ("auto", "eager", "native", "triton")
 _VARIABLE = "WSBCN_D2_BACKEND"
 
 _chosen: Optional[str] = None
-# Those found for devices, which is asked for at every call of a layer.
-_kernels: Dict[torch.device, ModuleType] = {}
 
 
 def set_backend(name: Optional[str]) -> None:
@@ -36,7 +34,7 @@ def set_backend(name: Optional[str]) -> None:
         ValueError: if the name is none of these.
     """
     global _chosen
-    _kernels.clear()
+    _kernels_of_device.cache_clear()
     _chosen = None if name is None else _checked(name, "the backend")
 
 
@@ -53,32 +51,26 @@ def backend_name(device: Optional[torch.device] = None) -> str:
         return "eager" if _native_fails() else "native"
     if device.type not in ("cpu", "cuda") or choice not in ("auto", "triton"):
         return "eager"
-    return "eager" if _triton_fails(device.type, device.index) else "triton"
+    return "eager" if _triton_fails(device) else "triton"
 
 
 def kernels_for(x: Tensor) -> ModuleType:
-    """The module with the kernels for a tensor: :mod:`.eager`, :mod:`.native_backend` or
-    :mod:`.triton_backend`."""
-    device = x.device
-    kernels = _kernels.get(device)
-    if kernels is None:
-        name = backend_name(device)
-        if name == "native":
-            from . import native_backend as kernels
-        elif name == "triton":
-            from . import triton_backend as kernels
-        else:
-            kernels = eager
-        _kernels[device] = kernels
-    return kernels
+    """The module with the kernels for a tensor; :mod:`.batch_channel_norm` says what it has."""
+    return _kernels_of_device(x.device)
 
 
-def call_on_device_of(x: Tensor, function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` with the device of a tensor as the current one: where Triton launches."""
-    if x.is_cuda and x.device.index != torch._C._cuda_getDevice():
-        with torch.cuda.device(x.device):
-            return function(*args)
-    return function(*args)
+@lru_cache(maxsize=None)
+def _kernels_of_device(device: torch.device) -> ModuleType:
+    name = backend_name(device)
+    if name == "native":
+        from . import native_backend
+
+        return native_backend
+    if name == "triton":
+        from . import triton_backend
+
+        return triton_backend
+    return eager
 
 
 def _checked(name: str, what: str) -> str:
@@ -89,37 +81,34 @@ def _checked(name: str, what: str) -> str:
 
 @lru_cache(maxsize=None)
 def _native_fails() -> bool:
-    """Whether the kernels in C cannot serve, found out by trying; says so once."""
-    try:
-        from . import native_backend
+    """Whether the kernels in C are not there; says so once."""
+    from . import native_backend
 
-        native_backend.try_out()
-    except Exception as problem:  # no compiler, no place to write to, ...
+    try:
+        native_backend.library()
+    except OSError as problem:
         _say_slower("Kernels in C", "cpu", problem)
         return True
     return False
 
 
 @lru_cache(maxsize=None)
-def _triton_fails(device_type: str, device_index: Optional[int]) -> bool:
+def _triton_fails(device: torch.device) -> bool:
     """Whether Triton cannot serve a device, found out by trying; says so once."""
     try:
         from . import triton_backend
 
-        if device_type == "cpu" and not triton_backend.INTERPRETED:
+        if device.type == "cpu" and not triton_backend.INTERPRETED:
             raise RuntimeError("it compiles for GPUs only")
-        device = torch.device(device_type, device_index)
-        # Triton launches on the current device, which need not be that of the tensor.
-        with torch.cuda.device(device if device_type == "cuda" else -1):
-            triton_backend.try_out(device)
+        triton_backend.try_out(device)
     except Exception as problem:  # a missing package, compiler or driver, an old GPU, ...
-        _say_slower("Triton", device_type, problem)
+        _say_slower("Triton", device.type, problem)
         return True
     return False
 
 
 def _say_slower(what: str, device_type: str, problem: Exception) -> None:
     logger.warning(
-        f"{what} cannot be used on {device_type}, so BCN and WS run in plain PyTorch there, "
-        f"which needs more time: {type(problem).__name__}: {problem}"
+        f"{what} cannot be used on {device_type}, so BCN runs in plain PyTorch there, which needs "
+        f"more time: {type(problem).__name__}: {problem}"
     )

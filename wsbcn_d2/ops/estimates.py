@@ -7,16 +7,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .normalization import Normalization
+
+
+def several_ranks(process_group: Optional["dist.ProcessGroup"] = None) -> bool:
+    """Whether this is one of several processes (of a group; default: of all)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return dist.get_world_size(process_group) > 1
+
 
 def update_estimates(
-    running_mean: Tensor,
-    running_var: Tensor,
+    norm: Normalization,
     mean: Tensor,
     var: Tensor,
     rate: Union[float, Tensor],
     count: Union[float, Tensor],
-    skipped_updates: Optional[Tensor],
-    seen_elements: Optional[Tensor],
 ) -> None:
     """Moves the estimates towards the statistics of a batch, in place.
 
@@ -24,60 +30,20 @@ def update_estimates(
     the host for it would stall a GPU at every layer.
 
     Args:
-        running_mean, running_var, mean, var: (C,).
+        norm: with the estimates and the counters.
+        mean, var: (C,).
         rate: fraction of the way.
-        count: number of values behind the statistics of each channel.
-        skipped_updates: integer scalar, incremented if nothing moves.
-        seen_elements: scalar, incremented by ``count`` otherwise.
+        count: number of values behind the statistics of each channel, a number or a scalar.
     """
-    if mean.dtype != running_mean.dtype:
-        mean, var = mean.to(running_mean.dtype), var.to(running_mean.dtype)
-    new_mean = torch.lerp(running_mean, mean, rate)
-    new_var = torch.lerp(running_var, var, rate)
+    new_mean = torch.lerp(norm.running_mean, mean.to(norm.running_mean.dtype), rate)
+    new_var = torch.lerp(norm.running_var, var.to(norm.running_var.dtype), rate)
     finite = torch.stack([new_mean, new_var]).abs_().amax() < math.inf
-    if finite.device.type == "cpu":  # where asking stalls nothing
-        if finite:
-            running_mean.copy_(new_mean)
-            running_var.copy_(new_var)
-            if seen_elements is not None:
-                seen_elements.add_(count)
-        elif skipped_updates is not None:
-            skipped_updates.add_(1)
-        return
-    running_mean.copy_(torch.where(finite, new_mean, running_mean))
-    running_var.copy_(torch.where(finite, new_var, running_var))
-    if skipped_updates is not None:
-        skipped_updates.add_(finite.logical_not())
-    if seen_elements is not None:
-        seen_elements.add_(finite * count)
-
-
-def update_with_batch(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    rate: float,
-    count: Union[float, Tensor],
-    skipped_updates: Optional[Tensor],
-    seen_elements: Optional[Tensor],
-) -> None:
-    """As :func:`update_estimates`, by the rules of :class:`torch.nn.BatchNorm2d`.
-
-    The estimate of the variance is unbiased, and an empty batch changes nothing. ``count`` is a
-    tensor if it is known to the device only, for which there are more operations.
-    """
-    if isinstance(count, Tensor):
-        at_least_one = count.clamp(min=1)
-        unbiased = var * (at_least_one / (at_least_one - 1).clamp(min=1))
-        rate = rate * (count > 0).to(mean.dtype)
-    elif count:
-        unbiased = var * (count / max(count - 1, 1))
-    else:
-        return
-    update_estimates(
-        running_mean, running_var, mean, unbiased, rate, count, skipped_updates, seen_elements
-    )
+    norm.running_mean.copy_(torch.where(finite, new_mean, norm.running_mean))
+    norm.running_var.copy_(torch.where(finite, new_var, norm.running_var))
+    if norm.skipped_updates is not None:
+        norm.skipped_updates.add_(finite.logical_not())
+    if norm.seen_elements is not None:
+        norm.seen_elements.add_(finite * count)
 
 
 def pool_images(m: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
@@ -92,37 +58,32 @@ def pool_images(m: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def use_batch(
-    mean: Tensor,
-    var: Tensor,
-    values: int,
-    count: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    rate: Union[float, Tensor, None],
-    skipped_updates: Optional[Tensor],
-    seen_elements: Optional[Tensor],
-    synchronize: bool,
+    norm: Normalization, mean: Tensor, var: Tensor, values: int, count: Tensor
 ) -> Tuple[Tensor, Tensor]:
     """The statistics to normalize a batch by, towards which the estimates move.
 
+    By the rules of :class:`torch.nn.BatchNorm2d`: the estimate of the variance is unbiased, and an
+    empty batch changes nothing.
+
     Args:
+        norm: with the estimates, how they move, and whether ranks are synchronized.
         mean, var: (C,), of this rank's batch; var is biased.
         values: number of values behind each of them, which may be 0.
         count: (1,), where that number is written, of all ranks if they are synchronized.
-        rate: fraction of the way; None leaves the estimates.
-        synchronize: take the batches of all ranks together. Every rank must call.
 
     Returns:
         Mean and biased variance, (C,).
     """
     count.fill_(values)
-    if synchronize:
+    if norm.synchronize:
         mean, var, total = pool_over_ranks(mean, var, count)
         count.copy_(total)
-    if rate is not None:
-        of_all = count.squeeze(0) if synchronize else values
-        counters = (skipped_updates, seen_elements)
-        update_with_batch(running_mean, running_var, mean, var, float(rate), of_all, *counters)
+    if norm.update_rate is not None:
+        # With several ranks the number is known to the device only.
+        total = count.squeeze(0).clamp(min=1)
+        unbiased = var * (total / (total - 1).clamp(min=1))
+        rate = norm.update_rate * (count.squeeze(0) > 0).to(mean.dtype)
+        update_estimates(norm, mean, unbiased, rate, count.squeeze(0))
     return mean, var
 
 
@@ -155,3 +116,27 @@ def sum_over_ranks(a: Tensor, b: Tensor) -> Tuple[Tensor, Tensor]:
     both = torch.stack([a, b])
     dist.all_reduce(both)
     return both[0], both[1]
+
+
+def gradient_of_statistics(
+    a: Tensor,
+    rstd: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    count: Tensor,
+    synchronize: bool,
+) -> Tuple[Tensor, Tensor]:
+    """What the gradient of x loses through the statistics of the batch.
+
+    Args:
+        a, rstd, grad_weight, grad_bias: (C,); ``a`` is ``weight * rstd``.
+        count: (1,), the number of values behind the statistics, of all ranks.
+        synchronize: the gradients are to be summed over all ranks. Every rank must call.
+
+    Returns:
+        q, c: (C,). The gradient of x is less by ``q (x - mu) + c``.
+    """
+    sums = (grad_weight, grad_bias)
+    weight_sum, bias_sum = sum_over_ranks(*sums) if synchronize else sums
+    a = a / count.clamp(min=1)
+    return a * rstd * weight_sum, a * bias_sum

@@ -1,138 +1,450 @@
-/* Batch-channel normalization of float32 activations in NCHW, and weight standardization of float32
-   filters that are contiguous, for the CPU.
+/* Batch-channel normalization for the CPU: activations of float32, bfloat16 or float16, in NCHW or
+   channels_last.
 
-   Compiled by native_library.py and called by native_backend.py, which checks what it is given. The
-   formulas and the names of the tables are those of batch_channel_norm.py.
+   setup.py builds it as plain C; native_backend.py calls it and checks what it is given. The formulas
+   and the names of the tables are those of batch_channel_norm.py. Tables and parameters are float32.
 
-   Sums over pixels are of blocks that stay in the first-level cache, around a value of the block and
-   in single precision, and from block to block in double precision. Work is divided by images and channels or
-   groups, never within them, so that results do not depend on the number of threads. Compiled
-   without contraction to fused multiply-adds, the backward pass finds out from x what ReLU let
-   through exactly as the forward pass computed it.
+   Sums over pixels are of blocks, around a value of the block and in single precision, and from block
+   to block in double precision. Work is divided in a way that does not depend on the number of
+   threads, so results do not either. Built without contraction to fused multiply-adds, the backward
+   pass finds out from x what ReLU let through exactly as the forward pass computed it.
 */
 
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
-#define BLOCK 2048
-/* Channels whose images are summed at a time. */
-#define CHANNELS 64
-/* Values for which one more thread is worth being woken. */
-#define VALUES_OF_THREAD 32768
+/* Loops over an activation are compiled for several instruction sets, of which the dynamic linker
+   takes what the processor has. */
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define LOOP static __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#else
+#define LOOP static
+#endif
+#define INLINE static inline __attribute__((always_inline))
 
+#define BLOCK 2048 /* values summed in single precision, in NCHW */
+#define ROWS 256   /* pixels of a block in channels_last */
+#define WIDTH 256  /* channels of a block there, and those whose images are summed at a time */
+#define VALUES_OF_THREAD 32768 /* for which one more thread is worth being woken */
+
+enum { F32, BF16, F16 };            /* dtype */
+enum { OF_BATCH, FIXED, UPDATED };  /* statistics: what to normalize by */
+enum { NONE, RELU };                /* activation */
+
+/* The arguments of all functions; `_Pass` of native_backend.py has the same fields. */
 typedef struct {
+    const void *x, *residual, *grad;
+    void *y, *grad_x, *grad_residual;
+    float *tables, *scratch, *parameters;
+    const float *weight, *bias, *group_weight, *group_bias;
+    float *running_mean, *running_var, *seen_elements;
+    double rate, eps, count;
     int64_t images, channels, groups, pixels;
-    int threads;
-} Shape;
+    int32_t dtype, channels_last, activation, statistics, threads;
+} Pass;
 
 /* What tables.py lays out: mu and rstd, then a row for each image. */
-typedef struct {
-    float *mu, *rstd, *rows;
-    int64_t row;
-} Tables;
-
 typedef struct {
     float *m, *v, *d, *scale, *shift, *r;
 } Row;
 
-static Tables tables_of(float *tables, Shape shape) {
-    int64_t channels = shape.channels;
-    Tables result = {tables, tables + channels, tables + 2 * channels, 5 * channels + shape.groups};
-    return result;
+static float *mu_of(const Pass *pass) {
+    return pass->tables;
 }
 
-static Row row_of(Tables tables, Shape shape, int64_t image) {
-    float *m = tables.rows + image * tables.row;
-    int64_t channels = shape.channels;
+static float *rstd_of(const Pass *pass) {
+    return pass->tables + pass->channels;
+}
+
+static Row row_of(const Pass *pass, int64_t image) {
+    int64_t channels = pass->channels;
+    float *m = pass->tables + 2 * channels + image * (5 * channels + pass->groups);
     Row row = {
         m, m + channels, m + 2 * channels, m + 3 * channels, m + 4 * channels, m + 5 * channels
     };
     return row;
 }
 
-static int threads_for(Shape shape) {
-    int64_t useful = 1 + shape.images * shape.channels * shape.pixels / VALUES_OF_THREAD;
-    return useful < shape.threads ? (int)useful : shape.threads;
-}
-
 static int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-/* Mean of a block, and sum of squares around it. */
+static int64_t blocks(int64_t count, int64_t size) {
+    return (count + size - 1) / size;
+}
+
+static int threads_for(const Pass *pass) {
+    int64_t useful = 1 + pass->images * pass->channels * pass->pixels / VALUES_OF_THREAD;
+    return useful < pass->threads ? (int)useful : pass->threads;
+}
+
+/* ------------------------------------------------------------------------ values of an activation
+
+   `dtype` is a constant wherever these are called, for each of which a loop is compiled. */
+
+INLINE float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* By integers, which compilers make instructions for many values of, unlike conversions. */
+
+INLINE float from_f16(uint16_t half) {
+    uint32_t magnitude = half & 0x7fff, sign = (uint32_t)(half & 0x8000) << 16;
+    uint32_t number = bits_of(float_of(magnitude << 13) * 0x1p112f); /* subnormal ones, too */
+    return float_of(sign | (magnitude < 0x7c00 ? number : 0x7f800000 | magnitude << 13));
+}
+
+INLINE uint16_t to_f16(float value) {
+    uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffff;
+    uint32_t normal = (magnitude - (112 << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    /* Of numbers below 2^-14 the last bit is that of 0.5 + the number in float32. */
+    uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+    uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
+    half = magnitude >= 0x477ff000 ? 0x7c00 : half; /* rounds to infinity */
+    half = magnitude > 0x7f800000 ? 0x7e00 : half;
+    return half | (bits >> 16 & 0x8000);
+}
+
+INLINE uint16_t to_bf16(float value) {
+    uint32_t bits = bits_of(value), nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest;
+}
+
+INLINE float get(const void *x, int64_t i, const int dtype) {
+    if (dtype == F32)
+        return ((const float *)x)[i];
+    uint16_t bits = ((const uint16_t *)x)[i];
+    return dtype == BF16 ? float_of((uint32_t)bits << 16) : from_f16(bits);
+}
+
+INLINE void put(void *y, int64_t i, float value, const int dtype) {
+    if (dtype == F32)
+        ((float *)y)[i] = value;
+    else
+        ((uint16_t *)y)[i] = dtype == BF16 ? to_bf16(value) : to_f16(value);
+}
+
+/* `CALL(dtype)` with the dtype as a constant. */
+#define WITH_DTYPE(dtype, CALL) \
+    switch (dtype) {            \
+    case F32:                   \
+        CALL(F32);              \
+        break;                  \
+    case BF16:                  \
+        CALL(BF16);             \
+        break;                  \
+    default:                    \
+        CALL(F16);              \
+    }
+
+INLINE float normalized(float x, float m, float scale, float shift) {
+    return (x - m) * scale + shift;
+}
+
+/* What is not a number stays. */
+INLINE float activated(float value, const int activation) {
+    return activation == RELU && value <= 0 ? 0 : value;
+}
+
+/* What the activation lets through of a gradient, which is read in any case: loops that read it only
+   then take twice the time. `value` may be that before or after the activation. */
+INLINE float let_through(float grad, float value, const int activation) {
+    return activation == RELU && value <= 0 ? 0 : grad;
+}
+
+/* The loops over values that lie in a row. `step` is 0 where they belong to one channel, and 1 where
+   each belongs to the next. */
+
+INLINE void apply_to(
+    const void *restrict x, const void *restrict residual, void *restrict y, int64_t from,
+    int64_t count, const float *restrict m, const float *restrict scale,
+    const float *restrict shift, const int step, const int dtype, const int activation
+) {
+    if (residual) {
+        for (int64_t i = 0; i < count; i++) {
+            float value =
+                normalized(get(x, from + i, dtype), m[i * step], scale[i * step], shift[i * step]);
+            value += get(residual, from + i, dtype);
+            put(y, from + i, activated(value, activation), dtype);
+        }
+    } else {
+        for (int64_t i = 0; i < count; i++) {
+            float value =
+                normalized(get(x, from + i, dtype), m[i * step], scale[i * step], shift[i * step]);
+            put(y, from + i, activated(value, activation), dtype);
+        }
+    }
+}
+
+INLINE void apply_backward_to(
+    const void *restrict grad, const void *restrict x, void *restrict grad_x, int64_t from,
+    int64_t count, const float *restrict m, const float *restrict scale,
+    const float *restrict shift, const float *restrict q, const float *restrict c, const int step,
+    const int dtype, const int activation
+) {
+    for (int64_t i = 0; i < count; i++) {
+        int64_t j = i * step;
+        float value = get(x, from + i, dtype);
+        float g = let_through(
+            get(grad, from + i, dtype), normalized(value, m[j], scale[j], shift[j]), activation
+        );
+        put(grad_x, from + i, (value - m[j]) * q[j] + c[j] + g * scale[j], dtype);
+    }
+}
+
+/* ---------------------------------------------------------------------------------- rows of values */
+
+/* `count` values of one channel, or with `step` 1 `rows` rows of `count` channels, `stride` values
+   from one to the next. */
+
+LOOP void apply(
+    const Pass *pass, int64_t from, int64_t rows, int64_t stride, int64_t count, const float *m,
+    const float *scale, const float *shift, int step
+) {
+#define APPLY(dtype)                                                                               \
+    for (int64_t row = 0; row < rows; row++) {                                                     \
+        int64_t at = from + row * stride;                                                          \
+        if (step && pass->activation)                                                              \
+            apply_to(pass->x, pass->residual, pass->y, at, count, m, scale, shift, 1, dtype, RELU); \
+        else if (step)                                                                             \
+            apply_to(pass->x, pass->residual, pass->y, at, count, m, scale, shift, 1, dtype, NONE); \
+        else if (pass->activation)                                                                 \
+            apply_to(pass->x, pass->residual, pass->y, at, count, m, scale, shift, 0, dtype, RELU); \
+        else                                                                                       \
+            apply_to(pass->x, pass->residual, pass->y, at, count, m, scale, shift, 0, dtype, NONE); \
+    }
+    WITH_DTYPE(pass->dtype, APPLY)
+}
+
+LOOP void apply_backward(
+    const Pass *pass, int64_t from, int64_t rows, int64_t stride, int64_t count, const float *m,
+    const float *scale, const float *shift, const float *q, const float *c, int step
+) {
+    /* What the activation kept back is gone from the gradient of the residual. */
+    const void *grad = pass->grad_residual ? pass->grad_residual : pass->grad;
+    int activation = pass->grad_residual ? NONE : pass->activation;
+#define APPLY_BACKWARD(dtype)                                                                        \
+    for (int64_t row = 0; row < rows; row++) {                                                       \
+        int64_t at = from + row * stride;                                                            \
+        if (step && activation)                                                                      \
+            apply_backward_to(                                                                       \
+                grad, pass->x, pass->grad_x, at, count, m, scale, shift, q, c, 1, dtype, RELU);      \
+        else if (step)                                                                               \
+            apply_backward_to(                                                                       \
+                grad, pass->x, pass->grad_x, at, count, m, scale, shift, q, c, 1, dtype, NONE);      \
+        else if (activation)                                                                         \
+            apply_backward_to(                                                                       \
+                grad, pass->x, pass->grad_x, at, count, m, scale, shift, q, c, 0, dtype, RELU);      \
+        else                                                                                         \
+            apply_backward_to(                                                                       \
+                grad, pass->x, pass->grad_x, at, count, m, scale, shift, q, c, 0, dtype, NONE);      \
+    }
+    WITH_DTYPE(pass->dtype, APPLY_BACKWARD)
+}
+
+/* ----------------------------------------------------------------------------------------- moments */
+
+/* Number of values, their mean, and the sum of squares around it. */
 typedef struct {
-    double mean, squares;
+    double count, mean, squares;
 } Moments;
 
-/* In one pass, from the deviations from some value. */
-static Moments moments_around(const float *block, int64_t size, float center) {
+/* Of two sets (Chan, Golub and LeVeque). */
+static Moments together(Moments a, Moments b) {
+    double count = a.count + b.count, step = b.mean - a.mean;
+    Moments all = {
+        count, a.mean + step * (b.count / count),
+        a.squares + b.squares + step * step * (a.count * b.count / count)
+    };
+    return all;
+}
+
+/* From the sums of deviations from some value, and of their squares. */
+static Moments from_sums(double count, double center, double sum, double squares) {
+    double step = sum / count;
+    Moments moments = {count, center + step, squares - step * step * count};
+    return moments;
+}
+
+/* Whether the value was far from the mean: the difference of squares has lost a digit, or they
+   overflow. */
+static int is_poor(Moments moments, double center) {
+    double step = moments.mean - center;
+    return step * step * moments.count > 8 * moments.squares || moments.squares > FLT_MAX;
+}
+
+LOOP Moments moments_around(const void *x, int64_t from, int64_t size, float center, int kind) {
     /* Two sums of each kind, as an addition waits for the last one to the same sum. */
     int64_t half = size / 2;
-    const float *other = block + half;
     float sum = 0, squares = 0, other_sum = 0, other_squares = 0;
-#pragma omp simd reduction(+ : sum, squares, other_sum, other_squares)
-    for (int64_t i = 0; i < half; i++) {
-        float t = block[i] - center, u = other[i] - center;
-        sum += t;
-        squares += t * t;
-        other_sum += u;
-        other_squares += u * u;
+#define SUM_MOMENTS(dtype)                                                                       \
+    _Pragma("omp simd reduction(+ : sum, squares, other_sum, other_squares)")                    \
+    for (int64_t i = 0; i < half; i++) {                                                         \
+        float t = get(x, from + i, dtype) - center, u = get(x, from + half + i, dtype) - center; \
+        sum += t;                                                                                \
+        squares += t * t;                                                                        \
+        other_sum += u;                                                                          \
+        other_squares += u * u;                                                                  \
+    }                                                                                            \
+    if (size % 2) {                                                                              \
+        float t = get(x, from + size - 1, dtype) - center;                                       \
+        sum += t;                                                                                \
+        squares += t * t;                                                                        \
     }
-    if (size % 2) {
-        float t = block[size - 1] - center;
-        sum += t;
-        squares += t * t;
-    }
-    double step = ((double)sum + other_sum) / size;
-    Moments moments = {center + step, (double)squares + other_squares - step * step * size};
-    return moments;
+    WITH_DTYPE(kind, SUM_MOMENTS)
+    return from_sums(size, center, (double)sum + other_sum, (double)squares + other_squares);
 }
 
-static Moments moments_of_block(const float *block, int64_t size) {
-    Moments moments = moments_around(block, size, block[0]);
-    double step = moments.mean - block[0];
-    /* Where the center is far from the mean, the difference of squares has lost a digit, or they
-       overflow. */
-    if (step * step * size > 8 * moments.squares || moments.squares > FLT_MAX)
-        return moments_around(block, size, moments.mean);
-    return moments;
+static float first_value(const void *x, int64_t i, int kind) {
+    return kind == F32 ? get(x, i, F32) : kind == BF16 ? get(x, i, BF16) : get(x, i, F16);
 }
 
-/* Mean and biased variance, of the blocks and then of all of them (Chan, Golub and LeVeque). */
-static void find_moments(const float *x, int64_t count, float *mean, float *var) {
-    Moments all = moments_of_block(x, smaller(BLOCK, count));
-    for (int64_t start = BLOCK; start < count; start += BLOCK) {
-        int64_t size = smaller(BLOCK, count - start);
-        Moments block = moments_of_block(x + start, size);
-        double step = block.mean - all.mean, share = (double)size / (start + size);
-        all.mean += step * share;
-        all.squares += block.squares + step * step * share * start;
+/* Into the tables. What the mean loses in single precision counts far from zero, and is kept in the
+   place of the shift until that is found. */
+static void store_moments(Row row, int64_t c, Moments moments) {
+    row.m[c] = moments.mean;
+    row.v[c] = moments.squares / moments.count;
+    row.shift[c] = moments.mean - row.m[c];
+}
+
+static void find_moments_of_plane(const Pass *pass, int64_t n, int64_t c) {
+    int64_t from = (n * pass->channels + c) * pass->pixels;
+    Moments all = {0, 0, 0};
+    for (int64_t start = 0; start < pass->pixels; start += BLOCK) {
+        int64_t at = from + start, size = smaller(BLOCK, pass->pixels - start);
+        float center = first_value(pass->x, at, pass->dtype);
+        Moments block = moments_around(pass->x, at, size, center, pass->dtype);
+        if (is_poor(block, center))
+            block = moments_around(pass->x, at, size, block.mean, pass->dtype);
+        all = start ? together(all, block) : block;
     }
-    *mean = all.mean;
-    *var = all.squares / count;
+    store_moments(row_of(pass, n), c, all);
+}
+
+LOOP void add_rows(
+    const void *x, int64_t from, int64_t rows, int64_t stride, int64_t count,
+    const float *restrict center, float *restrict sum, float *restrict squares, int kind
+) {
+#define ADD_ROWS(dtype)                                              \
+    for (int64_t row = 0; row < rows; row++)                         \
+        for (int64_t i = 0; i < count; i++) {                        \
+            float t = get(x, from + row * stride + i, dtype) - center[i]; \
+            sum[i] += t;                                             \
+            squares[i] += t * t;                                     \
+        }
+    WITH_DTYPE(kind, ADD_ROWS)
+}
+
+/* A part of an activation in channels_last. */
+typedef struct {
+    int64_t image, index; /* of its pixels among the blocks of the image */
+    int64_t first, count; /* channels */
+    int64_t from, rows;   /* its first value, and pixels */
+} Part;
+
+static int64_t parts_of(const Pass *pass) {
+    return pass->images * blocks(pass->pixels, ROWS) * blocks(pass->channels, WIDTH);
+}
+
+static Part part_of(const Pass *pass, int64_t i) {
+    int64_t columns = blocks(pass->channels, WIDTH), rows = blocks(pass->pixels, ROWS);
+    Part part;
+    part.first = i % columns * WIDTH;
+    part.index = i / columns % rows;
+    part.image = i / columns / rows;
+    part.count = smaller(WIDTH, pass->channels - part.first);
+    part.rows = smaller(ROWS, pass->pixels - part.index * ROWS);
+    int64_t pixel = part.image * pass->pixels + part.index * ROWS;
+    part.from = pixel * pass->channels + part.first;
+    return part;
+}
+
+/* Where a part has its two tables in the scratch memory, (N, parts, 2, C). */
+static double *table_of_part(const Pass *pass, double *scratch, const Part *part) {
+    int64_t row = part->image * blocks(pass->pixels, ROWS) + part->index;
+    return scratch + row * 2 * pass->channels + part->first;
+}
+
+static void find_moments_of_part(const Pass *pass, double *scratch, int64_t i) {
+    Part part = part_of(pass, i);
+    double *table = table_of_part(pass, scratch, &part);
+    float center[WIDTH];
+    for (int64_t c = 0; c < part.count; c++)
+        center[c] = first_value(pass->x, part.from + c, pass->dtype);
+    for (int again = 0; again < 2; again++) {
+        float sum[WIDTH] = {0}, squares[WIDTH] = {0};
+        add_rows(
+            pass->x, part.from, part.rows, pass->channels, part.count, center, sum, squares,
+            pass->dtype
+        );
+        int poor = 0;
+        for (int64_t c = 0; c < part.count; c++) {
+            Moments moments = from_sums(part.rows, center[c], sum[c], squares[c]);
+            poor |= is_poor(moments, center[c]);
+            center[c] = moments.mean;
+            table[c] = moments.mean;
+            table[pass->channels + c] = moments.squares;
+        }
+        if (!poor)
+            break;
+    }
+}
+
+/* The moments of an image, from those of its parts. */
+static void combine_moments(const Pass *pass, const double *scratch, int64_t image) {
+    int64_t channels = pass->channels, parts = blocks(pass->pixels, ROWS);
+    Row row = row_of(pass, image);
+    for (int64_t c = 0; c < channels; c++) {
+        Moments all = {0, 0, 0};
+        for (int64_t i = 0; i < parts; i++) {
+            const double *table = scratch + (image * parts + i) * 2 * channels + c;
+            Moments part = {smaller(ROWS, pass->pixels - i * ROWS), table[0], table[channels]};
+            all = i ? together(all, part) : part;
+        }
+        store_moments(row, c, all);
+    }
 }
 
 /* Those of each image and channel, by all threads of a team. */
-static void find_all_moments(const float *x, float *mean, float *var, int64_t row, Shape shape) {
+static void find_moments(const Pass *pass, double *scratch) {
+    if (pass->channels_last) {
+#pragma omp for
+        for (int64_t i = 0; i < parts_of(pass); i++)
+            find_moments_of_part(pass, scratch, i);
+#pragma omp for
+        for (int64_t n = 0; n < pass->images; n++)
+            combine_moments(pass, scratch, n);
+    } else {
 #pragma omp for collapse(2)
-    for (int64_t n = 0; n < shape.images; n++)
-        for (int64_t c = 0; c < shape.channels; c++) {
-            int64_t from = (n * shape.channels + c) * shape.pixels, to = n * row + c;
-            find_moments(x + from, shape.pixels, mean + to, var + to);
-        }
+        for (int64_t n = 0; n < pass->images; n++)
+            for (int64_t c = 0; c < pass->channels; c++)
+                find_moments_of_plane(pass, n, c);
+    }
 }
 
-/* The same, into tables with so many values between two images. */
-void wsbcn_moments(
-    const float *x, float *mean, float *var, int64_t row, int64_t images, int64_t channels,
-    int64_t pixels, int threads
-) {
-    Shape shape = {images, channels, channels, pixels, threads};
-#pragma omp parallel num_threads(threads_for(shape))
-    find_all_moments(x, mean, var, row, shape);
+/* Scratch memory for the tables of parts; without any, a null pointer and success. */
+static int new_scratch(const Pass *pass, double **scratch) {
+    *scratch = 0;
+    if (!pass->channels_last)
+        return 1;
+    *scratch = malloc(
+        pass->images * blocks(pass->pixels, ROWS) * 2 * pass->channels * sizeof **scratch
+    );
+    return *scratch != 0;
 }
+
+/* --------------------------------------------------------------------------------------- estimates */
 
 static float moved(float from, float to, float rate) {
     /* As torch.lerp. */
@@ -141,16 +453,14 @@ static float moved(float from, float to, float rate) {
 
 /* Moves the estimates of some channels towards the moments in the tables. Leaves the new ones in mu
    and, in the place of rstd, their variance. */
-static void find_estimates(
-    Tables tables, const float *running_mean, const float *running_var, float rate, int64_t from,
-    int64_t count, Shape shape
-) {
-    double share = 1.0 / shape.images;
-    for (int64_t first = from; first < from + count; first += CHANNELS) {
-        int64_t some = smaller(CHANNELS, from + count - first);
-        double means[CHANNELS] = {0}, vars[CHANNELS] = {0};
-        for (int64_t n = 0; n < shape.images; n++) {
-            Row row = row_of(tables, shape, n);
+static void find_estimates(const Pass *pass, int64_t from, int64_t count) {
+    double share = 1.0 / pass->images;
+    const float *running_mean = pass->running_mean, *running_var = pass->running_var;
+    for (int64_t first = from; first < from + count; first += WIDTH) {
+        int64_t some = smaller(WIDTH, from + count - first);
+        double means[WIDTH] = {0}, vars[WIDTH] = {0};
+        for (int64_t n = 0; n < pass->images; n++) {
+            Row row = row_of(pass, n);
             for (int64_t i = 0; i < some; i++) {
                 double offset = (double)row.m[first + i] - running_mean[first + i];
                 means[i] += row.m[first + i];
@@ -159,224 +469,242 @@ static void find_estimates(
         }
         for (int64_t i = 0; i < some; i++) {
             int64_t c = first + i;
-            tables.mu[c] = moved(running_mean[c], means[i] * share, rate);
-            tables.rstd[c] = moved(running_var[c], vars[i] * share, rate);
+            mu_of(pass)[c] = moved(running_mean[c], means[i] * share, pass->rate);
+            rstd_of(pass)[c] = moved(running_var[c], vars[i] * share, pass->rate);
         }
     }
 }
 
 /* Keeps the new estimates and returns 1, or returns to the old ones and 0 if any is not finite. */
-static int keep_estimates(Tables tables, float *running_mean, float *running_var, Shape shape) {
-    int64_t channels = shape.channels;
-    float *mu = tables.mu, *s2 = tables.rstd;
+static int keep_estimates(const Pass *pass) {
+    int64_t channels = pass->channels;
+    float *mu = mu_of(pass), *s2 = rstd_of(pass);
     float zero = 0; /* what is not finite is not a number when multiplied by zero */
 #pragma omp simd reduction(+ : zero)
     for (int64_t c = 0; c < channels; c++)
         zero += 0 * mu[c] + 0 * s2[c];
     if (zero == 0) {
-        memcpy(running_mean, mu, channels * sizeof *mu);
-        memcpy(running_var, s2, channels * sizeof *s2);
+        memcpy(pass->running_mean, mu, channels * sizeof *mu);
+        memcpy(pass->running_var, s2, channels * sizeof *s2);
         return 1;
     }
-    memcpy(mu, running_mean, channels * sizeof *mu);
-    memcpy(s2, running_var, channels * sizeof *s2);
+    memcpy(mu, pass->running_mean, channels * sizeof *mu);
+    memcpy(s2, pass->running_var, channels * sizeof *s2);
     return 0;
 }
 
 /* From the variances that lie there. */
-static void find_rstd(Tables tables, double eps, int64_t first, int64_t count) {
+static void find_rstd(const Pass *pass, int64_t first, int64_t count) {
+    float *rstd = rstd_of(pass);
     for (int64_t c = first; c < first + count; c++)
-        tables.rstd[c] = 1 / sqrtf(tables.rstd[c] + (float)eps);
+        rstd[c] = 1 / sqrtf(rstd[c] + (float)pass->eps);
 }
 
-static float normalized(float x, float m, float scale, float shift) {
-    return (x - m) * scale + shift;
-}
+/* ------------------------------------------------------------------------------------ forward pass */
 
-static void apply(
-    const float *restrict x, const float *restrict residual, float *restrict y, int64_t count,
-    float m, float scale, float shift, int relu
-) {
-    /* What is not a number stays. */
-    if (residual && relu) {
-        for (int64_t i = 0; i < count; i++) {
-            float value = normalized(x[i], m, scale, shift) + residual[i];
-            y[i] = value <= 0 ? 0 : value;
-        }
-    } else if (residual) {
-        for (int64_t i = 0; i < count; i++)
-            y[i] = normalized(x[i], m, scale, shift) + residual[i];
-    } else if (relu) {
-        for (int64_t i = 0; i < count; i++) {
-            float value = normalized(x[i], m, scale, shift);
-            y[i] = value <= 0 ? 0 : value;
-        }
-    } else {
-        for (int64_t i = 0; i < count; i++)
-            y[i] = normalized(x[i], m, scale, shift);
-    }
-}
-
-static void find_moments_of_group(
-    const float *x, Tables tables, int64_t n, int64_t g, Shape shape
-) {
-    int64_t channels = shape.channels, pixels = shape.pixels, size = channels / shape.groups;
-    Row row = row_of(tables, shape, n);
-    for (int64_t c = g * size; c < (g + 1) * size; c++)
-        find_moments(x + (n * channels + c) * pixels, pixels, row.m + c, row.v + c);
-}
-
-/* The tables of a group in an image, of which the moments are there, and its output. */
-static void normalize_group(
-    const float *x, const float *residual, float *y, Tables tables, const float *weight,
-    const float *bias, const float *group_weight, const float *group_bias, double eps, int relu,
-    int64_t n, int64_t g, Shape shape
-) {
-    int64_t channels = shape.channels, pixels = shape.pixels, size = channels / shape.groups;
-    int64_t first = g * size, end = first + size;
-    Row row = row_of(tables, shape, n);
+/* The tables of a group in an image, of which the moments are there. */
+static void find_tables(const Pass *pass, int64_t n, int64_t g) {
+    int64_t size = pass->channels / pass->groups, first = g * size, end = first + size;
+    const float *mu = mu_of(pass), *rstd = rstd_of(pass), *weight = pass->weight;
+    Row row = row_of(pass, n);
     double mean = 0, var = 0;
     for (int64_t c = first; c < end; c++) {
-        row.d[c] = weight[c] * tables.rstd[c] * (row.m[c] - tables.mu[c]) + bias[c];
+        row.d[c] = weight[c] * rstd[c] * (row.m[c] - mu[c] + row.shift[c]) + pass->bias[c];
         mean += row.d[c];
     }
     mean /= size;
     for (int64_t c = first; c < end; c++) {
-        double a = weight[c] * tables.rstd[c], d = row.d[c] - mean;
+        double a = weight[c] * rstd[c], d = row.d[c] - mean;
         row.d[c] = d;
         var += a * a * row.v[c] + d * d;
     }
-    float r = 1 / sqrt(var / size + eps), k = group_weight[g] * r;
+    float r = 1 / sqrt(var / size + pass->eps), k = pass->group_weight[g] * r;
     row.r[g] = r;
     for (int64_t c = first; c < end; c++) {
-        row.scale[c] = k * (weight[c] * tables.rstd[c]);
-        row.shift[c] = k * row.d[c] + group_bias[g];
-        int64_t at = (n * channels + c) * pixels;
-        apply(
-            x + at, residual ? residual + at : 0, y + at, pixels, row.m[c], row.scale[c],
-            row.shift[c], relu
-        );
+        float lost = weight[c] * rstd[c] * row.shift[c];
+        row.scale[c] = k * (weight[c] * rstd[c]);
+        row.shift[c] = k * (row.d[c] - lost) + pass->group_bias[g];
     }
 }
 
-/* What to normalize by. */
-enum { OF_BATCH, FIXED, UPDATED };
+static void apply_to_plane(const Pass *pass, int64_t n, int64_t c) {
+    Row row = row_of(pass, n);
+    int64_t from = (n * pass->channels + c) * pass->pixels;
+    apply(pass, from, 1, 0, pass->pixels, row.m + c, row.scale + c, row.shift + c, 0);
+}
 
-/* The output, and all tables. By the statistics of the batch: those are there, in mu and in the
-   place of rstd, as are the moments. Otherwise by the estimates, as they are or updated. Returns 0
-   if that would have made one not finite. */
-int wsbcn_forward(
-    const float *x, const float *residual, float *y, float *all_tables, const float *weight,
-    const float *bias, const float *group_weight, const float *group_bias, float *running_mean,
-    float *running_var, float *seen_elements, double rate, double eps, int statistics, int relu,
-    int64_t images, int64_t channels, int64_t groups, int64_t pixels, int threads
-) {
-    Shape shape = {images, channels, groups, pixels, threads};
-    Tables tables = tables_of(all_tables, shape);
-    /* With a single image the estimates of a group follow from that group, which is normalized while
-       it is in the cache. If one of any group is not finite, all are normalized again. */
-    int at_once = statistics == UPDATED && images == 1 && groups >= threads;
-    int64_t size = channels / groups;
-    int updated = 1;
-#pragma omp parallel num_threads(threads_for(shape))
+static void apply_to_part(const Pass *pass, int64_t i) {
+    Part part = part_of(pass, i);
+    Row row = row_of(pass, part.image);
+    apply(
+        pass, part.from, part.rows, pass->channels, part.count, row.m + part.first,
+        row.scale + part.first, row.shift + part.first, 1
+    );
+}
+
+/* All of a group in an image, by one thread. */
+static void normalize_group(const Pass *pass, int64_t n, int64_t g) {
+    int64_t size = pass->channels / pass->groups;
+    find_tables(pass, n, g);
+    for (int64_t c = g * size; !pass->channels_last && c < (g + 1) * size; c++)
+        apply_to_plane(pass, n, c);
+}
+
+static void find_moments_of_group(const Pass *pass, int64_t n, int64_t g) {
+    int64_t size = pass->channels / pass->groups;
+    for (int64_t c = g * size; c < (g + 1) * size; c++)
+        find_moments_of_plane(pass, n, c);
+}
+
+/* The results of functions: memory is missing; done; done, but no estimate has moved, since one would
+   not have been finite. */
+enum { NO_MEMORY = -1, DONE, SKIPPED };
+
+/* The moments, in the tables. */
+int wsbcn_moments(const Pass *pass) {
+    double *scratch;
+    if (!new_scratch(pass, &scratch))
+        return NO_MEMORY;
+#pragma omp parallel num_threads(threads_for(pass))
+    find_moments(pass, scratch);
+    free(scratch);
+    return DONE;
+}
+
+/* The output, and all tables. By the statistics of the batch: those are there, in mu and in the place
+   of rstd, as are the moments. Otherwise by the estimates, as they are or updated. */
+int wsbcn_forward(const Pass *pass) {
+    int64_t channels = pass->channels, groups = pass->groups, size = channels / groups;
+    int update = pass->statistics == UPDATED, skipped = 0;
+    /* In NCHW a group is normalized while it is in the cache: if the estimates are given, or follow
+       from that group, as they do with a single image. If one of any group is not finite then, all
+       are normalized again. */
+    int at_once = update && pass->images == 1 && !pass->channels_last && groups >= pass->threads;
+    int by_group = pass->statistics == FIXED && !pass->channels_last;
+    double *scratch;
+    if (!new_scratch(pass, &scratch))
+        return NO_MEMORY;
+#pragma omp parallel num_threads(threads_for(pass))
     {
         if (at_once) {
 #pragma omp for
             for (int64_t g = 0; g < groups; g++) {
-                find_moments_of_group(x, tables, 0, g, shape);
-                find_estimates(tables, running_mean, running_var, rate, g * size, size, shape);
-                find_rstd(tables, eps, g * size, size);
-                normalize_group(
-                    x, residual, y, tables, weight, bias, group_weight, group_bias, eps, relu, 0, g,
-                    shape
-                );
+                find_moments_of_group(pass, 0, g);
+                find_estimates(pass, g * size, size);
+                find_rstd(pass, g * size, size);
+                normalize_group(pass, 0, g);
             }
-        } else if (statistics == UPDATED) {
-            Row row = row_of(tables, shape, 0);
-            find_all_moments(x, row.m, row.v, tables.row, shape);
+        } else if (pass->statistics != OF_BATCH && !by_group) {
+            find_moments(pass, scratch);
         }
 #pragma omp single
         {
-            if (statistics == UPDATED) {
-                find_estimates(tables, running_mean, running_var, rate, 0, channels, shape);
-                updated = keep_estimates(tables, running_mean, running_var, shape);
-                if (updated && seen_elements)
-                    *seen_elements += images * pixels;
-            } else if (statistics == FIXED) {
-                memcpy(tables.mu, running_mean, channels * sizeof *running_mean);
-                memcpy(tables.rstd, running_var, channels * sizeof *running_var);
+            if (update) {
+                find_estimates(pass, 0, channels);
+                skipped = !keep_estimates(pass);
+                if (!skipped && pass->seen_elements)
+                    *pass->seen_elements += pass->images * pass->pixels;
+            } else if (pass->statistics == FIXED) {
+                memcpy(mu_of(pass), pass->running_mean, channels * sizeof(float));
+                memcpy(rstd_of(pass), pass->running_var, channels * sizeof(float));
             }
-            find_rstd(tables, eps, 0, channels);
+            find_rstd(pass, 0, channels);
         }
-        if (!at_once || !updated) {
+        if (!at_once || skipped) {
 #pragma omp for
-            for (int64_t i = 0; i < images * groups; i++) {
-                if (statistics == FIXED)
-                    find_moments_of_group(x, tables, i / groups, i % groups, shape);
-                normalize_group(
-                    x, residual, y, tables, weight, bias, group_weight, group_bias, eps, relu,
-                    i / groups, i % groups, shape
-                );
+            for (int64_t i = 0; i < pass->images * groups; i++) {
+                if (by_group || at_once)
+                    find_moments_of_group(pass, i / groups, i % groups);
+                normalize_group(pass, i / groups, i % groups);
             }
         }
+        if (pass->channels_last) {
+#pragma omp for
+            for (int64_t i = 0; i < parts_of(pass); i++)
+                apply_to_part(pass, i);
+        }
     }
-    return updated;
+    free(scratch);
+    return skipped ? SKIPPED : DONE;
 }
 
-/* The output once more, without a residual. */
-void wsbcn_again(
-    const float *x, float *y, float *all_tables, int relu, int64_t images, int64_t channels,
-    int64_t groups, int64_t pixels, int threads
-) {
-    Shape shape = {images, channels, groups, pixels, threads};
-    Tables tables = tables_of(all_tables, shape);
-#pragma omp parallel for num_threads(threads_for(shape))
-    for (int64_t i = 0; i < images * channels; i++) {
-        Row row = row_of(tables, shape, i / channels);
-        int64_t c = i % channels, at = i * pixels;
-        apply(x + at, 0, y + at, pixels, row.m[c], row.scale[c], row.shift[c], relu);
-    }
-}
-
-/* What ReLU lets through of a gradient, which is read in any case: loops that read it only then take
-   twice the time. */
-static float let_through(float grad, float value) {
-    return value <= 0 ? 0 : grad;
-}
-
-/* Sums of the gradient, and of the gradient times x around its mean. What ReLU kept back does not
-   count; with a residual, whose gradient is written, y tells what that was. */
-static void find_sums(
-    const float *restrict grad, const float *restrict x, const float *restrict y,
-    float *restrict grad_residual, int64_t count, float m, float scale, float shift, int relu,
-    float *restrict s1, float *restrict s2
-) {
-    double total1 = 0, total2 = 0;
-    for (int64_t start = 0; start < count; start += BLOCK) {
-        int64_t end = smaller(start + BLOCK, count);
-        float sum1 = 0, sum2 = 0;
-        if (grad_residual) {
-#pragma omp simd reduction(+ : sum1, sum2)
-            for (int64_t i = start; i < end; i++) {
-                float g = let_through(grad[i], y[i]);
-                grad_residual[i] = g;
-                sum1 += g;
-                sum2 += g * (x[i] - m);
-            }
-        } else if (relu) {
-#pragma omp simd reduction(+ : sum1, sum2)
-            for (int64_t i = start; i < end; i++) {
-                float g = let_through(grad[i], normalized(x[i], m, scale, shift));
-                sum1 += g;
-                sum2 += g * (x[i] - m);
-            }
+/* The output once more, from the tables and without a residual. */
+int wsbcn_again(const Pass *pass) {
+    int64_t channels = pass->channels;
+#pragma omp parallel num_threads(threads_for(pass))
+    {
+        if (pass->channels_last) {
+#pragma omp for
+            for (int64_t i = 0; i < parts_of(pass); i++)
+                apply_to_part(pass, i);
         } else {
-#pragma omp simd reduction(+ : sum1, sum2)
-            for (int64_t i = start; i < end; i++) {
-                sum1 += grad[i];
-                sum2 += grad[i] * (x[i] - m);
-            }
+#pragma omp for
+            for (int64_t i = 0; i < pass->images * channels; i++)
+                apply_to_plane(pass, i / channels, i % channels);
         }
+    }
+    return DONE;
+}
+
+/* ----------------------------------------------------------------------------------- backward pass */
+
+/* What the two passes of a gradient share, which Python gives memory for: for each image and channel
+   the sums of dz and of dz (x - mu), and what the gradient of x takes from x and from nothing; for
+   each image and group what the affine of the groups gets. */
+typedef struct {
+    float *dz, *dz_x, *q, *c, *u1, *u2;
+} Sums;
+
+static Sums sums_of(const Pass *pass) {
+    int64_t rows = pass->images * pass->channels, groups = pass->images * pass->groups;
+    float *first = pass->scratch;
+    Sums sums = {
+        first, first + rows, first + 2 * rows, first + 3 * rows, first + 4 * rows,
+        first + 4 * rows + groups
+    };
+    return sums;
+}
+
+/* Sums of the gradient, and of the gradient times x around its mean, over a plane. What the
+   activation kept back does not count; with a residual, whose gradient is written, y tells what that
+   was. */
+LOOP void sum_plane(
+    const Pass *pass, int64_t from, float m, float scale, float shift, float *s1, float *s2
+) {
+    const void *restrict grad = pass->grad, *restrict x = pass->x, *restrict y = pass->y;
+    void *restrict grad_residual = pass->grad_residual;
+    int activation = pass->activation;
+    double total1 = 0, total2 = 0;
+    for (int64_t start = 0; start < pass->pixels; start += BLOCK) {
+        int64_t at = from + start, size = smaller(BLOCK, pass->pixels - start);
+        float sum1 = 0, sum2 = 0;
+#define SUM_PLANE(dtype)                                                                       \
+    if (grad_residual) {                                                                       \
+        _Pragma("omp simd reduction(+ : sum1, sum2)")                                          \
+        for (int64_t i = at; i < at + size; i++) {                                             \
+            float g = let_through(get(grad, i, dtype), get(y, i, dtype), RELU);                \
+            put(grad_residual, i, g, dtype);                                                   \
+            sum1 += g;                                                                         \
+            sum2 += g * (get(x, i, dtype) - m);                                                \
+        }                                                                                      \
+    } else if (activation) {                                                                   \
+        _Pragma("omp simd reduction(+ : sum1, sum2)")                                          \
+        for (int64_t i = at; i < at + size; i++) {                                             \
+            float value = get(x, i, dtype);                                                    \
+            float g = let_through(                                                             \
+                get(grad, i, dtype), normalized(value, m, scale, shift), RELU);                \
+            sum1 += g;                                                                         \
+            sum2 += g * (value - m);                                                           \
+        }                                                                                      \
+    } else {                                                                                   \
+        _Pragma("omp simd reduction(+ : sum1, sum2)")                                          \
+        for (int64_t i = at; i < at + size; i++) {                                             \
+            float g = get(grad, i, dtype);                                                     \
+            sum1 += g;                                                                         \
+            sum2 += g * (get(x, i, dtype) - m);                                                \
+        }                                                                                      \
+    }
+        WITH_DTYPE(pass->dtype, SUM_PLANE)
         total1 += sum1;
         total2 += sum2;
     }
@@ -384,154 +712,216 @@ static void find_sums(
     *s2 = total2;
 }
 
-static void apply_backward(
-    const float *restrict grad, const float *restrict x, float *restrict grad_x, int64_t count,
-    float m, float scale, float shift, float q, float c, int relu
+/* The same over rows of channels. */
+LOOP void sum_rows(
+    const Pass *pass, int64_t from, int64_t rows, int64_t count, const float *restrict m,
+    const float *restrict scale, const float *restrict shift, float *restrict sum1,
+    float *restrict sum2
 ) {
-    if (relu) {
-        for (int64_t i = 0; i < count; i++) {
-            float g = let_through(grad[i], normalized(x[i], m, scale, shift));
-            grad_x[i] = (x[i] - m) * q + c + g * scale;
-        }
-    } else {
-        for (int64_t i = 0; i < count; i++)
-            grad_x[i] = (x[i] - m) * q + c + grad[i] * scale;
+    const void *restrict grad = pass->grad, *restrict x = pass->x, *restrict y = pass->y;
+    void *restrict grad_residual = pass->grad_residual;
+    int activation = pass->activation;
+#define SUM_ROWS(dtype)                                                                        \
+    for (int64_t row = 0; row < rows; row++) {                                                 \
+        int64_t at = from + row * pass->channels;                                              \
+        if (grad_residual) {                                                                   \
+            for (int64_t i = 0; i < count; i++) {                                              \
+                float g = let_through(get(grad, at + i, dtype), get(y, at + i, dtype), RELU);  \
+                put(grad_residual, at + i, g, dtype);                                          \
+                sum1[i] += g;                                                                  \
+                sum2[i] += g * (get(x, at + i, dtype) - m[i]);                                 \
+            }                                                                                  \
+        } else if (activation) {                                                               \
+            for (int64_t i = 0; i < count; i++) {                                              \
+                float value = get(x, at + i, dtype);                                           \
+                float g = let_through(                                                         \
+                    get(grad, at + i, dtype), normalized(value, m[i], scale[i], shift[i]), RELU); \
+                sum1[i] += g;                                                                  \
+                sum2[i] += g * (value - m[i]);                                                 \
+            }                                                                                  \
+        } else {                                                                               \
+            for (int64_t i = 0; i < count; i++) {                                              \
+                float g = get(grad, at + i, dtype);                                            \
+                sum1[i] += g;                                                                  \
+                sum2[i] += g * (get(x, at + i, dtype) - m[i]);                                 \
+            }                                                                                  \
+        }                                                                                      \
+    }
+    WITH_DTYPE(pass->dtype, SUM_ROWS)
+}
+
+static void sum_part(const Pass *pass, double *scratch, int64_t i) {
+    Part part = part_of(pass, i);
+    Row row = row_of(pass, part.image);
+    float sum1[WIDTH] = {0}, sum2[WIDTH] = {0};
+    sum_rows(
+        pass, part.from, part.rows, part.count, row.m + part.first, row.scale + part.first,
+        row.shift + part.first, sum1, sum2
+    );
+    double *table = table_of_part(pass, scratch, &part);
+    for (int64_t c = 0; c < part.count; c++) {
+        table[c] = sum1[c];
+        table[pass->channels + c] = sum2[c];
     }
 }
 
-/* What the two passes of a gradient share: for each image and channel the sums of dz and of
-   dz (x - mu), and what the gradient of x takes from x and from nothing; for each image and group
-   what the affine of the groups gets. */
-typedef struct {
-    float *dz, *dz_x, *q, *c, *u1, *u2;
-} Scratch;
+static void combine_sums(const Pass *pass, const double *scratch, int64_t image) {
+    int64_t channels = pass->channels, parts = blocks(pass->pixels, ROWS);
+    Sums sums = sums_of(pass);
+    for (int64_t c = 0; c < channels; c++) {
+        double s1 = 0, s2 = 0;
+        for (int64_t i = 0; i < parts; i++) {
+            const double *table = scratch + (image * parts + i) * 2 * channels + c;
+            s1 += table[0];
+            s2 += table[channels];
+        }
+        sums.dz[image * channels + c] = s1;
+        sums.dz_x[image * channels + c] = s2;
+    }
+}
 
-static Scratch scratch_of(float *scratch, Shape shape) {
-    int64_t rows = shape.images * shape.channels, groups = shape.images * shape.groups;
-    float *u1 = scratch + 4 * rows;
-    Scratch result = {
-        scratch, scratch + rows, scratch + 2 * rows, scratch + 3 * rows, u1, u1 + groups
-    };
-    return result;
+/* What follows from the sums of a group in an image, which are in the place of dz and dz_x. */
+static void find_gradients(const Pass *pass, int64_t n, int64_t g) {
+    int64_t size = pass->channels / pass->groups, first = g * size, end = first + size;
+    int64_t pixels = pass->pixels, values = size * pixels, at = n * pass->channels;
+    const float *mu = mu_of(pass), *rstd = rstd_of(pass), *weight = pass->weight;
+    Row row = row_of(pass, n);
+    Sums sums = sums_of(pass);
+    float *s1 = sums.dz + at, *s2 = sums.dz_x + at;
+    double r = row.r[g], k = pass->group_weight[g] * r, u1 = 0, u2 = 0;
+    for (int64_t c = first; c < end; c++) {
+        u1 += s1[c];
+        u2 += weight[c] * rstd[c] * s2[c] + row.d[c] * s1[c];
+    }
+    u2 *= r;
+    sums.u1[n * pass->groups + g] = u1;
+    sums.u2[n * pass->groups + g] = u2;
+    double f = -u2 * r / values;
+    for (int64_t c = first; c < end; c++) {
+        double fa = f * (weight[c] * rstd[c]), fd = f * row.d[c] - u1 / values;
+        double dz = k * (s1[c] + fd * pixels);
+        double dz_t = k * (s2[c] + fa * row.v[c] * pixels);
+        s1[c] = dz;
+        s2[c] = dz_t + (row.m[c] - mu[c]) * dz;
+        sums.q[at + c] = fa * row.scale[c];
+        sums.c[at + c] = fd * row.scale[c];
+    }
+}
+
+static void apply_backward_to_plane(const Pass *pass, int64_t n, int64_t c) {
+    Row row = row_of(pass, n);
+    Sums sums = sums_of(pass);
+    int64_t i = n * pass->channels + c;
+    apply_backward(
+        pass, i * pass->pixels, 1, 0, pass->pixels, row.m + c, row.scale + c, row.shift + c,
+        sums.q + i, sums.c + i, 0
+    );
+}
+
+static void apply_backward_to_part(const Pass *pass, int64_t i) {
+    Part part = part_of(pass, i);
+    Row row = row_of(pass, part.image);
+    Sums sums = sums_of(pass);
+    int64_t at = part.image * pass->channels + part.first;
+    apply_backward(
+        pass, part.from, part.rows, pass->channels, part.count, row.m + part.first,
+        row.scale + part.first, row.shift + part.first, sums.q + at, sums.c + at, 1
+    );
 }
 
 static void sum_images(const float *table, int64_t images, int64_t size, float *result) {
-    for (int64_t i = 0; i < size; i++)
-        result[i] = table[i];
+    memcpy(result, table, size * sizeof *table);
     for (int64_t n = 1; n < images; n++)
         for (int64_t i = 0; i < size; i++)
             result[i] += table[n * size + i];
 }
 
-/* The gradients of the parameters (weight, bias, group_weight, group_bias, one after the other),
-   and that of x. grad_x is null if that takes the statistics of the batch into account. */
-void wsbcn_backward(
-    const float *grad, const float *x, const float *y, float *grad_x, float *grad_residual,
-    float *all_tables, float *all_scratch, const float *weight, const float *group_weight,
-    float *parameters, int relu, int64_t images, int64_t channels, int64_t groups, int64_t pixels,
-    int threads
-) {
-    Shape shape = {images, channels, groups, pixels, threads};
-    Tables tables = tables_of(all_tables, shape);
-    Scratch scratch = scratch_of(all_scratch, shape);
-    int64_t size = channels / groups, values = size * pixels;
-#pragma omp parallel for num_threads(threads_for(shape))
-    for (int64_t i = 0; i < images * groups; i++) {
-        int64_t n = i / groups, g = i % groups, first = g * size, end = first + size;
-        Row row = row_of(tables, shape, n);
-        float *s1 = scratch.dz + n * channels, *s2 = scratch.dz_x + n * channels;
-        float *q = scratch.q + n * channels, *h = scratch.c + n * channels;
-        double r = row.r[g], k = group_weight[g] * r, u1 = 0, u2 = 0;
-        for (int64_t c = first; c < end; c++) {
-            int64_t at = (n * channels + c) * pixels;
-            find_sums(
-                grad + at, x + at, y ? y + at : 0, grad_residual ? grad_residual + at : 0, pixels,
-                row.m[c], row.scale[c], row.shift[c], relu, s1 + c, s2 + c
-            );
-            u1 += s1[c];
-            u2 += weight[c] * tables.rstd[c] * s2[c] + row.d[c] * s1[c];
-        }
-        u2 *= r;
-        scratch.u1[i] = u1;
-        scratch.u2[i] = u2;
-        double f = -u2 * r / values;
-        for (int64_t c = first; c < end; c++) {
-            double fa = f * (weight[c] * tables.rstd[c]), fd = f * row.d[c] - u1 / values;
-            double dz = k * (s1[c] + fd * pixels);
-            double dz_t = k * (s2[c] + fa * row.v[c] * pixels);
-            s1[c] = dz;
-            s2[c] = dz_t + (row.m[c] - tables.mu[c]) * dz;
-            q[c] = fa * row.scale[c];
-            h[c] = fd * row.scale[c];
-            int64_t at = (n * channels + c) * pixels;
-            if (grad_x)
-                apply_backward(
-                    (grad_residual ? grad_residual : grad) + at, x + at, grad_x + at, pixels,
-                    row.m[c], row.scale[c], row.shift[c], q[c], h[c], relu && !grad_residual
-                );
+/* The gradients of the parameters (weight, bias, group_weight, group_bias, one after the other), and
+   those of x and the residual. The gradient of x is left to the next function if it takes the
+   statistics of the batch into account. */
+int wsbcn_backward(const Pass *pass) {
+    int64_t images = pass->images, channels = pass->channels, groups = pass->groups;
+    int64_t size = channels / groups;
+    int with_x = pass->statistics != OF_BATCH;
+    double *scratch;
+    if (!new_scratch(pass, &scratch))
+        return NO_MEMORY;
+    Sums sums = sums_of(pass);
+#pragma omp parallel num_threads(threads_for(pass))
+    {
+        if (pass->channels_last) {
+#pragma omp for
+            for (int64_t i = 0; i < parts_of(pass); i++)
+                sum_part(pass, scratch, i);
+#pragma omp for
+            for (int64_t n = 0; n < images; n++) {
+                combine_sums(pass, scratch, n);
+                for (int64_t g = 0; g < groups; g++)
+                    find_gradients(pass, n, g);
+            }
+#pragma omp for
+            for (int64_t i = 0; i < (with_x ? parts_of(pass) : 0); i++)
+                apply_backward_to_part(pass, i);
+        } else {
+#pragma omp for
+            for (int64_t i = 0; i < images * groups; i++) {
+                int64_t n = i / groups, first = i % groups * size;
+                Row row = row_of(pass, n);
+                for (int64_t c = first; c < first + size; c++) {
+                    int64_t at = n * channels + c;
+                    sum_plane(
+                        pass, at * pass->pixels, row.m[c], row.scale[c], row.shift[c],
+                        sums.dz + at, sums.dz_x + at
+                    );
+                }
+                find_gradients(pass, n, i % groups);
+                for (int64_t c = first; with_x && c < first + size; c++)
+                    apply_backward_to_plane(pass, n, c);
+            }
         }
     }
-    sum_images(scratch.dz_x, images, channels, parameters);
-    sum_images(scratch.dz, images, channels, parameters + channels);
-    sum_images(scratch.u2, images, groups, parameters + 2 * channels);
-    sum_images(scratch.u1, images, groups, parameters + 2 * channels + groups);
+    free(scratch);
+    float *parameters = pass->parameters;
+    sum_images(sums.dz_x, images, channels, parameters);
+    sum_images(sums.dz, images, channels, parameters + channels);
+    sum_images(sums.u2, images, groups, parameters + 2 * channels);
+    sum_images(sums.u1, images, groups, parameters + 2 * channels + groups);
     for (int64_t c = 0; c < channels; c++)
-        parameters[c] *= tables.rstd[c];
+        parameters[c] *= rstd_of(pass)[c];
+    return DONE;
 }
 
-/* The gradient of x through the statistics of the batch, too. In: what wsbcn_backward left, and the
-   gradients of weight and bias and the number of values behind the statistics, of all ranks. */
-void wsbcn_backward_through_batch(
-    const float *grad, const float *x, float *grad_x, float *all_tables, float *all_scratch,
-    const float *weight, const float *grad_weight, const float *grad_bias, double count, int relu,
-    int64_t images, int64_t channels, int64_t groups, int64_t pixels, int threads
-) {
-    Shape shape = {images, channels, groups, pixels, threads};
-    Tables tables = tables_of(all_tables, shape);
-    Scratch scratch = scratch_of(all_scratch, shape);
-#pragma omp parallel for num_threads(threads_for(shape))
-    for (int64_t i = 0; i < images * channels; i++) {
-        Row row = row_of(tables, shape, i / channels);
-        int64_t c = i % channels, at = i * pixels;
-        double a = weight[c] * tables.rstd[c] / count;
-        double from_weight = a * tables.rstd[c] * grad_weight[c];
-        double offset = row.m[c] - tables.mu[c];
-        apply_backward(
-            grad + at, x + at, grad_x + at, pixels, row.m[c], row.scale[c], row.shift[c],
-            scratch.q[i] - from_weight, scratch.c[i] - a * grad_bias[c] - offset * from_weight, relu
-        );
+/* The gradient of x with that through the statistics of the batch. In: what wsbcn_backward left, and
+   in `parameters` the gradients of weight and bias, and in `count` the number of values behind the
+   statistics, of all ranks. */
+int wsbcn_backward_through_batch(const Pass *pass) {
+    int64_t channels = pass->channels, rows = pass->images * channels;
+    Sums sums = sums_of(pass);
+    for (int64_t i = 0; i < rows; i++) {
+        Row row = row_of(pass, i / channels);
+        int64_t c = i % channels;
+        double rstd = rstd_of(pass)[c], a = pass->weight[c] * rstd / pass->count;
+        double from_weight = a * rstd * pass->parameters[c];
+        sums.q[i] -= from_weight;
+        sums.c[i] -= a * pass->parameters[channels + c]
+                     + (row.m[c] - mu_of(pass)[c]) * from_weight;
     }
+#pragma omp parallel num_threads(threads_for(pass))
+    {
+        if (pass->channels_last) {
+#pragma omp for
+            for (int64_t i = 0; i < parts_of(pass); i++)
+                apply_backward_to_part(pass, i);
+        } else {
+#pragma omp for
+            for (int64_t i = 0; i < rows; i++)
+                apply_backward_to_plane(pass, i / channels, i % channels);
+        }
+    }
+    return DONE;
 }
 
-/* Filters with mean 0 and variance 1, and the mean and 1 / sqrt(variance + eps) that they had. */
-void wsbcn_standardize(
-    const float *weight, float *standardized, float *mean, float *rstd, double eps, int64_t filters,
-    int64_t size, int threads
-) {
-    Shape shape = {1, filters, filters, size, threads};
-#pragma omp parallel for num_threads(threads_for(shape))
-    for (int64_t i = 0; i < filters; i++) {
-        find_moments(weight + i * size, size, mean + i, rstd + i);
-        rstd[i] = 1 / sqrtf(rstd[i] + (float)eps);
-        apply(weight + i * size, 0, standardized + i * size, size, mean[i], rstd[i], 0, 0);
-    }
-}
-
-/* The gradient of the filters, from that of the standardized ones. */
-void wsbcn_standardize_backward(
-    const float *grad, const float *weight, float *grad_weight, const float *mean,
-    const float *rstd, int64_t filters, int64_t size, int threads
-) {
-    Shape shape = {1, filters, filters, size, threads};
-#pragma omp parallel for num_threads(threads_for(shape))
-    for (int64_t i = 0; i < filters; i++) {
-        int64_t at = i * size;
-        double r = rstd[i];
-        float s1, s2;
-        find_sums(grad + at, weight + at, 0, 0, size, mean[i], 0, 0, 0, &s1, &s2);
-        apply_backward(
-            grad + at, weight + at, grad_weight + at, size, mean[i], r, 0, -r * r * r * s2 / size,
-            -r * s1 / size, 0
-        );
-    }
+/* For native_backend.py to see whether it has the same idea of the arguments. */
+int wsbcn_size_of_pass(void) {
+    return sizeof(Pass);
 }

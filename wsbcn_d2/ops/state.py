@@ -1,56 +1,65 @@
-"""What PyTorch is doing at the moment."""
+"""What PyTorch is doing at the moment.
 
-import sys
-from typing import Optional
+The only file of the package that asks PyTorch through names that are not public, each because there
+is no public one: ``tests/ops/test_state.py`` fails where one of them is gone or means something
+else.
+"""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-
-if hasattr(torch, "compiler") and hasattr(torch.compiler, "is_compiling"):
-    is_compiling = torch.compiler.is_compiling
-
-else:  # PyTorch 2.0 to 2.2, which imports what compiles only when it is used
-
-    def is_compiling() -> bool:
-        """Whether torch.compile is tracing."""
-        return "torch._dynamo" in sys.modules and torch._dynamo.is_compiling()
-
+from torch.autograd import forward_ad
 
 # Types of tensors that are nothing else.
-PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+is_compiling = torch.compiler.is_compiling
 
 
 def in_backward() -> bool:
-    """Whether the autograd engine is running this thread; in a forward pass that means that
-    activation checkpointing is doing it once more."""
+    """Whether the autograd engine is running in this thread; in a forward pass that means that
+    activation checkpointing repeats it."""
     return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def is_traced(x: Tensor) -> bool:
-    """Whether operations on a tensor are recorded or transformed instead of computed: by
-    torch.compile, torch.jit.trace or torch.func, or by the type of the tensor."""
-    return (
-        is_compiling()
-        or type(x) not in PLAIN
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def is_observed(x: Tensor) -> bool:
-    """Whether something wants to see the operations on a tensor by name: torch.compile, the
-    profiler, or what intercepts operations, by a mode or by the type of the tensor."""
-    return (
-        is_compiling()
-        or type(x) not in PLAIN
-        or torch.autograd._profiler_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-def several_ranks(process_group: Optional["dist.ProcessGroup"] = None) -> bool:
-    """Whether this is one of several processes (of a group; default: of all)."""
-    if not (dist.is_available() and dist.is_initialized()):
+def may_be_repeated() -> bool:
+    """Whether a forward pass may be one that activation checkpointing will repeat: it runs without
+    gradients (reentrant), or something decides what autograd saves (not reentrant)."""
+    if not torch.is_grad_enabled():
+        return True
+    hooks = torch._C._autograd
+    # While hooks are disabled there are none, and asking for them is an error.
+    if not hooks._saved_tensors_hooks_is_enabled():
         return False
-    return dist.get_world_size(process_group) > 1
+    return hooks._top_saved_tensors_default_hooks(True) is not None
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether ``torch.func`` is at work, or one of the tensors stands for many, as gradients with
+    ``is_grads_batched=True`` do."""
+    return torch._C._are_functorch_transforms_active() or any(
+        [torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors]
+    )
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether tensors have values in memory, to be computed with at once, and not only stand for
+    some: traced, compiled, transformed by ``torch.func``, with a tangent, or of a type of their own
+    (fake tensors, for example)."""
+    return (
+        all([type(t) in _PLAIN for t in tensors])
+        and not is_compiling()
+        and not torch.jit.is_tracing()
+        and not is_transformed()
+        and forward_ad._current_level < 0
+    )
+
+
+def current_stream(device: torch.device) -> int:
+    """The number of the current stream of a GPU."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def assert_soon(condition: Tensor, message: str) -> None:
+    """Raises RuntimeError unless a scalar is true: on the CPU at once, on a GPU, for which nothing
+    waits, when it gets there (which ends the use of the GPU by this process)."""
+    torch._assert_async(condition, message)

@@ -33,20 +33,13 @@ class Tables(NamedTuple):
     count: Tensor
 
 
-def tables_size(shape: torch.Size, groups: int, use_batch_statistics: bool) -> int:
-    """The number of values in the tables of an activation of this shape, (N, C, H, W)."""
-    images, channels = shape[0], shape[1]
-    return 2 * channels + images * (5 * channels + groups) + int(use_batch_statistics)
-
-
 def new_tables(x: Tensor, groups: int, use_batch_statistics: bool) -> Tensor:
     """The tensor for all tables of an activation (N, C, H, W), not initialized.
 
     It is of the compute dtype, at least float32.
     """
-    size = tables_size(x.shape, groups, use_batch_statistics)
-    if x.dtype == torch.float32:
-        return x.new_empty(size)
+    images, channels = x.shape[:2]
+    size = 2 * channels + images * (5 * channels + groups) + int(use_batch_statistics)
     return x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -58,3 +51,9 @@ def split_tables(tables: Tensor, images: int, channels: int, groups: int) -> Tab
     of_images = of_images.view(images, 5 * channels + groups)
     m, v, d, scale, shift, r = of_images.split([channels] * 5 + [groups], dim=1)
     return Tables(mu, rstd, m, v, d, scale, shift, r, count)
+
+
+def uses_batch_statistics(tables: Tensor, x: Tensor, groups: int) -> bool:
+    """Whether the tables of an activation have a ``count``."""
+    images, channels = x.shape[:2]
+    return tables.numel() > 2 * channels + images * (5 * channels + groups)
