@@ -481,7 +481,7 @@ def test_errors_of_lazy_configs_are_one_line(tmp_path, monkeypatch, arguments, m
     "path, key",
     [
         ("Misc/pointrend_rcnn_R_50_FPN_bcn_ws_1x_1img.yaml", "POINT_HEAD"),
-        ("Cityscapes/deeplab_v3_plus_R_103_gn_484e_1img.yaml", "SEM_SEG_HEAD.ASPP_DILATIONS"),
+        ("Cityscapes/deeplab_v3_plus_R_103_gn_ws_484e_1img.yaml", "SEM_SEG_HEAD.ASPP_DILATIONS"),
     ],
 )
 def test_configs_of_projects_have_their_keys(path, key):
