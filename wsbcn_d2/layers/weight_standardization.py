@@ -72,7 +72,7 @@ class WeightStandardized(nn.Module):
         if old is None or new is None or old.shape != new.shape or old.is_meta or new.is_meta:
             return False
         outputs = 1 if isinstance(self, nn.ConvTranspose2d) else 0
-        old, new = (w.detach().double().transpose(0, outputs).flatten(1) for w in (old, new))
+        old, new = (w.detach().float().transpose(0, outputs).flatten(1) for w in (old, new))
         new = new.to(old.device)
         factors = ((old * new).sum(1, True) / old.square().sum(1, True)).nan_to_num(1.0)
         changed = (factors - 1).abs().max() > 1e-4
