@@ -136,7 +136,7 @@ def check_command(words, monkeypatch):
     elif program == "python" and arguments[0] == "-c":
         compile(arguments[1], "command", "exec")
     elif program in ("python", ".ci/run"):
-        assert (ROOT / words[-1]).is_file()
+        assert (ROOT / [*arguments, program][0]).is_file()
     else:
         assert program in FOREIGN
 

@@ -2,9 +2,9 @@ import json
 
 import pytest
 import torch
+from data.small_coco import coco
 from detectron2.config import LazyConfig
 
-from data.small_coco import coco
 from wsbcn_d2 import model_zoo
 from wsbcn_d2.data import builtin
 from wsbcn_d2.engine import ConfigError, check_model, load_config
