@@ -1,7 +1,7 @@
 # %% [markdown]
 # # From one norm string to an exported model
 #
-# Train a small Mask R-CNN twice, with GN and with BCN+WS, at 1 image per step. Compare the two, look
+# Train a small Mask R-CNN twice at 1 image per step, with GN and with BCN+WS. Compare the two, look
 # at their predictions, and export one. `make tutorial` runs this file in about a minute on 2 CPU
 # cores. VS Code, PyCharm and Spyder open it as a notebook, cell by cell.
 
@@ -79,8 +79,8 @@ for norm, model in models.items():
 # %% [markdown]
 # ## Compare
 #
-# AP with intervals over images. One run of each norm says nothing of seeds, and 40 steps say nothing
-# of the norms. `tools/compare.py` is the same on the command line.
+# AP with intervals over images. One run of each norm says nothing of seeds, and 40 steps nothing of
+# the norms. `tools/compare.py` is the same on the command line.
 
 # %%
 runs = [read_run(str(OUTPUT / norm)) for norm in NORMS]
