@@ -4,7 +4,7 @@ VENV ?= .venv
 # a new environment takes python3 and an existing one is kept.
 PYTHON ?=
 # Files for black, isort and flake8.
-SOURCES := setup.py wsbcn_d2 tools tests
+SOURCES := setup.py wsbcn_d2 benchmarks tools tests
 
 RUN := $(VENV)/bin/python
 DEMO := output/demo
@@ -33,8 +33,12 @@ demo: setup  ## train Mask R-CNN with BCN+WS at 1 image per step, evaluate, draw
 test: setup  ## run the tests
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest
 
-benchmark: setup  ## measure what the layers cost, on a GPU if there is one; rewrites docs/benchmarks.md
-	@$(RUN) -m wsbcn_d2.benchmark
+benchmark: setup  ## measure what the layers cost, on a GPU if there is one; writes docs/benchmarks.md
+	@$(RUN) -m benchmarks.layers --output benchmarks/results
+	@$(RUN) -m benchmarks.train --model R-18-FPN --output benchmarks/results
+	@$(RUN) -m benchmarks.train --model R-50-FPN --output benchmarks/results
+	@$(RUN) -m benchmarks.import_time --output benchmarks/results
+	@$(RUN) -m benchmarks.page
 
 lint: setup  ## check format, imports and style
 	@$(RUN) -m black --check --quiet --diff $(SOURCES)

@@ -12,7 +12,9 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-sys.path.insert(0, str(Path(__file__).parent))  # for oracles.py
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # for oracles.py
+sys.path.append(str(ROOT))  # for what is no part of the package
 
 
 def pytest_collection_modifyitems(config, items):

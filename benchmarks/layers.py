@@ -1,16 +1,20 @@
-"""Normalization layers side by side, on the activations of a Mask R-CNN R-50-FPN."""
+"""Measures normalization layers side by side, on the activations of a Mask R-CNN R-50-FPN.
+
+For each input: time of the forward and backward pass in training, the share of the time that moving
+the activation would take at the bandwidth of a copy, and what is saved for the backward pass.
+"""
 
 import math
+import sys
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
-from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..layers import BatchChannelNorm
-from .machine import describe_machine
+from wsbcn_d2 import BatchChannelNorm
+
+from . import results
 from .measure import KernelClock, Times, copy_bandwidth, interleaved, saved_bytes, spread
 
 Shape = Tuple[int, int, int, int]
@@ -37,6 +41,7 @@ SHAPES: Dict[str, Shape] = {
     "box head": (512, 256, 7, 7),
     "mask head": (128, 256, 14, 14),
 }
+_QUICK = ("p5", "p6")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -95,80 +100,38 @@ class ReferenceBatchChannelNorm(nn.Module):
         self.running_var.mul_(1 - self.update_rate).add_(self.update_rate * var)
 
 
-class WithReLU(nn.Module):
-    """BCN and ReLU in one operation."""
-
-    def __init__(self, norm: BatchChannelNorm) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x, relu=True)
-
-
-class ThenReLU(nn.Module):
-    """A layer and, in an operation of its own and in place, as in Detectron2's ResNet, ReLU."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu_(self.norm(x))
-
-
-class Unavailable(Exception):
-    """A contender cannot run here; the message says why."""
-
-
-def _batch_channel_norm(mode: str) -> Callable[[int, int, torch.device], nn.Module]:
-    return lambda channels, groups, device: BatchChannelNorm(channels, groups, mode=mode)
-
-
-def _compiled_reference(channels: int, groups: int, device: torch.device) -> nn.Module:
+def _compiled_reference(channels: int, groups: int) -> nn.Module:
     torch._dynamo.reset()  # each shape gets its own code, and none falls victim to a limit
     return torch.compile(ReferenceBatchChannelNorm(channels, groups), dynamic=False)
 
 
-def _liger_group_norm(channels: int, groups: int, device: torch.device) -> nn.Module:
-    if device.type != "cuda":
-        raise Unavailable("its kernels need a GPU")
-    try:
-        from liger_kernel.transformers.group_norm import LigerGroupNorm
-    except ImportError as error:
-        raise Unavailable(f"pip install liger-kernel ({error})") from error
-    return LigerGroupNorm(channels, groups, eps=1e-5)
-
-
 # By title, what builds the layer for a number of channels and groups.
-CONTENDERS: Dict[str, Callable[[int, int, torch.device], nn.Module]] = {
-    "BCN": _batch_channel_norm("estimate"),
-    "BatchBCN": _batch_channel_norm("batch"),
-    "BCN, ReLU": lambda *args: ThenReLU(_batch_channel_norm("estimate")(*args)),
-    "BCN+ReLU": lambda *args: WithReLU(_batch_channel_norm("estimate")(*args)),
-    "reference": lambda channels, groups, device: ReferenceBatchChannelNorm(channels, groups),
+CONTENDERS: Dict[str, Callable[[int, int], nn.Module]] = {
+    "BCN": lambda channels, groups: BatchChannelNorm(channels, groups),
+    "GroupNorm": lambda channels, groups: nn.GroupNorm(groups, channels),
+    "BatchNorm2d": lambda channels, groups: nn.BatchNorm2d(channels),
+    "reference": ReferenceBatchChannelNorm,
     "reference, compiled": _compiled_reference,
-    "GroupNorm": lambda channels, groups, device: nn.GroupNorm(groups, channels),
-    "GroupNorm, ReLU": lambda channels, groups, device: ThenReLU(nn.GroupNorm(groups, channels)),
-    "BatchNorm2d": lambda channels, groups, device: nn.BatchNorm2d(channels),
-    "FrozenBN": lambda channels, groups, device: FrozenBatchNorm2d(channels),
-    "Liger GroupNorm": _liger_group_norm,
 }
-OURS = ("BCN", "BatchBCN", "BCN, ReLU", "BCN+ReLU")
+OURS = "BCN"
+# Those that are always measured, as others are compared with them.
+_ALWAYS = (OURS, "GroupNorm", "reference")
+# The compiled one needs a compiler, and seconds for each input.
+DEFAULT_CONTENDERS = tuple(CONTENDERS)[:-1]
 
 
-def benchmark_norms(
+def benchmark_layers(
     shapes: Dict[str, Shape],
     *,
     device: torch.device,
-    dtypes: Sequence[str] = ("float32",),
-    memory_formats: Sequence[str] = ("nchw",),
-    contenders: Sequence[str] = tuple(CONTENDERS),
+    dtypes: Sequence[str] = tuple(DTYPES),
+    memory_formats: Sequence[str] = tuple(MEMORY_FORMATS),
+    contenders: Sequence[str] = DEFAULT_CONTENDERS,
     repetitions: int = 15,
     warmup: int = 3,
     copy_mebibytes: int = 512,
     progress: bool = True,
-) -> Dict[str, Any]:
+) -> results.Results:
     """Measures the forward and backward passes of layers in training mode.
 
     Args:
@@ -176,59 +139,44 @@ def benchmark_norms(
         device: where to run.
         dtypes: keys of DTYPES.
         memory_formats: keys of MEMORY_FORMATS.
-        contenders: keys of CONTENDERS.
-        repetitions, warmup: rounds, see :func:`~wsbcn_d2.benchmark.measure.interleaved`.
-        copy_mebibytes: size of the tensor whose copy gives the bandwidth.
+        contenders: keys of CONTENDERS; BCN, GroupNorm and reference are measured in any case.
+        repetitions, warmup: rounds, see :func:`~benchmarks.measure.interleaved`.
+        copy_mebibytes: size of the tensor whose copy gives the bandwidth; more than caches hold.
         progress: show a progress bar.
 
     Returns:
-        What :mod:`wsbcn_d2.benchmark.report` shows, and JSON can hold: ``machine``, ``settings``,
-        ``copy_bandwidth`` (bytes/s), ``skipped`` (contender -> reason), and ``rows``, one for each
-        case and contender, with ``forward``, ``backward``, ``total`` and ``host`` (medians and
-        quartiles of milliseconds), ``saved_bytes`` and, on a GPU, ``peak_bytes``.
+        What :mod:`benchmarks.page` shows, and JSON can hold: :func:`benchmarks.results.describe`,
+        ``settings``, ``copy_bandwidth`` (bytes/s), and ``rows``, one for each case and contender,
+        with ``forward``, ``backward``, ``total`` and ``host`` (medians and quartiles of
+        milliseconds; the last one is that of issuing the work), ``saved_bytes`` and, on a GPU,
+        ``peak_bytes``.
     """
+    described = results.describe(device)
+    contenders = [name for name in CONTENDERS if name in (*_ALWAYS, *contenders)]
     cases = [(d, m, title) for d in dtypes for m in memory_formats for title in shapes]
     bandwidth = copy_bandwidth(device, copy_mebibytes)
     clock = KernelClock(device)
     rows: List[Dict[str, Any]] = []
-    skipped: Dict[str, str] = {}
     total = len(cases) * len(contenders) * (repetitions + warmup)
     with tqdm(total=total, unit="run", disable=not progress, smoothing=0.05) as bar:
         for dtype, memory_format, title in cases:
             bar.set_description(f"{title}, {dtype}, {memory_format}")
-            case = {
-                "layer": title,
-                "shape": list(shapes[title]),
-                "dtype": dtype,
-                "memory_format": memory_format,
-            }
             x, grad = _tensors(shapes[title], DTYPES[dtype], MEMORY_FORMATS[memory_format], device)
-            runs: Dict[str, Callable[[], Times]] = {}
-            memory: Dict[str, Dict[str, int]] = {}
-            for name in contenders:
-                try:
-                    module = _build(name, x)
-                    memory[name] = _memory(module, x, grad)
-                except Exception as error:
-                    # Others may lack a compiler or a dtype, which must not end the benchmark.
-                    if name in OURS:
-                        raise
-                    skipped.setdefault(name, _reason(error, case))
-                    bar.update(repetitions + warmup)
-                    continue
-                runs[name] = _run(module, x, grad, clock)
+            layers = {name: _build(name, x) for name in contenders}
+            memory = {name: _memory(layer, x, grad) for name, layer in layers.items()}
+            runs = {name: _run(layer, x, grad, clock) for name, layer in layers.items()}
             times = interleaved(runs, repetitions, warmup, on_run=bar.update)
-            for name in runs:
-                phases = {phase: spread(values) for phase, values in times[name].items()}
-                rows.append({**case, "contender": name, **phases, **memory[name]})
+            for name in layers:
+                row = {"layer": title, "shape": list(shapes[title])}
+                row.update(dtype=dtype, memory_format=memory_format, contender=name)
+                row.update({phase: spread(values) for phase, values in times[name].items()})
+                rows.append({**row, **memory[name]})
     settings = {"repetitions": repetitions, "warmup": warmup, "copy_mebibytes": copy_mebibytes}
     return {
-        "kind": "norms",
-        "device": device.type,
-        "machine": describe_machine(device),
+        "kind": "layers",
+        **described,
         "settings": settings,
         "copy_bandwidth": bandwidth,
-        "skipped": skipped,
         "rows": rows,
     }
 
@@ -262,7 +210,7 @@ def _tensors(
 
 def _build(name: str, x: Tensor) -> nn.Module:
     channels = x.shape[1]
-    module = CONTENDERS[name](channels, math.gcd(32, channels), x.device).train().to(x.device)
+    module = CONTENDERS[name](channels, math.gcd(32, channels)).train().to(x.device)
     # In training with mixed precision parameters are of float32, which BatchNorm and BCN take;
     # GroupNorm on a GPU wants them in the dtype of its input.
     keeps = any(isinstance(m, (nn.BatchNorm2d, BatchChannelNorm)) for m in module.modules())
@@ -303,9 +251,39 @@ def _run(module: nn.Module, x: Tensor, grad: Tensor, clock: KernelClock) -> Call
     return run
 
 
-def _reason(error: Exception, case: Dict[str, Any]) -> str:
-    if isinstance(error, Unavailable):
-        return str(error)
-    text = str(error).strip().splitlines()
-    first = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    return f"{case['layer']}, {case['dtype']}, {case['memory_format']}: {first}"
+def main() -> int:
+    parser = results.parser(__doc__, repetitions=15)
+    results.add_device(parser)
+    for option, choices, default in (
+        ("--layers", SHAPES, SHAPES),
+        ("--dtypes", DTYPES, DTYPES),
+        ("--memory-formats", MEMORY_FORMATS, MEMORY_FORMATS),
+        ("--contenders", CONTENDERS, DEFAULT_CONTENDERS),
+    ):
+        help_text = f"of {', '.join(choices)}"
+        parser.add_argument(
+            option, nargs="+", choices=choices, default=list(default), metavar="X", help=help_text
+        )
+    args = parser.parse_args()
+    try:
+        path = results.check(args, f"layers-{args.device}.json")
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    measured = benchmark_layers(
+        {name: SHAPES[name] for name in (_QUICK if args.quick else args.layers)},
+        device=torch.device(args.device),
+        dtypes=args.dtypes,
+        memory_formats=args.memory_formats,
+        contenders=args.contenders,
+        repetitions=args.repetitions,
+        warmup=args.warmup,
+        copy_mebibytes=16 if args.quick else 512,
+    )
+    results.write(measured, path)
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -206,29 +206,6 @@ class LiveBytes(TorchDispatchMode):
         self.current -= self._storages.pop(key)
 
 
-def largest(fits: Callable[[int], bool], limit: int, guess: int = 1) -> int:
-    """The largest number up to ``limit`` that fits, given that all smaller ones do; 0 if none.
-
-    Args:
-        fits: tries a number.
-        limit: at least 1.
-        guess: the first to try; the nearer to the result, the fewer have to be.
-    """
-    good, bad = 0, limit + 1
-    number, step = min(max(guess, 1), limit), 1
-    while bad - good > 1:
-        if not good < number < bad:
-            number = (good + bad) // 2
-        if fits(number):
-            good = number
-            number += step
-        else:
-            bad = number
-            number -= step
-        step *= 2
-    return good
-
-
 def _tensors(tree: Any) -> List[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 

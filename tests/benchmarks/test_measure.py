@@ -4,12 +4,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from wsbcn_d2.benchmark import measure
-from wsbcn_d2.benchmark.measure import (
+from benchmarks import measure
+from benchmarks.measure import (
     LiveBytes,
     copy_bandwidth,
     interleaved,
-    largest,
     saved_bytes,
     spread,
     wall_time,
@@ -143,14 +142,3 @@ class TestLiveBytes:
             assert live.current == 8000  # input and output
             del y
         assert live.current == 0
-
-
-@pytest.mark.parametrize("guess", [0, 1, 4, 30, 50])
-@pytest.mark.parametrize("limit", [1, 2, 7, 8, 33])
-def test_largest(limit, guess):
-    for most in range(limit + 3):
-        tried = []
-        assert largest(lambda n: tried.append(n) or n <= most, limit, guess) == min(most, limit)
-        assert len(tried) <= 2 * limit.bit_length() + 1 and 1 <= min(tried) <= max(tried) <= limit
-        if most == guess and 1 <= guess < limit:
-            assert tried == [guess, guess + 1]
