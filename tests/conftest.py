@@ -1,9 +1,14 @@
+import json
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from PIL import Image
 
 # The processes of the tests share the cores: several threads each would wait for one another.
 torch.set_num_threads(1)
@@ -28,3 +33,26 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def register(tmp_path):
+    """Writes the content of a file in COCO's format and its images, and registers the dataset."""
+    names = []
+
+    def write(content, name=None, **metadata):
+        name = name or f"{tmp_path.name}_{len(names)}"
+        folder = tmp_path / name
+        folder.mkdir()
+        for image in content["images"] if isinstance(content, dict) else ():
+            size = (image["height"], image["width"], 3)
+            Image.fromarray(np.zeros(size, np.uint8)).save(folder / image["file_name"])
+        (folder / "annotations.json").write_text(json.dumps(content))
+        register_coco_instances(name, metadata, str(folder / "annotations.json"), str(folder))
+        names.append(name)
+        return name
+
+    yield write
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

@@ -4,13 +4,15 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from ops.cases import batch_channel_norm
 from oracles import estimated_bcn, large_batch_bcn, standardized_weight
 from torch import nn
 
 from wsbcn_d2 import BatchChannelNorm, WSConv2d
 from wsbcn_d2.engine import recalibrate_estimates
-from wsbcn_d2.layers import run_branch, standardize_together
-from wsbcn_d2.ops import backend_name, batch_channel_norm, set_backend
+from wsbcn_d2.layers import run_branch
+from wsbcn_d2.ops import backend_name, set_backend
 
 pytestmark = pytest.mark.gpu
 
@@ -63,7 +65,6 @@ def test_branch_of_a_block(dtype, memory_format):
         WSConv2d(64, 64, 3, padding=1, bias=False, norm=BatchChannelNorm(64)),
         WSConv2d(64, 256, 1, bias=False, norm=BatchChannelNorm(256)),
     ]
-    standardize_together(convs)
     model = nn.ModuleList(convs).cuda().to(memory_format=memory_format)
     x = torch.randn(2, 256, 50, 67, device="cuda").contiguous(memory_format=memory_format)
     x = x.to(dtype)
@@ -139,7 +140,7 @@ def test_fused_relu_and_residual(shape, with_residual, memory_format):
                 var,
                 update_rate=0.1,
                 residual=residual if with_residual else None,
-                relu=True,
+                activation="relu",
             )
             y.backward(dy)
         finally:
@@ -151,22 +152,22 @@ def test_fused_relu_and_residual(shape, with_residual, memory_format):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_filters_are_standardized_together(memory_format):
-    convs = [WSConv2d(64, 128, 3), WSConv2d(128, 32, 1), WSConv2d(32, 32, 5, groups=32)]
-    exact = [c.weight.detach().double().requires_grad_() for c in convs]
-    for conv in convs:
+def test_standardized_convolutions(memory_format):
+    for args in ((64, 128, 3), (128, 32, 1), (32, 32, 5, 1, 0, 1, 32)):
+        conv = WSConv2d(*args)
+        x, weight = torch.randn(2, args[0], 9, 8), conv.weight.detach().double().requires_grad_()
+        exact = F.conv2d(
+            x.double(), standardized_weight(weight), conv.bias.double(), groups=conv.groups
+        )
+        exact.square().sum().backward()
         conv.cuda().to(memory_format=memory_format)
-    standardize_together(convs)
-    for _ in range(2):  # in the second pass they have one node in the graph
-        for conv in convs:
-            conv.weight.grad = None
-        filters = [conv.standardized_weight() for conv in convs]
-        sum(f.square().sum() + f.pow(3).sum() for f in filters).backward()
-    expected = [standardized_weight(w) for w in exact]
-    sum(f.square().sum() + f.pow(3).sum() for f in expected).backward()
-    for conv, ours, weight, other in zip(convs, filters, exact, expected):
-        assert ours.is_contiguous(memory_format=memory_format)
-        close(ours.detach(), other.detach(), 1e-5)
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            y = conv(x.cuda().contiguous(memory_format=memory_format))
+            y.square().sum().backward()
+        finally:
+            torch.backends.cudnn.allow_tf32 = True
+        close(y.detach(), exact.detach(), 1e-4)
         close(conv.weight.grad, weight.grad, 1e-4)
 
 
@@ -185,9 +186,8 @@ def at(offset, x):
         ((64, 256, 14, 14), torch.contiguous_format),  # many images
     ],
 )
-def test_launches_repeat(shape, memory_format, residual):
-    """Of the same passes the first is launched by Triton, and the others repeat that, or another
-    where the input lies otherwise: the same results to the last bit, and right ones."""
+def test_same_results_each_time(shape, memory_format, residual):
+    """To the last bit, wherever the input begins in memory, and right ones."""
     values, dy = torch.randn(2, *shape, device="cuda")
     results = {"eager": [], 0: [], 1: []}
     for key in (0, 1, 0, 1, 0, 1, "eager"):
@@ -196,7 +196,7 @@ def test_launches_repeat(shape, memory_format, residual):
             x = at(0 if key == "eager" else key, values.contiguous(memory_format=memory_format))
             x.requires_grad_()
             norm = BatchChannelNorm(shape[1]).cuda()
-            y = norm(x, residual=x if residual else None, relu=True)
+            y = norm(x, residual=x if residual else None, activation="relu")
             y.backward(dy)
         finally:
             set_backend(None)
@@ -251,7 +251,7 @@ def test_second_gpu():
     for device in ("cuda:0", "cuda:1", "cuda:0", "cuda:1"):  # the current one is cuda:0
         norm = BatchChannelNorm(64).to(device)
         ours = x.to(device).requires_grad_()
-        y = norm(ours, relu=True)
+        y = norm(ours, activation="relu")
         y.square().sum().backward()
         results.append([t.cpu() for t in (y.detach(), ours.grad, norm.running_var)])
     torch.testing.assert_close(results[1:], results[:1] * 3, rtol=0, atol=0)

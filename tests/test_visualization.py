@@ -14,6 +14,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.visualizer import Visualizer
+from PIL import Image
 
 from wsbcn_d2 import visualization
 from wsbcn_d2.visualization import (
@@ -133,6 +134,81 @@ def test_ground_truth_left_and_predictions_right(content, tmp_path, monkeypatch)
     assert (first[160, 240] != second[160, 240]).any()
     for panel in (second_predicted, third_predicted):
         assert (panel == GRAY).all(), "nothing was predicted"
+
+
+ORIENTATION = 274  # the EXIF tag; 6: to be turned clockwise by a quarter when it is shown
+
+
+@pytest.mark.parametrize(
+    "stored, orientation, annotated",
+    [
+        ((40, 60), None, (40, 60)),
+        ((40, 60), 6, (60, 40)),  # annotated as it is shown, and as models see it
+        ((40, 60), 6, (40, 60)),  # annotated by a tool that knows no EXIF
+        ((80, 120), None, (40, 60)),  # another copy of the photograph
+        ((20, 30), None, (40, 60)),
+        ((80, 120), 6, (60, 40)),
+    ],
+)
+def test_boxes_are_where_the_objects_are(
+    register, tmp_path, monkeypatch, stored, orientation, annotated
+):
+    """The object is white, and all else black."""
+    seen = []
+    init = Visualizer.__init__
+
+    def record(self, image, *args, **kwargs):
+        seen.append(np.array(image))
+        init(self, image, *args, **kwargs)
+
+    monkeypatch.setattr(Visualizer, "__init__", record)
+    shown = np.zeros(annotated, np.uint8)
+    x, y, w, h = 4, 8, 12, 16
+    shown[y : y + h, x : x + w] = 255
+    # as Pillow turns it back, if it is annotated as it is shown
+    picture = Image.fromarray(shown)
+    if annotated != stored and orientation:
+        picture = picture.transpose(Image.Transpose.ROTATE_90)
+    picture = picture.resize(stored[::-1], Image.Resampling.NEAREST)
+    content = coco_content(1)
+    content["images"][0].update(height=annotated[0], width=annotated[1])
+    content["annotations"][0].update(bbox=[x, y, w, h])
+    del content["annotations"][0]["segmentation"]
+    name = register(content)
+    exif = Image.Exif()
+    if orientation:
+        exif[ORIENTATION] = orientation
+    picture.save(tmp_path / name / "1.png", exif=exif)
+    draw_predictions(name, [], str(tmp_path / "a.png"))
+    draw_comparison(name, [[], []], ["A", "B"], str(tmp_path / "b.png"))
+    assert len(seen) == 5
+    for image in seen:
+        np.testing.assert_array_equal(image, np.repeat(shown[..., None], 3, 2))
+
+
+def test_image_of_another_shape_than_its_annotations(register, tmp_path):
+    content = coco_content(1)
+    name = register(content)
+    Image.new("RGB", (60, 50)).save(tmp_path / name / "1.png")
+    with pytest.raises(ValueError, match="1.png' has 60 x 50 pixels, .* are of 60 x 40; they must"):
+        draw_predictions(name, [], str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("label", ["US$ or CA$", r"$\frac{$", "5 $"])
+def test_dollars_in_names_of_classes(register, tmp_path, monkeypatch, label):
+    texts = []
+    draw_text = Visualizer.draw_text
+
+    def record(self, *args, **kwargs):
+        output = draw_text(self, *args, **kwargs)
+        texts.append(output.ax.texts[-1])
+        return output
+
+    monkeypatch.setattr(Visualizer, "draw_text", record)
+    content = coco_content(1)
+    content["categories"][1]["name"] = label
+    draw_predictions(register(content), [], str(tmp_path / "a.png"))
+    assert [(text.get_text(), text.get_parse_math()) for text in texts] == [(label, False)]
 
 
 def test_colors_are_kept_and_holes_stay_open(content, tmp_path):

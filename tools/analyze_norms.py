@@ -17,7 +17,7 @@ from wsbcn_d2.analysis.norm_analysis import (
 )
 from wsbcn_d2.analysis.norms_page import norms_page
 from wsbcn_d2.analysis.probe import STEPS
-from wsbcn_d2.analysis.runs import read_run
+from wsbcn_d2.analysis.runs import read_run, split_label
 from wsbcn_d2.engine import load_config
 from wsbcn_d2.engine.checkpoint import check_output
 
@@ -108,9 +108,7 @@ def _configs(args: argparse.Namespace) -> Iterator[Tuple[str, CfgNode]]:
         cfg = load_config(args.config_file, args.opts, needs=_NEEDS)
         yield Path(args.config_file).stem, cfg
     for argument in args.runs:
-        label, _, folder = argument.rpartition("=")
-        if Path(argument).is_dir():
-            label, folder = "", argument
+        label, (folder,) = split_label(argument)
         run = read_run(folder)
         if run.checkpoint is None:
             raise ValueError(f"{folder!r} has no checkpoint")

@@ -14,7 +14,7 @@ from wsbcn_d2.analysis.comparison import (
     write_results,
 )
 from wsbcn_d2.analysis.comparison_page import check_baseline, comparison_page
-from wsbcn_d2.analysis.runs import Run, label_by_config, label_by_folder, read_run
+from wsbcn_d2.analysis.runs import Run, label_by_config, label_by_folder, read_run, split_label
 from wsbcn_d2.engine.checkpoint import check_output
 
 GROUPINGS = {
@@ -102,13 +102,13 @@ def _read_runs(arguments: List[str], grouping: str) -> Tuple[List[Run], List[str
     runs: List[Run] = []
     given: List[str] = []
     for argument in arguments:
-        label, _, folders = argument.rpartition("=")
-        for folder in [argument] if Path(argument).is_dir() else folders.split(","):
+        label, folders = split_label(argument, separator=",")
+        for folder in folders:
             run = read_run(folder)
             if any(run.folder.samefile(other.folder) for other in runs):
                 raise ValueError(f"{folder!r} is given twice; a run is one seed of its setting")
             runs.append(run)
-            given.append("" if folder == argument else label)
+            given.append(label)
     return runs, [own or label for own, label in zip(given, GROUPINGS[grouping](runs))]
 
 

@@ -13,7 +13,7 @@ import contextlib
 import difflib
 import functools
 import sys
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
@@ -27,16 +27,18 @@ from detectron2.engine import (
     launch,
 )
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from wsbcn_d2 import add_wsbcn_config
-from wsbcn_d2.data import check_datasets
+from wsbcn_d2.data import annotation_facts, check_datasets, check_same_classes
 from wsbcn_d2.engine import AtomicCheckpointer, ConfigError, build_hooks
 from wsbcn_d2.engine.checkpoint import CompleteCheckpointer
+from wsbcn_d2.engine.data import check_masks
+from wsbcn_d2.engine.evaluation import complete_annotations
 from wsbcn_d2.engine.setup import check_folder, check_values, check_weights
 from wsbcn_d2.norm_options import NormOption
 
@@ -59,6 +61,8 @@ def test(cfg: DictConfig, model: nn.Module) -> Optional[Dict[str, Any]]:
     if "evaluator" not in cfg.dataloader:
         return None
     loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    if type(evaluator) is COCOEvaluator:
+        complete_annotations(evaluator)
     results = inference_on_dataset(model, loader, evaluator)
     print_csv_format(results)
     return results
@@ -210,12 +214,40 @@ def check(cfg: DictConfig, eval_only: bool, resume: bool) -> None:
         instantiate(cfg.model)
     except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"the model of the config cannot be built: {error}") from error
-    for part in ("test",) if eval_only else ("train", "test"):
-        names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names")
+    check_data(cfg, ("test",) if eval_only else ("train", "test"))
+
+
+def check_data(cfg: DictConfig, parts: Sequence[str]) -> None:
+    """Compares the datasets with one another, and looks for what is needed of them.
+
+    Raises:
+        ConfigError: if there are none, or they are not what they should be.
+    """
+    if parts == ("test",) and "evaluator" not in cfg.dataloader:
+        raise ConfigError("the config has no dataloader.evaluator, so there is nothing to evaluate")
+    used = []
+    for part in parts:
+        node = OmegaConf.select(cfg, f"dataloader.{part}.dataset")
+        if node is None or "names" not in node:  # a dataset of another kind, or no evaluation
+            continue
+        names = [node.names] if isinstance(node.names, str) else list(node.names or ())
+        if not names:
+            raise ConfigError(f"dataloader.{part}.dataset.names is empty, and must name a dataset")
         try:
-            check_datasets([names] if isinstance(names, str) else names or ())
-        except (FileNotFoundError, ValueError) as error:
+            check_datasets(names)
+        except (OSError, ValueError) as error:
             raise ConfigError(f"dataloader.{part}: {error}") from error
+        used += names
+        mapper = OmegaConf.select(cfg, "dataloader.train.mapper") or {}
+        if mapper.get("use_instance_mask"):
+            for file in filter(None, map(annotation_facts, names)):
+                key = "dataloader.train.mapper."
+                formats = (key + "instance_mask_format", mapper.get("instance_mask_format", ""))
+                check_masks(file, part == "train", key + "use_instance_mask", *formats)
+    try:
+        check_same_classes(used)
+    except ValueError as error:
+        raise ConfigError(f"dataloader: {error}") from error
 
 
 def main(args: argparse.Namespace) -> None:

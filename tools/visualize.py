@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Tuple
 
-from wsbcn_d2.analysis.runs import read_run, register_datasets
+from wsbcn_d2.analysis.runs import read_run, register_datasets, split_label
 from wsbcn_d2.visualization import draw_comparison, draw_predictions, load_predictions
 
 
@@ -48,9 +48,7 @@ def main() -> int:
 
 def _split_label(argument: str) -> Tuple[str, str]:
     """A model is called like the folder of its run if it has no label."""
-    label, _, file = argument.rpartition("=")
-    if not label or os.path.exists(argument):
-        label, file = "", argument
+    label, (file,) = split_label(argument)
     return label or os.path.basename(_folder_of_run(file)), file
 
 

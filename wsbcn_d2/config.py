@@ -43,6 +43,9 @@ def add_wsbcn_config(cfg: CN) -> None:
     # Datasets in COCO's format to register, so that they can be named in DATASETS.TRAIN and TEST:
     # each a name, the annotation file, and the folder of the images.
     cfg.DATASETS.COCO_FORMAT = ()
+    # Pairs of names of keypoints that a horizontal flip exchanges: (("left_eye", "right_eye"),).
+    # (): those in the metadata of the datasets, or by names that say left and right.
+    cfg.DATASETS.KEYPOINT_FLIP_MAP = ()
     # Number of batches of SOLVER.IMS_PER_BATCH images whose gradients make one step. Learning rate,
     # schedule and iterations count steps.
     cfg.SOLVER.ACCUMULATE_STEPS = 1

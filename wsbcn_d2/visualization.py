@@ -16,6 +16,8 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import GenericMask, Visualizer
+from matplotlib import rc_context
+from PIL import Image
 
 from .data import check_datasets
 
@@ -80,8 +82,8 @@ def draw_predictions(
         ``output_path``.
 
     Raises:
-        ValueError: an argument is out of range, the dataset is not registered, or the predictions
-            are malformed or of another dataset.
+        ValueError: an argument is out of range, the dataset is not registered, the predictions
+            are malformed or of another dataset, or an image has another shape than its annotations.
         FileNotFoundError: files of the dataset are missing.
     """
     _check_arguments(output_path, num_images, score_threshold)
@@ -89,7 +91,7 @@ def draw_predictions(
     by_image = _objects_by_image(predictions, dataset_name, records, metadata, score_threshold)
     pairs = []
     for record in records[:num_images]:
-        image = read_image(record["file_name"], format="RGB")
+        image = _read_image(record)
         name = os.path.basename(record["file_name"])
         left = _draw_objects(image, _annotated(record), metadata)
         right = _draw_objects(image, by_image[record["image_id"]], metadata)
@@ -155,7 +157,7 @@ def draw_comparison(
     compared.sort(key=lambda entry: -abs(entry[3][0] - entry[3][1]))  # stable
     rows = []
     for record, truth, found, qualities in compared[:num_images]:
-        image = read_image(record["file_name"], format="RGB")
+        image = _read_image(record)
         name = os.path.basename(record["file_name"])
         panels = [_add_title(_draw_objects(image, truth, metadata), f"{name}: ground truth")]
         for label, objects, quality in zip(labels, found, qualities):
@@ -248,6 +250,31 @@ def _load_dataset(dataset_name: str) -> Tuple[List[Dict[str, Any]], Metadata]:
     check_datasets([dataset_name])
     records = sorted(DatasetCatalog.get(dataset_name), key=lambda record: record["image_id"])
     return records, MetadataCatalog.get(dataset_name)
+
+
+def _read_image(record: Dict[str, Any]) -> np.ndarray:
+    """Returns the image (H, W, 3), uint8 RGB, as the annotations see it: of their size.
+
+    That is the image as it is meant to be looked at, which Detectron2's models see; or as it is
+    stored, where a tool has ignored that a photograph is turned; or either of them enlarged or
+    reduced.
+    """
+    path, size = record["file_name"], (record["height"], record["width"])
+    turned = read_image(path, format="RGB")
+    if turned.shape[:2] == size:
+        return turned
+    with Image.open(path) as file:
+        stored = np.asarray(file.convert("RGB"))
+    if stored.shape[:2] == size:
+        return stored
+    for image in (turned, stored):
+        # The sides were rounded to pixels.
+        if abs(image.shape[0] * size[1] - image.shape[1] * size[0]) <= max(*size, *image.shape):
+            return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+    raise ValueError(
+        f"{path!r} has {turned.shape[1]} x {turned.shape[0]} pixels, and its annotations are of "
+        f"{size[1]} x {size[0]}; they must have the same shape"
+    )
 
 
 def _objects_by_image(
@@ -346,6 +373,7 @@ def _from_prediction(prediction: Dict[str, Any], class_indices: Dict[int, int]) 
     )
 
 
+@rc_context({"text.parse_math": False})  # a "$" in the name of a class is a sign like others
 def _draw_objects(image: np.ndarray, objects: Sequence[_Object], metadata: Metadata) -> np.ndarray:
     """Returns the image (H, W, 3), uint8 RGB, enlarged or reduced to a panel, with objects on it.
 

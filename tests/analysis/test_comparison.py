@@ -6,9 +6,12 @@ import re
 
 import numpy as np
 import pytest
+import yaml
 from analysis.random_coco import random_coco
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
+from data.small_coco import coco, detections
 from wsbcn_d2.analysis import CocoEvaluation, compare_runs
 from wsbcn_d2.analysis import comparison as comparison_module
 from wsbcn_d2.analysis import read_run, resample_images
@@ -104,6 +107,80 @@ def test_interval_of_an_ap_has_no_negative_end(tmp_path):
     assert np.percentile(draws, 2.5) - draws.mean() < -value < 0 == entry["low"]
     entry = difference(results, "one", "all")["bbox"]["AP"]
     assert entry["low"] < entry["value"] < entry["high"] < 0
+
+
+def perfect_run(folder, content, masks=False, **settings):
+    """The folder of a run that has found exactly the objects of a file, and that file."""
+    (folder / "run" / "inference").mkdir(parents=True)
+    path = folder / "run" / "inference" / "coco_instances_results.json"
+    path.write_text(json.dumps(detections(content, masks)))
+    cfg = {"MODEL": {"MASK_ON": masks}, "TEST": settings}
+    (folder / "run" / "config.yaml").write_text(yaml.dump(cfg))
+    (folder / "truth.json").write_text(json.dumps(content))
+    return read_run(str(folder / "run")), str(folder / "truth.json")
+
+
+def test_detections_beyond_cocos_100_count_where_the_config_allows_them(tmp_path):
+    content = coco(images=1, objects=150, classes=("cat",))
+    for limit, standard in ((150, 150), (-1, 150), (100, 100)):
+        run, truth = perfect_run(tmp_path / str(limit), content, DETECTIONS_PER_IMAGE=limit)
+        line = {"iteration": 1, "bbox/AP": _cocos_ap(truth, run)}  # as Detectron2's trainer logs it
+        (run.folder / "metrics.json").write_text(json.dumps(line))
+        run = read_run(str(run.folder))
+        results = compare_runs([run], ["A"], annotations=truth, num_draws=3)
+        (described,) = results["runs"]
+        ap = described["ap"]["bbox"]
+        if standard == 100:
+            assert ap["AP"]["value"] == pytest.approx(_cocos_ap(truth, run), abs=1e-4)
+            assert "AP@100" not in ap and not any("COCO" in n for n in described["notes"])
+            continue
+        assert ap["AP"]["value"] == 100
+        assert ap["AP@100"]["value"] == pytest.approx(_cocos_ap(truth, run), abs=1e-4)
+        assert ap["AP@100"]["value"] < 70
+        (note,) = [n for n in described["notes"] if "COCO" in n]
+        assert f"DETECTIONS_PER_IMAGE ({limit})" in note
+        assert f"box AP {_cocos_ap(truth, run):.2f} instead of 100.00" in note
+        assert not any("another evaluation" in n for n in described["notes"])
+
+
+def _cocos_ap(truth, run):
+    truth = COCO(truth)
+    judge = COCOeval(truth, truth.loadRes(run.load_predictions()), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    return judge.stats[0] * 100
+
+
+def test_annotations_as_people_have_them(tmp_path):
+    """Ids from 0, and without the keys that COCO always has."""
+    content = coco(objects=3, area=None, iscrowd=None)
+    for entry in content["annotations"]:
+        entry["id"] -= 1
+    run, truth = perfect_run(tmp_path, content, masks=True)
+    results = compare_runs([run], ["A"], annotations=truth, num_draws=3)
+    ap = results["runs"][0]["ap"]
+    assert ap["bbox"]["AP"]["value"] == ap["segm"]["AP"]["value"] == 100
+    assert results["dataset"]["instances"] == 6
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c.pop("annotations"), "truth.json' has no annotations, so there is no AP"),
+        (lambda c: c.pop("categories"), "'categories' is missing"),
+        (lambda c: c["categories"][1].update(id=3), "category_id is 2; it must be one of"),
+        (lambda c: c["annotations"].pop(1) and c["categories"].pop(), "predictions of category_id"),
+    ],
+)
+def test_annotations_that_do_not_fit(tmp_path, change, message):
+    content = coco(images=1)
+    run, truth = perfect_run(tmp_path, content)
+    change(content)
+    with open(truth, "w") as file:
+        json.dump(content, file)
+    with pytest.raises(ValueError, match=message):
+        compare_runs([run], ["A"], annotations=truth, num_draws=3)
 
 
 def test_a_run_against_itself_does_not_differ(runs, tmp_path):
@@ -262,3 +339,14 @@ def test_runs_that_cannot_be_compared(runs, tmp_path):
     runs[0].predictions_file.write_text('[{"image_id": 77}]')
     with pytest.raises(ValueError, match="coco_instances_results.json: .*image_id 77"):
         compare_runs(runs, ["A"] * 4, annotations=str(tmp_path / "truth.json"))
+
+
+def test_dollars_in_labels(runs, tmp_path):
+    """They begin a formula in matplotlib, here one that it cannot read."""
+    labels = [r"$\frac{$", "US$ or CA$", "b$", "c"]
+    results = compare_runs(
+        runs, labels, annotations=str(tmp_path / "truth.json"), num_draws=DRAWS, seed=2
+    )
+    page = comparison_page(results)
+    page.write(str(tmp_path / "page"), "p")
+    assert labels[0] in (tmp_path / "page" / "p.md").read_text()

@@ -9,7 +9,7 @@ from detectron2.config import get_cfg
 
 from wsbcn_d2 import add_wsbcn_config
 from wsbcn_d2.analysis import read_run
-from wsbcn_d2.analysis.runs import label_by_config, label_by_folder
+from wsbcn_d2.analysis.runs import label_by_config, label_by_folder, split_label
 
 
 def make_run(folder, *opts, norm="GN", ours=False, seed=1):
@@ -125,3 +125,31 @@ def test_a_config_that_is_none_of_detectron2(tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / "config.yaml").write_text(yaml.dump({"model": {"_target_": "x.Y"}}))
     assert read_run(str(folder)).notes[0] == "config.yaml is not one of Detectron2's YACS configs"
+
+
+@pytest.mark.parametrize(
+    "argument, label, paths",
+    [
+        ("gn", "", ["gn"]),
+        ("A=gn", "A", ["gn"]),
+        ("lr=0.01", "", ["lr=0.01"]),
+        ("A=lr=0.01", "A", ["lr=0.01"]),
+        ("lr=0.1=gn", "lr=0.1", ["gn"]),
+        ("BCN, lr=0.1=runs/lr=0.01/b", "BCN, lr=0.1", ["runs/lr=0.01/b"]),
+        ("runs/lr=0.01/b", "", ["runs/lr=0.01/b"]),
+        ("A=gn,lr=0.01", "A", ["gn", "lr=0.01"]),
+        ("A=x,y", "A", ["x,y"]),  # which is one folder
+        ("gn,lr=0.01", "", ["gn", "lr=0.01"]),
+        # nothing is there: the error is to name what was meant
+        ("A=nowhere", "A", ["nowhere"]),
+        ("A=lr=7,gn", "A", ["lr=7", "gn"]),
+        ("runs/lr=0.01/nowhere", "", ["runs/lr=0.01/nowhere"]),
+    ],
+)
+def test_label_and_path(tmp_path, monkeypatch, argument, label, paths):
+    for folder in ("gn", "lr=0.01", "x,y", "runs/lr=0.01/b"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert split_label(argument, ",") == (label, paths)
+    if len(paths) == 1:
+        assert split_label(argument) == (label, paths)

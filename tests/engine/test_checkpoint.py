@@ -172,3 +172,49 @@ def test_other_modes_and_places_are_left_to_detectron2(tmp_path):
     with manager.open(path) as file:
         assert file.read() == "ab"
     assert manager.exists(path) and manager.isfile(path)
+
+
+class Classifier(nn.Module):
+    def __init__(self, classes, extra=False):
+        super().__init__()
+        self.features = nn.Linear(4, 8)
+        self.predict = nn.Linear(8, classes)
+        if extra:
+            self.masks = nn.Linear(8, 1)
+
+
+def trained(folder, model, resume, lr=0.1):
+    """After a step of SGD with momentum, whose state has the shapes of the parameters."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    checkpointer = AtomicCheckpointer(model, str(folder), optimizer=optimizer)
+    checkpointer.resume_or_load("", resume=resume)
+    model.predict(model.features(torch.ones(1, 4))).sum().backward()
+    optimizer.step()
+    checkpointer.save("model_final")
+    return model
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (Classifier(3), r"predict.weight has the shape \(5, 8\) there and \(3, 8\) in the model"),
+        (Classifier(5, extra=True), "it has no masks.weight"),
+    ],
+)
+def test_resuming_with_another_model(tmp_path, other, message):
+    """With another number of classes, or a new head; before the optimizer's first step."""
+    trained(tmp_path, Classifier(5), resume=False)
+    with pytest.raises(ConfigError, match="cannot resume from .*model_final.pth.*: " + message):
+        trained(tmp_path, other, resume=True)
+    trained(tmp_path, Classifier(5), resume=True)
+    # as mere weights, for another task, it is welcome
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    checkpointer = AtomicCheckpointer(other, str(tmp_path), optimizer=optimizer)
+    checkpointer.resume_or_load(str(tmp_path / "model_final.pth"), resume=False)
+
+
+def test_resuming_without_a_part_of_the_model(tmp_path):
+    """All of the model is in the checkpoint; but its optimizer has more parameters."""
+    trained(tmp_path, Classifier(5, extra=True), resume=False)
+    with pytest.raises(ConfigError, match="cannot resume .* another model or optimizer: .*group"):
+        trained(tmp_path, Classifier(5), resume=True)

@@ -1,6 +1,11 @@
+import json
+
 import pytest
 import torch
+from detectron2.config import LazyConfig
 
+from data.small_coco import coco
+from wsbcn_d2 import model_zoo
 from wsbcn_d2.data import builtin
 from wsbcn_d2.engine import ConfigError, check_model, load_config
 from wsbcn_d2.engine.setup import TO_EVALUATE
@@ -56,6 +61,21 @@ def test_device_follows_the_machine(config_file):
             "ROI_BOX_HEAD.NORM: 'CN' has no effect, because NUM_CONV is 0",
         ),
         (["OUTPUT_DIR", ""], "OUTPUT_DIR is empty"),
+        (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER: must be at least 1, got 0"),
+        (["SOLVER.STEPS", "(20, 10)"], r"STEPS: must be iterations in ascending .* got \(20, 10\)"),
+        (["SOLVER.STEPS", "(0.5, 0.9)"], "SOLVER.STEPS: must be iterations in ascending order"),
+        (
+            ["TEST.AUG.ENABLED", "True", "MODEL.META_ARCHITECTURE", "RetinaNet"],
+            "TEST.AUG.ENABLED: a RetinaNet cannot be evaluated with test-time augmentation",
+        ),
+        (
+            ["TEST.AUG.ENABLED", "True", "MODEL.META_ARCHITECTURE", "PanopticFPN"],
+            "TEST.AUG.ENABLED: a PanopticFPN cannot",
+        ),
+        (
+            ["TEST.AUG.ENABLED", "True", "MODEL.KEYPOINT_ON", "True"],
+            "TEST.AUG.ENABLED: models with MODEL.KEYPOINT_ON cannot",
+        ),
         (["OUTPUT_DIR", __file__], "OUTPUT_DIR: cannot write .* is not a folder"),
         (["DATASETS.COCO_FORMAT", "(('a', 'b'),)"], r"COCO_FORMAT: .*, got \('a', 'b'\)"),
         (["DATASETS.COCO_FORMAT", "('a', 'b', 'c')"], "COCO_FORMAT: .*, got 'a'"),
@@ -85,6 +105,12 @@ def test_file_that_is_no_config(tmp_path, text):
         load_config(str(path))
 
 
+def test_evaluation_needs_a_dataset(config_file):
+    opts = ["MODEL.WEIGHTS", config_file]
+    with pytest.raises(ConfigError, match="DATASETS.TEST is empty, and must name a dataset"):
+        load_config(config_file, opts, needs=TO_EVALUATE)
+
+
 def test_evaluation_needs_weights(config_file):
     with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty, and must name the checkpoint"):
         load_config(config_file, needs=TO_EVALUATE)
@@ -110,8 +136,9 @@ def test_missing_config_file():
         load_config("nowhere.yaml")
 
 
-def test_missing_datasets(config_file, tmp_path, monkeypatch):
+def test_missing_datasets(config_file, tmp_path, monkeypatch, register):
     """Training data may be absent where only evaluation is asked for."""
+    mine = register(coco(classes=[str(i) for i in range(10)]))
     for name in builtin._DIGITS:
         builtin.DatasetCatalog.remove(name)
         builtin.MetadataCatalog.remove(name)
@@ -120,7 +147,8 @@ def test_missing_datasets(config_file, tmp_path, monkeypatch):
     opts = ["DATASETS.TRAIN", "('digits_train',)"]
     with pytest.raises(ConfigError, match="digits_train.*prepare_digits"):
         load_config(config_file, opts)
-    load_config(config_file, [*opts, "MODEL.WEIGHTS", config_file], needs=TO_EVALUATE)
+    test = ["DATASETS.TEST", (mine,), "MODEL.WEIGHTS", config_file]
+    load_config(config_file, [*opts, *test], needs=TO_EVALUATE)
     load_config(config_file, opts, needs=("OUTPUT_DIR",))
 
 
@@ -152,13 +180,28 @@ def test_lazy_config():
         load_config("a.py")
 
 
+def test_run_of_a_lazy_config(tmp_path):
+    """Its config.yaml, given to a tool for YAML configs."""
+    cfg = model_zoo.get_config("LazyConfig/retinanet_R_50_FPN_1x.py")
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    message = "config.yaml is of a run of a LazyConfig, and a YAML config is needed here"
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(tmp_path / "config.yaml"), needs=("WEIGHTS",))
+
+
+def test_augmentation_is_no_matter_where_nothing_is_evaluated(config_file):
+    opts = ["TEST.AUG.ENABLED", "True", "MODEL.META_ARCHITECTURE", "RetinaNet"]
+    load_config(config_file, opts, needs=("OUTPUT_DIR",))
+
+
 def test_datasets_of_a_config(config_file, tmp_path):
     files = str(tmp_path / "a.json"), str(tmp_path)
     opts = ["DATASETS.COCO_FORMAT", [["mine", *files]], "DATASETS.TRAIN", ("mine",)]
     try:
         with pytest.raises(ConfigError, match="'mine': its json_file '.*a.json' does not exist"):
             load_config(config_file, opts)
-        (tmp_path / "a.json").write_text("{}")
+        (tmp_path / "a.json").write_text(json.dumps(coco()))
+        opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "2"]
         for _ in range(2):  # a process may read several configs
             load_config(config_file, opts)
         opts[1][0][1] = str(tmp_path / "." / "x" / ".." / "a.json")  # the same file

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from oracles import channel_norm, estimated_bcn, large_batch_bcn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from versions import needs_assign, needs_compile
+from versions import needs_assign, needs_compile, needs_native_kernels
 
 from wsbcn_d2 import BatchChannelNorm, ChannelNorm
 
@@ -384,3 +384,26 @@ def test_compile_without_graph_break(train, mode):
     torch.testing.assert_close(dict(other.named_buffers()), dict(model.named_buffers()))
     for a, b in zip(other.parameters(), model.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@needs_compile
+@needs_native_kernels
+@pytest.mark.parametrize("offset,scale,off_estimate", [(0, 1, 0), (1000, 0.01, 0), (-3e4, 1, 100)])
+def test_all_ways_to_run_are_equally_near(offset, scale, off_estimate):
+    """To float64, far from zero, too, where a mean that is part of a bias cancels."""
+    norm = randomized(BatchChannelNorm(64, 32)).eval()
+    norm.running_mean.copy_(offset + off_estimate + torch.randn(64) * scale)
+    norm.running_var.fill_(scale**2)
+    x = offset + scale * torch.randn(2, 64, 20, 30)
+    values = [t.double() for t in (*norm.parameters(), norm.running_mean, norm.running_var)]
+    expected = estimated_bcn(x.double(), *values, None).y
+    with torch.no_grad():
+        outputs = [
+            norm(x),
+            torch.jit.trace(norm, x, check_trace=False)(x),
+            torch.jit.script(norm)(x),
+            torch.compile(norm, backend="aot_eager")(x),
+            norm(x.contiguous(memory_format=torch.channels_last)),
+        ]
+    errors = [float((y.double() - expected).abs().max()) for y in outputs]
+    assert max(errors) < 3 * min(errors) + 1e-5, errors

@@ -1,6 +1,7 @@
 """The fused blocks of ResNets against Detectron2's own."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,8 +13,6 @@ from detectron2_models import randomize_norms
 from torch import nn
 
 from wsbcn_d2 import BatchChannelNorm, add_wsbcn_config, convert
-from wsbcn_d2.layers import standardize_together
-from wsbcn_d2.layers.weight_standardization import WeightStandardized
 from wsbcn_d2.modeling import fuse_
 from wsbcn_d2.modeling.backbone import build_wsbcn_resnet_backbone
 from wsbcn_d2.modeling.blocks import FusedBasicBlock, FusedBasicStem, FusedBottleneckBlock
@@ -47,6 +46,8 @@ def pair(depth, norm, *opts):
     models = [
         f(cfg, ShapeSpec(channels=3)) for f in (build_wsbcn_resnet_backbone, build_resnet_backbone)
     ]
+    for module in models[1].modules():
+        module.__class__ = STOCK.get(type(module), type(module))
     randomize_norms(models[1])
     models[0].load_state_dict(models[1].state_dict())
     return [m.double() for m in models]
@@ -167,12 +168,27 @@ def test_another_module_in_place_of_a_convolution(name):
 
 
 def test_checkpointed_stages():
-    """With ReLU fused and filters shared; see test_backbone.py for the whole."""
+    """See test_backbone.py for the whole."""
     ours, stock = pair(50, "BCN+WS", "MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True")
-    standardize_together(m for m in ours.modules() if isinstance(m, WeightStandardized))
     for _ in range(2):
         x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
         torch.testing.assert_close(results(ours, x), results(stock, x), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_forward_that_someone_gives_the_stock_class(monkeypatch, wrap):
+    """After fusing, too."""
+    block = convert(BottleneckBlock(64, 64, bottleneck_channels=32, norm="GN"), "BCN+WS")
+    assert type(block) is FusedBottleneckBlock
+    x, stock = torch.randn(1, 64, 4, 4), BottleneckBlock.forward
+
+    def forward(self, x):
+        return stock(self, x) + 1
+
+    expected = block.eval()(x) + 1
+    replacement = functools.wraps(stock)(forward) if wrap else forward
+    monkeypatch.setattr(BottleneckBlock, "forward", replacement)
+    torch.testing.assert_close(block(x), expected)
 
 
 @pytest.mark.parametrize("depth", [18, 50])

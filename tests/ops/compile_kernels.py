@@ -15,10 +15,7 @@ from wsbcn_d2.ops import triton_kernels as kernels
 
 HALF = ("x_ptr", "y_ptr", "residual_ptr", "grad_ptr", "grad_x_ptr", "grad_residual_ptr")
 POINTERS = {
-    "starts_ptr": "*i64",
-    "places_ptr": "*i64",
     "skipped_ptr": "*i64",
-    "eps_ptr": "*fp64",
     "flags_ptr": "*i32",
     "out_ptr": "*fp32",
 }
@@ -68,8 +65,6 @@ VARIANTS = {
     "sums_kernel": ACTIVATION,
     "backward_tables_kernel": TABLES,
     "input_grad_kernel": [{**a, **g} for a, g in zip(ACTIVATION, GROUPS + GROUPS[1:])],
-    "standardize_kernel": [{"BLOCK": 1024}],
-    "standardize_backward_kernel": [{"BLOCK": 1024}],
 }
 
 

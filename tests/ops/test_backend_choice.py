@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from versions import TRITON_INTERPRETS, needs_c_compiler
+from versions import needs_native_kernels
 
 from wsbcn_d2.ops import BACKENDS, backend_name, set_backend
 
@@ -34,18 +34,6 @@ for choice in ("", "triton"):
 """
 
 
-# What would be found out of Triton with tensors that have no data is found out without.
-SCRIPT_WITHOUT_DATA = """
-import torch
-from torch._subclasses import FakeTensorMode
-from wsbcn_d2 import BatchChannelNorm
-from wsbcn_d2.ops import backend_name
-with FakeTensorMode():
-    BatchChannelNorm(4, 2)(torch.ones(1, 4, 2, 2), relu=True).sum().backward()
-print(backend_name(torch.device("cpu")))
-"""
-
-
 @pytest.fixture(autouse=True)
 def restore():
     yield
@@ -68,29 +56,21 @@ def normalize_in_a_process(path=(), **environment):
     return chosen
 
 
-@needs_c_compiler
-@pytest.mark.skipif(not TRITON_INTERPRETS, reason="this Triton has no interpreter")
+@needs_native_kernels
 def test_environment_variable_and_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
     assert normalize_in_a_process(TRITON_INTERPRET="1") == "triton True 0"
 
 
-@pytest.mark.skipif(not TRITON_INTERPRETS, reason="this Triton has no interpreter")
-def test_tensors_without_data_say_nothing_of_triton():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "WSBCN_D2_BACKEND": "triton"}
-    assert run(SCRIPT_WITHOUT_DATA, {**env, "CUDA_VISIBLE_DEVICES": ""}) == "triton"
-
-
-@needs_c_compiler
+@needs_native_kernels
 def test_triton_without_gpu_falls_back_and_says_why_once():
     pytest.importorskip("triton", reason="Triton is not installed")
     chosen = normalize_in_a_process()
-    assert chosen.startswith("eager True 1 Triton cannot be used on cpu, so BCN and WS run in")
+    assert chosen.startswith("eager True 1 Triton cannot be used on cpu, so BCN runs in")
     assert "compiles for GPUs only" in chosen
 
 
-@needs_c_compiler
+@needs_native_kernels
 def test_broken_triton_falls_back_and_says_why_once(tmp_path):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton/__init__.py").write_text("raise ImportError('libtriton.so is missing')\n")
@@ -99,7 +79,7 @@ def test_broken_triton_falls_back_and_says_why_once(tmp_path):
     assert "ImportError: libtriton.so is missing" in chosen
 
 
-@needs_c_compiler
+@needs_native_kernels
 def test_function_before_variable(monkeypatch):
     monkeypatch.setenv("WSBCN_D2_BACKEND", "nonsense")
     with pytest.raises(

@@ -50,27 +50,39 @@ class CocoEvaluation:
     """
 
     def __init__(
-        self, ground_truth: COCO, predictions: Sequence[Dict[str, Any]], iou_type: str
+        self,
+        ground_truth: COCO,
+        predictions: Sequence[Dict[str, Any]],
+        iou_type: str,
+        max_detections: int = 100,
     ) -> None:
         """
         Args:
-            ground_truth: the dataset.
+            ground_truth: the dataset, from :func:`wsbcn_d2.data.coco_format.load_coco` if it need
+                not be complete.
             predictions: detections in COCO's result format. None at all is an AP of 0.
             iou_type: "bbox" or "segm". As in Detectron2, the size of a detection that decides
                 whether it is small, medium or large is that of its mask for "segm".
+            max_detections: how many detections of a class in an image count, those of the highest
+                scores; COCO's number by default.
 
         Raises:
-            ValueError: if a prediction is of an image that the dataset lacks, or its mask is not
-                run-length encoded, or the dataset has no categories.
+            ValueError: if a prediction is of an image or a class that the dataset lacks, or its
+                mask is not run-length encoded, or the dataset has no categories.
         """
         if not ground_truth.getCatIds():
             raise ValueError("the annotations have no categories")
-        image_ids = set(ground_truth.getImgIds())
+        image_ids, category_ids = set(ground_truth.getImgIds()), set(ground_truth.getCatIds())
         for prediction in predictions:
             if prediction["image_id"] not in image_ids:
                 raise ValueError(
                     f"there are predictions for image_id {prediction['image_id']!r}, which is not "
                     "in the dataset"
+                )
+            if prediction["category_id"] not in category_ids:
+                raise ValueError(
+                    f"there are predictions of category_id {prediction['category_id']!r}, which is "
+                    "not in the dataset"
                 )
             if iou_type == "segm" and not isinstance(prediction["segmentation"], dict):
                 raise ValueError(
@@ -81,6 +93,7 @@ class CocoEvaluation:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports by print
             judge = COCOeval(ground_truth, _detections(ground_truth, predictions, iou_type))
             judge.params.iouType = iou_type
+            judge.params.maxDets = [max_detections]
             judge.evaluate()
         params = judge._paramsEval
         self._iou_thresholds = params.iouThrs

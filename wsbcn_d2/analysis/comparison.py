@@ -6,9 +6,7 @@ on the same draws, the interval of a difference is that of the difference itself
 the same training with another seed gives another AP; only repeated runs tell by how much.
 """
 
-import contextlib
 import datetime
-import io
 import json
 import math
 import re
@@ -25,7 +23,9 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from ..data import check_datasets
+from ..data.coco_format import load_coco
 from ..engine.checkpoint import atomic_write
+from ..engine.evaluation import AP_AT_100, COCO_MAX_DETECTIONS
 from ..version import __version__
 from .coco import IOU_TYPES, METRICS, CocoEvaluation, resample_images
 from .files import load_kind
@@ -92,7 +92,9 @@ def compare_runs(
     draws: List[_Draws] = [{} for _ in runs]
     description: Dict[str, Any] = {"name": name}
     if file is not None:
-        ground_truth = _load_annotations(file)
+        ground_truth = load_coco(file)
+        if "annotations" not in ground_truth.dataset:
+            raise ValueError(f"{file!r} has no annotations, so there is no AP to compare")
         description.update(
             images=len(ground_truth.getImgIds()),
             instances=len(ground_truth.getAnnIds(iscrowd=False)),
@@ -107,7 +109,7 @@ def compare_runs(
             for i in with_predictions:
                 bar.set_postfix_str(runs[i].name)
                 evaluated[i], draws[i] = _evaluate(ground_truth, runs[i], weights, bar)
-                notes[i] += _disagreements(runs[i], evaluated[i])
+                notes[i] += _disagreements(runs[i], evaluated[i]) + _limits(runs[i], evaluated[i])
     for i, run in enumerate(runs):
         if not evaluated[i]:
             evaluated[i] = _last_metrics(run, name)
@@ -428,9 +430,10 @@ def _find_annotations(
     return dataset, file
 
 
-def _load_annotations(file: str) -> COCO:
-    with contextlib.redirect_stdout(io.StringIO()):
-        return COCO(file)
+def _max_detections(run: Run, predictions: Sequence[Dict[str, Any]]) -> int:
+    """How many detections of an image the config of a run allows, at least COCO's number."""
+    limit = run.settings.get("TEST.DETECTIONS_PER_IMAGE", COCO_MAX_DETECTIONS)
+    return max(len(predictions) if limit < 0 else limit, COCO_MAX_DETECTIONS)
 
 
 def _evaluate(
@@ -442,12 +445,16 @@ def _evaluate(
         kinds.append("segm")
     values: Dict[str, Dict[str, float]] = {}
     draws: _Draws = {}
+    limit = _max_detections(run, predictions)
     for kind in kinds:
         try:
-            evaluation = CocoEvaluation(ground_truth, predictions, kind)
+            evaluation = CocoEvaluation(ground_truth, predictions, kind, limit)
+            values[kind] = {name: float(value[0]) for name, value in evaluation.evaluate().items()}
+            if limit > COCO_MAX_DETECTIONS:
+                standard = CocoEvaluation(ground_truth, predictions, kind).evaluate()
+                values[kind][AP_AT_100] = float(standard["AP"][0])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{run.predictions_file}: {error}") from error
-        values[kind] = {name: float(value[0]) for name, value in evaluation.evaluate().items()}
         parts = []
         for start in range(0, len(weights), _DRAWS_PER_STEP):
             parts.append(evaluation.evaluate(weights[start : start + _DRAWS_PER_STEP]))
@@ -471,12 +478,30 @@ def _disagreements(run: Run, values: Dict[str, Dict[str, float]]) -> List[str]:
     """Whether the last AP that the run itself logged is another one."""
     for kind, metrics in values.items():
         _, logged = run.curve(f"{kind}/AP")
-        if logged and abs(logged[-1] - metrics["AP"]) > 1e-3:
+        # Detectron2's own trainer logs COCO's, whatever the config says.
+        computed = [metrics[name] for name in ("AP", AP_AT_100) if name in metrics]
+        if logged and all(abs(logged[-1] - value) > 1e-3 for value in computed):
             return [
                 f"the last {IOU_TYPES[kind]} AP in metrics.json is {logged[-1]:.2f}, but the "
                 f"predictions have {metrics['AP']:.2f}: they are of another evaluation"
             ]
     return []
+
+
+def _limits(run: Run, values: Dict[str, Dict[str, float]]) -> List[str]:
+    """That AP is not COCO's, whose limit of detections would change it."""
+    with_100 = [
+        f"{IOU_TYPES[kind]} AP {metrics[AP_AT_100]:.2f} instead of {metrics['AP']:.2f}"
+        for kind, metrics in values.items()
+        if AP_AT_100 in metrics
+    ]
+    if not with_100:
+        return []
+    return [
+        "all detections that TEST.DETECTIONS_PER_IMAGE "
+        f"({run.settings['TEST.DETECTIONS_PER_IMAGE']}) allows count; with COCO's "
+        f"{COCO_MAX_DETECTIONS} for each class of an image it is {', '.join(with_100)}"
+    ]
 
 
 def _last_metrics(run: Run, dataset: str) -> Dict[str, Dict[str, float]]:

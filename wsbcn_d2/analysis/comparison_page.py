@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from .coco import IOU_TYPES, METRICS
 from .comparison import Results, difference, verdict
-from .page import Block, Heading, Page, Picture, Table, Text
+from .page import AS_WRITTEN, Block, Heading, Page, Picture, Table, Text
 
 _MISSING = "–"
 
@@ -23,6 +23,7 @@ def check_baseline(baseline: Optional[str], labels: Sequence[str]) -> None:
         raise ValueError(f"there is no baseline {baseline!r}; the groups are {groups}")
 
 
+@AS_WRITTEN
 def comparison_page(results: Results, baseline: Optional[str] = None) -> Page:
     """Tables and pictures of a comparison.
 

@@ -60,6 +60,8 @@ def analyze_checkpoint(
         raise ValueError(f"steps must be positive numbers, got {list(steps)}")
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("MODEL.WEIGHTS is empty; it must name the checkpoint to analyze")
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty, and must name a dataset")
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0  # as `seeded_batches` needs it

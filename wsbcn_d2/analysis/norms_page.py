@@ -9,12 +9,13 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from .norm_analysis import Analysis
 from .norms import NEARLY_DEAD
-from .page import Block, Heading, Page, Picture, Table, Text
+from .page import AS_WRITTEN, Block, Heading, Page, Picture, Table, Text
 
 _MISSING = "–"
 _MAX_COLUMNS = 4  # of small panels in a row
 
 
+@AS_WRITTEN
 def norms_page(analyses: Sequence[Analysis]) -> Page:
     """Pictures first, then the numbers.
 

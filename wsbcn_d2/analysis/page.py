@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Sequence, Union
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
 from ..engine.checkpoint import atomic_write
 
 _DOTS_PER_INCH = 110
+
+# For functions that draw: a "$" in a name is no formula.
+AS_WRITTEN = rc_context({"text.parse_math": False})
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
@@ -146,6 +150,7 @@ class Page:
         )
 
 
+@AS_WRITTEN
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(

@@ -154,6 +154,30 @@ def register_datasets(run: Run) -> None:
     register_coco_format(run.settings.get("DATASETS.COCO_FORMAT") or ())
 
 
+def split_label(argument: str, separator: str = "") -> Tuple[str, List[str]]:
+    """Splits ``LABEL=PATH`` of a command line where a path begins; both may have a "=", too.
+
+    Args:
+        argument: a path, or a label, "=" and a path.
+        separator: between several paths; empty: there is one.
+
+    Returns:
+        The label, empty if there is none, and the paths. If there is nothing at any of the paths
+        that it could be, they are what is behind the first "=", unless a "/" is before it.
+    """
+    choices = [("", argument)] + [
+        (argument[:i], argument[i + 1 :]) for i, sign in enumerate(argument) if sign == "="
+    ]
+    for label, path in choices:
+        if os.path.exists(path):
+            return label, [path]
+        if separator and all(map(os.path.exists, path.split(separator))):
+            return label, path.split(separator)
+    has_label = len(choices) > 1 and not os.path.dirname(choices[1][0])
+    label, path = choices[1] if has_label else choices[0]
+    return label, path.split(separator) if separator else [path]
+
+
 def label_by_config(runs: Sequence[Run]) -> List[str]:
     """A label for each run: its norm, and the other settings in which it differs from most.
 

@@ -1,12 +1,13 @@
-"""The datasets of this package and of a config, and a check that they can be read."""
+"""The datasets of this package and of a config, and whether they can be read and fit together."""
 
 import difflib
 import os
-from typing import Any, Iterable, List, Optional
+from typing import Any, Iterable, List, Optional, Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from .coco_format import CocoFile, coco_file
 from .digits import CLASSES, SPLITS, annotation_file, image_folder
 
 # Metadata in which Detectron2's registrations keep paths.
@@ -20,6 +21,10 @@ _PATH_ATTRIBUTES = (
     "gt_dir",
     "dirname",
 )
+_FILES = ("json_file", "panoptic_json")  # the others are folders
+# Of datasets whose json_file is in COCO's format. LVIS has one of its own.
+_COCO_EVALUATORS = ("coco", "coco_panoptic_seg")
+_MAX_SHOWN_CLASSES = 100
 _DIGITS = tuple(f"digits_{split}" for split in SPLITS)
 
 
@@ -92,7 +97,8 @@ def register_coco_format(datasets: Iterable[Any]) -> None:
 
 
 def check_datasets(names: Iterable[str]) -> None:
-    """Checks that datasets are registered and that their files and folders exist.
+    """Checks that datasets are registered, that their files and folders exist, and that those in
+    COCO's format are in it.
 
     Detectron2 itself finds out only after the model is built. Remote locations ("https://...") are
     not checked.
@@ -101,8 +107,8 @@ def check_datasets(names: Iterable[str]) -> None:
         names: names of datasets, as in ``DATASETS.TRAIN``.
 
     Raises:
-        ValueError: a name is not registered.
-        FileNotFoundError: a file or folder of a registered dataset does not exist.
+        ValueError: a name is not registered, or a file is not what it should be.
+        OSError: a file or folder of a registered dataset does not exist or cannot be read.
     """
     for name in names:
         if name not in DatasetCatalog:
@@ -110,8 +116,82 @@ def check_datasets(names: Iterable[str]) -> None:
         metadata = MetadataCatalog.get(name)
         for attribute in _PATH_ATTRIBUTES:
             path = metadata.get(attribute)
-            if path and "://" not in str(path) and not os.path.exists(path):
+            if not path or "://" in str(path):
+                continue
+            if not os.path.exists(path):
                 raise FileNotFoundError(_describe_missing(name, attribute, path))
+            of_coco = metadata.get("evaluator_type") in _COCO_EVALUATORS
+            if of_coco and os.path.isdir(path) == (attribute in _FILES):
+                found, allowed = ("folder", "file") if attribute in _FILES else ("file", "folder")
+                raise ValueError(
+                    f"dataset {name!r}: its {attribute} {path!r} is a {found}, and must be a "
+                    f"{allowed}. DATASETS.COCO_FORMAT has a name, the annotation file and the "
+                    "folder of images, in this order"
+                )
+        file = annotation_facts(name)
+        registered = metadata.get("thing_classes")
+        if file is not None and registered and list(registered) != list(file.classes):
+            raise ValueError(
+                f"dataset {name!r}: its thing_classes are {_show(registered)}, and the categories "
+                f"in {file.path!r}, in the order of their ids, {_show(file.classes)}. They must be "
+                "the same; Detectron2 takes them from the file where none are set"
+            )
+
+
+def annotation_facts(name: str) -> Optional[CocoFile]:
+    """What :func:`.coco_format.coco_file` finds in the annotations of a registered dataset.
+
+    Returns:
+        None if they are not in a local file in COCO's format.
+    """
+    metadata = MetadataCatalog.get(name)
+    path = metadata.get("json_file")
+    if not path or "://" in path or metadata.get("evaluator_type") not in _COCO_EVALUATORS:
+        return None
+    return coco_file(path)
+
+
+def check_same_classes(names: Sequence[str]) -> None:
+    """Compares the classes of datasets, of instances and of semantic segmentation.
+
+    A model knows its classes by numbers, which are places in the list of categories, in the order
+    of their ids. So datasets for which the same number means something else do not go together.
+
+    Args:
+        names: of datasets that :func:`check_datasets` has found in order. One whose classes are not
+            known before it is read by a program of its own is not compared.
+
+    Raises:
+        ValueError: with both lists, if they differ in their names or order.
+    """
+    for key in ("thing_classes", "stuff_classes"):
+        known = {}
+        for name in names:
+            classes = MetadataCatalog.get(name).get(key)
+            if not classes and key == "thing_classes":
+                file = annotation_facts(name)
+                classes = file.classes if file else None
+            if classes:
+                known[name] = list(classes)
+        first = next(iter(known), "")
+        for name in known:
+            if known[name] != known[first]:
+                raise ValueError(_describe_difference(key, first, known[first], name, known[name]))
+
+
+def _describe_difference(key: str, a: str, of_a: List[str], b: str, of_b: List[str]) -> str:
+    lacking = [_show([n for n in x if n not in y]) for x, y in ((of_b, of_a), (of_a, of_b))]
+    how = ", ".join(f"{d!r} lacks {names}" for d, names in zip((a, b), lacking) if names)
+    return (
+        f"the {key} of {a!r} are {_show(of_a)}, and those of {b!r} {_show(of_b)}: "
+        f"{how or 'they are in another order'}. The datasets of a run must have the same ones in "
+        "the same order, which is that of the ids of the categories"
+    )
+
+
+def _show(classes: Sequence[str]) -> str:
+    hidden = len(classes) - _MAX_SHOWN_CLASSES
+    return ", ".join(classes[:_MAX_SHOWN_CLASSES]) + (f" and {hidden} more" if hidden > 0 else "")
 
 
 def _describe_unknown(name: str, registered: List[str]) -> str:

@@ -8,13 +8,15 @@ checkpoint of a run that is prolonged is overwritten while ``last_checkpoint`` n
 
 import contextlib
 import os
-from typing import IO, Any, Dict, Iterator
+from typing import IO, Any, Dict, Iterator, List, Optional
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ..config import ConfigError
 from ..weights.files import cause_of
+
+_COUNTER = ".num_batches_tracked"
 
 
 def check_output(path: str) -> None:
@@ -67,7 +69,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
     """A :class:`detectron2.checkpoint.DetectionCheckpointer` whose files appear when they are
     complete. It reads and writes the same files; only local folders are protected.
 
-    Loading a file that is no checkpoint, or only a part of one, raises ConfigError.
+    Loading a file that is no checkpoint, or only a part of one, raises ConfigError; so does
+    resuming training with the checkpoint of another model, whose optimizer would fail with its
+    first step.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any) -> None:
@@ -77,6 +81,38 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, **kwargs)
         self.path_manager = _AtomicPathManager(self.path_manager)
+
+    def load(self, path: str, checkpointables: Optional[List[str]] = None) -> Dict[str, Any]:
+        self._path = path
+        self._resumes = checkpointables is None and bool(self.checkpointables)
+        try:
+            return super().load(path, checkpointables)
+        except ConfigError:
+            raise
+        except (KeyError, ValueError) as error:
+            if not self._resumes:
+                raise
+            raise ConfigError(self._not_resumable(str(error))) from error
+
+    def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        if self._resumes:
+            wrong = [
+                f"{key} has the shape {tuple(found)} there and {tuple(expected)} in the model"
+                for key, found, expected in incompatible.incorrect_shapes
+            ]
+            missing = (k for k in incompatible.missing_keys if not k.endswith(_COUNTER))
+            wrong += [f"it has no {key}" for key in missing]
+            if wrong:
+                raise ConfigError(self._not_resumable(f"{wrong[0]} ({len(wrong)} such entries)"))
+        return incompatible
+
+    def _not_resumable(self, why: str) -> str:
+        return (
+            f"cannot resume from {self._path!r}, which is of another model or optimizer: {why}. "
+            "Resume with the config that it was made with, or begin anew in another output folder "
+            "with this file as the weights"
+        )
 
     def _load_file(self, filename: str) -> Any:
         try:
@@ -102,9 +138,6 @@ class _AtomicPathManager:
         return self._path_manager.open(path, mode, **kwargs)
 
 
-_COUNTER = ".num_batches_tracked"
-
-
 class CompleteCheckpointer(AtomicCheckpointer):
     """A checkpointer that refuses what Detectron2's only warns about.
 
@@ -113,10 +146,6 @@ class CompleteCheckpointer(AtomicCheckpointer):
     where the model was built with other norms: what is made of such a model would pass for that of
     the checkpoint. The checkpoint may have parts that the model lacks altogether, a mask head, say.
     """
-
-    def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
-        self._path = path
-        return super().load(path, *args, **kwargs)
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
         incompatible = super()._load_model(checkpoint)

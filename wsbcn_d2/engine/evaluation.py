@@ -1,7 +1,7 @@
 """Evaluators chosen by the type of a dataset."""
 
 import os
-from typing import Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -15,43 +15,139 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from pycocotools.cocoeval import COCOeval
 
-_Factory = Callable[[str, str], DatasetEvaluator]
+from ..data.coco_format import coco_file, complete
+
+# How many detections of a class in an image count.
+COCO_MAX_DETECTIONS = 100
+AP_AT_100 = f"AP@{COCO_MAX_DETECTIONS}"  # COCO's AP, where more count
+_LVIS_MAX_DETECTIONS = 300
+_UNLIMITED = 10**6
 
 
-def _coco(name: str, folder: str) -> DatasetEvaluator:
-    return COCOEvaluator(name, output_dir=folder)
+class CocoFileEvaluator(COCOEvaluator):
+    """Detectron2's COCOEvaluator for files as people have them.
+
+    - a file that is not in COCO's format is an error that says so;
+    - annotations may lack ``iscrowd``, ``area`` and ``num_keypoints``, and their ids may start at
+      0: see :func:`wsbcn_d2.data.coco_format.complete`;
+    - with more than 100 detections per image, which COCO would cut off, all count, and ``AP@100``
+      is COCO's AP;
+    - detections of classes that the dataset does not have are left out.
+    """
+
+    def __init__(self, dataset_name: str, max_detections: int = -1, **kwargs: Any) -> None:
+        """
+        Args:
+            dataset_name: name of a registered dataset.
+            max_detections: ``TEST.DETECTIONS_PER_IMAGE``; negative: unlimited.
+            kwargs: those of COCOEvaluator.
+
+        Raises:
+            ValueError: if the annotations are not in COCO's format.
+        """
+        json_file = MetadataCatalog.get(dataset_name).get("json_file")
+        if json_file:  # else Detectron2 writes one
+            coco_file(json_file)
+        super().__init__(dataset_name, **kwargs)
+        complete_annotations(self)
+        self._more = max_detections < 0 or max_detections > COCO_MAX_DETECTIONS
+        if self._more:
+            limit = max_detections if max_detections > 0 else _UNLIMITED
+            self._max_dets_per_image = [1, COCO_MAX_DETECTIONS, limit]
+
+    def process(self, inputs: Any, outputs: Any) -> None:
+        known = len(self._metadata.get("thing_classes", ()))
+        if known:
+            outputs = [
+                {**o, "instances": o["instances"][o["instances"].pred_classes < known]}
+                if "instances" in o
+                else o
+                for o in outputs
+            ]
+        super().process(inputs, outputs)
+
+    def _derive_coco_results(
+        self, coco_eval: Optional[COCOeval], iou_type: str, class_names: Optional[List[str]] = None
+    ) -> Dict[str, float]:
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        if self._more and coco_eval is not None and iou_type != "keypoints":
+            # (IoU, recall, class, area, limit); -1 where there are no objects
+            precision = coco_eval.eval["precision"][..., 0, 1]
+            precision = precision[precision > -1]
+            at_100 = float(precision.mean()) * 100 if precision.size else float("nan")
+            self._logger.info(f"{AP_AT_100} for {iou_type}: {at_100:.3f}")
+            results[AP_AT_100] = at_100
+        return results
 
 
-def _sem_seg(name: str, folder: str) -> DatasetEvaluator:
-    return SemSegEvaluator(name, distributed=True, output_dir=folder)
+def complete_annotations(evaluator: COCOEvaluator) -> None:
+    """Adds to the annotations of an evaluator, in place, what they may lack."""
+    complete(evaluator._coco_api, coco_file(evaluator._metadata.json_file))
 
 
-def _lvis(name: str, folder: str) -> DatasetEvaluator:
-    return LVISEvaluator(name, output_dir=folder)
+class _Settings(NamedTuple):
+    folder: str
+    max_detections: int
+    oks_sigmas: Sequence[float]
+
+
+def _coco(name: str, settings: _Settings) -> DatasetEvaluator:
+    return CocoFileEvaluator(
+        name,
+        settings.max_detections,
+        output_dir=settings.folder,
+        kpt_oks_sigmas=settings.oks_sigmas,
+    )
+
+
+def _sem_seg(name: str, settings: _Settings) -> DatasetEvaluator:
+    return SemSegEvaluator(name, distributed=True, output_dir=settings.folder)
+
+
+def _panoptic(name: str, settings: _Settings) -> DatasetEvaluator:
+    return COCOPanopticEvaluator(name, settings.folder)
+
+
+def _lvis(name: str, settings: _Settings) -> DatasetEvaluator:
+    limit = settings.max_detections
+    if limit >= 0:
+        limit = max(limit, _LVIS_MAX_DETECTIONS)
+    return LVISEvaluator(name, output_dir=settings.folder, max_dets_per_image=limit)
 
 
 # Keys are the `evaluator_type` of Detectron2's dataset metadata.
-_EVALUATORS: Dict[str, List[_Factory]] = {
+_EVALUATORS: Dict[str, List[Callable[[str, _Settings], DatasetEvaluator]]] = {
     "coco": [_coco],
-    "coco_panoptic_seg": [_sem_seg, _coco, COCOPanopticEvaluator],
+    "coco_panoptic_seg": [_sem_seg, _coco, _panoptic],
     "sem_seg": [_sem_seg],
     "lvis": [_lvis],
-    "pascal_voc": [lambda name, folder: PascalVOCDetectionEvaluator(name)],
-    "cityscapes_instance": [lambda name, folder: CityscapesInstanceEvaluator(name)],
-    "cityscapes_sem_seg": [lambda name, folder: CityscapesSemSegEvaluator(name)],
+    "pascal_voc": [lambda name, _: PascalVOCDetectionEvaluator(name)],
+    "cityscapes_instance": [lambda name, _: CityscapesInstanceEvaluator(name)],
+    "cityscapes_sem_seg": [lambda name, _: CityscapesSemSegEvaluator(name)],
 }
 
 
-def build_evaluator(dataset_name: str, output_folder: str) -> DatasetEvaluator:
+def build_evaluator(
+    dataset_name: str,
+    output_folder: str,
+    *,
+    max_detections: int = COCO_MAX_DETECTIONS,
+    oks_sigmas: Sequence[float] = (),
+) -> DatasetEvaluator:
     """The evaluator of a registered dataset, by the ``evaluator_type`` of its metadata.
 
     Args:
         dataset_name: name of a dataset registered with Detectron2.
         output_folder: where the predictions and results are written.
+        max_detections: how many detections of an image count, ``TEST.DETECTIONS_PER_IMAGE``;
+            negative: all. Not fewer than the metric itself has: 100 in COCO's, 300 in LVIS's.
+        oks_sigmas: for keypoints, ``TEST.KEYPOINT_OKS_SIGMAS``; none: those of COCO's 17.
 
     Raises:
-        ValueError: if there is no evaluator for the type.
+        ValueError: if there is no evaluator for the type, or the annotations are not in COCO's
+            format.
     """
     evaluator_type: Optional[str] = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type not in _EVALUATORS:
@@ -59,7 +155,8 @@ def build_evaluator(dataset_name: str, output_folder: str) -> DatasetEvaluator:
             f"no evaluator for dataset {dataset_name!r} with evaluator_type {evaluator_type!r}; "
             f"its metadata must name one of {', '.join(_EVALUATORS)}"
         )
-    evaluators = [build(dataset_name, output_folder) for build in _EVALUATORS[evaluator_type]]
+    settings = _Settings(output_folder, max_detections, oks_sigmas)
+    evaluators = [build(dataset_name, settings) for build in _EVALUATORS[evaluator_type]]
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 

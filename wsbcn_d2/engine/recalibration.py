@@ -31,6 +31,8 @@ def recalibrate_checkpoint(
         raise ValueError(f"the number of images must be positive, got {num_images}")
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("MODEL.WEIGHTS is empty; it must name the checkpoint to recalibrate")
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty, and must name a dataset")
     check_output(output)
     cfg = cfg.clone()
     cfg.defrost()

@@ -1,7 +1,6 @@
 """From a command line to a checked config."""
 
 import difflib
-import logging
 import os
 import re
 from typing import Any, Iterable, Sequence
@@ -9,24 +8,19 @@ from typing import Any, Iterable, Sequence
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import MetadataCatalog
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN, build_model
 
 from ..config import ConfigError, add_wsbcn_config, flatten_config
-from ..data import check_datasets, register_coco_format
+from ..data import register_coco_format
 from ..modeling import BACKBONES
 from ..norm_options import NormOption
 from .checkpoint import check_output
+from .data import check_data
 from .hooks import UPDATE_RATE_SCHEDULES
-
-logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
 # What programs need of a config; see load_config.
 TO_TRAIN = ("TRAIN", "TEST", "OUTPUT_DIR")
 TO_EVALUATE = ("TEST", "WEIGHTS", "OUTPUT_DIR")
-
-# Where models have their number of classes.
-_CLASSES = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
 
 
 def load_config(
@@ -62,6 +56,7 @@ def load_config(
         raise ConfigError(
             f"{config_file} is a LazyConfig; these are for tools/lazyconfig_train_net.py"
         )
+    _refuse_lazy_run(config_file)
     opts = list(opts)
     for option in opts:
         if str(option).startswith("--"):
@@ -87,16 +82,16 @@ def load_config(
     check_values(cfg)
     try:
         register_coco_format(cfg.DATASETS.COCO_FORMAT)
-        for part in ("TRAIN", "TEST"):
-            if part in needs:
-                check_datasets(cfg.DATASETS[part])
-    except (FileNotFoundError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from error
     if "OUTPUT_DIR" in needs:
         check_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
     check_weights(
         "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, needed="WEIGHTS" in needs, resume=resume
     )
+    if "TEST" in needs:
+        _check_evaluation(cfg, alone="TRAIN" not in needs)
+    check_data(cfg, [part for part in ("TRAIN", "TEST") if part in needs])
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
@@ -119,27 +114,18 @@ def check_model(cfg: CfgNode) -> None:
         raise ConfigError(f"the model of the config cannot be built: {error}") from error
 
 
-def check_classes(cfg: CfgNode) -> None:
-    """Compares the number of classes of the model with that of the training data, once it is read.
-
-    More classes than there are in the data are allowed, and warned of.
-
-    Raises:
-        ConfigError: if the model has fewer: its loss would fail, far from the cause.
-    """
-    node = _CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
-    if node is None:
+def _refuse_lazy_run(config_file: str) -> None:
+    """The config.yaml in the folder of a LazyConfig's run is none of Detectron2's YAML configs."""
+    if not os.path.isfile(config_file):
         return
-    key, expected = f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES
-    for name in cfg.DATASETS.TRAIN:
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is None or len(classes) == expected:
-            continue
-        shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
-        message = f"{key} is {expected}, but {name!r} has {len(classes)} ({shown})"
-        if len(classes) > expected:
-            raise ConfigError(message)
-        logger.warning(message)
+    with open(config_file, errors="replace") as file:
+        if "_target_:" in file.read():
+            raise ConfigError(
+                f"{config_file} is of a run of a LazyConfig, and a YAML config is needed here. In "
+                "Python, the model is instantiate(LazyConfig.load(CONFIG).model), and with the "
+                "weights in it the functions of the tools take it: wsbcn_d2.fold, "
+                "wsbcn_d2.engine.recalibrate_estimates, wsbcn_d2.analysis.analyze_model"
+            )
 
 
 def _unknown_key(cfg: CfgNode, message: str) -> str:
@@ -189,7 +175,13 @@ def check_values(cfg: CfgNode) -> None:
             "connected layers have no norm. Set NUM_CONV (models with GN have NUM_CONV 4 and "
             "NUM_FC 1), or NORM ''"
         )
+    steps = list(cfg.SOLVER.STEPS)
+    if any(not isinstance(s, int) or s < 1 for s in steps) or steps != sorted(set(steps)):
+        raise ConfigError(
+            f"SOLVER.STEPS: must be iterations in ascending order, got {tuple(steps)}"
+        )
     for key, value, least in (
+        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1),
         ("SOLVER.ACCUMULATE_STEPS", cfg.SOLVER.ACCUMULATE_STEPS, 1),
         ("TEST.PRECISE_BCN.NUM_IMAGES", cfg.TEST.PRECISE_BCN.NUM_IMAGES, 1),
         ("MODEL.WSBCN.SYNC_PERIOD", cfg.MODEL.WSBCN.SYNC_PERIOD, 0),
@@ -197,6 +189,30 @@ def check_values(cfg: CfgNode) -> None:
     ):
         if value < least:
             raise ConfigError(f"{key}: must be at least {least}, got {value}")
+
+
+def _check_evaluation(cfg: CfgNode, alone: bool) -> None:
+    """
+    Args:
+        alone: whether nothing else is to be done.
+    """
+    if alone and not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty, and must name a dataset to evaluate on")
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    name = cfg.MODEL.META_ARCHITECTURE
+    kind = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else GeneralizedRCNN
+    if not issubclass(kind, GeneralizedRCNN) or issubclass(kind, PanopticFPN):
+        raise ConfigError(
+            f"TEST.AUG.ENABLED: a {name} cannot be evaluated with test-time augmentation, only "
+            "R-CNNs can (MODEL.META_ARCHITECTURE GeneralizedRCNN)"
+        )
+    for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
+        if cfg.MODEL[key]:
+            raise ConfigError(
+                f"TEST.AUG.ENABLED: models with MODEL.{key} cannot be evaluated with test-time "
+                "augmentation"
+            )
 
 
 def check_folder(key: str, folder: str) -> None:

@@ -12,13 +12,17 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from ..config import ConfigError
+from ..summary import summarize
 from .accumulation import accumulate_gradients
 from .checkpoint import AtomicCheckpointer
+from .data import check_data
 from .evaluation import build_evaluator, inference_folder
 from .hooks import build_hooks
-from .setup import check_classes
+
+logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
 
 class Trainer(DefaultTrainer):
@@ -30,7 +34,10 @@ class Trainer(DefaultTrainer):
     - ``SOLVER.ACCUMULATE_STEPS`` accumulates gradients;
     - a checkpoint is complete or not there, whenever the process is killed;
     - :meth:`build_evaluator` chooses by the type of the dataset;
-    - a model with fewer classes than the data is an error that says so;
+    - data that does not fit the model, or test data that does not fit the training data, is an
+      error that says so, before the model is built: see :func:`.data.check_data`;
+    - a checkpoint of another model is an error where a run is resumed;
+    - ``SOLVER.STEPS`` may have ``SOLVER.MAX_ITER`` and more, which have no effect;
     - the output folder is made if it is not there;
     - several processes can train without GPUs.
     """
@@ -39,10 +46,16 @@ class Trainer(DefaultTrainer):
         """
         Args:
             cfg: a config with the keys of :func:`wsbcn_d2.add_wsbcn_config`.
+
+        Raises:
+            ConfigError: if there is no data, or it does not fit together or to the model.
         """
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()  # as DefaultTrainer does for scripts without default_setup
+        # Once for all processes; but Detectron2 wants the names of keypoints in each.
+        if comm.is_main_process() or cfg.MODEL.KEYPOINT_ON:
+            check_data(cfg)
         PathManager.mkdirs(cfg.OUTPUT_DIR)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
@@ -68,17 +81,34 @@ class Trainer(DefaultTrainer):
         return build_hooks(self.cfg, self) + super().build_hooks()
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """DefaultTrainer's; the log says what is normalized and standardized how."""
+        model = super().build_model(cfg)
+        logger.info(f"{type(model).__name__}: {summarize(model) or 'no BCN, CN or WS'}")
+        return model
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """DefaultTrainer's, once the model has as many classes as the data.
+        """DefaultTrainer's.
 
         Raises:
-            ConfigError: if it has fewer, or there is no data.
+            ConfigError: if there is no data.
         """
         if not cfg.DATASETS.TRAIN:
             raise ConfigError("DATASETS.TRAIN is empty, and must name a dataset")
-        loader = super().build_train_loader(cfg)
-        check_classes(cfg)
-        return loader
+        return super().build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """DefaultTrainer's, which asks for the flip map of the training data's keypoints, although
+        nothing is flipped here."""
+        return super().build_test_loader(_with(cfg, ["MODEL.KEYPOINT_ON", False]), dataset_name)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        """DefaultTrainer's, which refuses a step at the end."""
+        steps = tuple(step for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER)
+        return super().build_lr_scheduler(_with(cfg, ["SOLVER.STEPS", steps]), optimizer)
 
     @classmethod
     def build_evaluator(
@@ -90,4 +120,16 @@ class Trainer(DefaultTrainer):
             dataset_name: name of a registered dataset.
             output_folder: default: ``inference`` in the output folder of the run.
         """
-        return build_evaluator(dataset_name, output_folder or inference_folder(cfg.OUTPUT_DIR))
+        return build_evaluator(
+            dataset_name,
+            output_folder or inference_folder(cfg.OUTPUT_DIR),
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        )
+
+
+def _with(cfg: CfgNode, opts: List[Any]) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list(opts)
+    return cfg

@@ -200,11 +200,18 @@ def _floats(parameter: Tensor) -> Tensor:
     return parameter.detach().float().contiguous()
 
 
+def _address_of(tensor: Tensor) -> int:
+    address = tensor.data_ptr()
+    if not address and tensor.numel():  # zeros that PyTorch only pretends to have
+        raise RuntimeError("a tensor without memory is not for batch-channel normalization")
+    return address
+
+
 def _call(kernel: str, x: Tensor, groups: int, **arguments: Any) -> int:
     """Calls a kernel for a dense activation, with arguments by the names of :class:`_Pass`."""
     images, channels, height, width = x.shape
     values = {
-        name: value.data_ptr() if isinstance(value, Tensor) else value
+        name: _address_of(value) if isinstance(value, Tensor) else value
         for name, value in arguments.items()
         if value is not None
     }

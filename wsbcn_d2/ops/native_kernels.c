@@ -310,7 +310,16 @@ static float first_value(const void *x, int64_t i, int kind) {
     return kind == F32 ? get(x, i, F32) : kind == BF16 ? get(x, i, BF16) : get(x, i, F16);
 }
 
-static void find_moments_of_plane(const Pass *pass, int64_t from, float *mean, float *var) {
+/* Into the tables. What the mean loses in single precision counts far from zero, and is kept in the
+   place of the shift until that is found. */
+static void store_moments(Row row, int64_t c, Moments moments) {
+    row.m[c] = moments.mean;
+    row.v[c] = moments.squares / moments.count;
+    row.shift[c] = moments.mean - row.m[c];
+}
+
+static void find_moments_of_plane(const Pass *pass, int64_t n, int64_t c) {
+    int64_t from = (n * pass->channels + c) * pass->pixels;
     Moments all = {0, 0, 0};
     for (int64_t start = 0; start < pass->pixels; start += BLOCK) {
         int64_t at = from + start, size = smaller(BLOCK, pass->pixels - start);
@@ -320,8 +329,7 @@ static void find_moments_of_plane(const Pass *pass, int64_t from, float *mean, f
             block = moments_around(pass->x, at, size, block.mean, pass->dtype);
         all = start ? together(all, block) : block;
     }
-    *mean = all.mean;
-    *var = all.squares / all.count;
+    store_moments(row_of(pass, n), c, all);
 }
 
 LOOP void add_rows(
@@ -404,8 +412,7 @@ static void combine_moments(const Pass *pass, const double *scratch, int64_t ima
             Moments part = {smaller(ROWS, pass->pixels - i * ROWS), table[0], table[channels]};
             all = i ? together(all, part) : part;
         }
-        row.m[c] = all.mean;
-        row.v[c] = all.squares / all.count;
+        store_moments(row, c, all);
     }
 }
 
@@ -421,11 +428,8 @@ static void find_moments(const Pass *pass, double *scratch) {
     } else {
 #pragma omp for collapse(2)
         for (int64_t n = 0; n < pass->images; n++)
-            for (int64_t c = 0; c < pass->channels; c++) {
-                Row row = row_of(pass, n);
-                int64_t from = (n * pass->channels + c) * pass->pixels;
-                find_moments_of_plane(pass, from, row.m + c, row.v + c);
-            }
+            for (int64_t c = 0; c < pass->channels; c++)
+                find_moments_of_plane(pass, n, c);
     }
 }
 
@@ -505,7 +509,7 @@ static void find_tables(const Pass *pass, int64_t n, int64_t g) {
     Row row = row_of(pass, n);
     double mean = 0, var = 0;
     for (int64_t c = first; c < end; c++) {
-        row.d[c] = weight[c] * rstd[c] * (row.m[c] - mu[c]) + pass->bias[c];
+        row.d[c] = weight[c] * rstd[c] * (row.m[c] - mu[c] + row.shift[c]) + pass->bias[c];
         mean += row.d[c];
     }
     mean /= size;
@@ -517,8 +521,9 @@ static void find_tables(const Pass *pass, int64_t n, int64_t g) {
     float r = 1 / sqrt(var / size + pass->eps), k = pass->group_weight[g] * r;
     row.r[g] = r;
     for (int64_t c = first; c < end; c++) {
+        float lost = weight[c] * rstd[c] * row.shift[c];
         row.scale[c] = k * (weight[c] * rstd[c]);
-        row.shift[c] = k * row.d[c] + pass->group_bias[g];
+        row.shift[c] = k * (row.d[c] - lost) + pass->group_bias[g];
     }
 }
 
@@ -547,11 +552,8 @@ static void normalize_group(const Pass *pass, int64_t n, int64_t g) {
 
 static void find_moments_of_group(const Pass *pass, int64_t n, int64_t g) {
     int64_t size = pass->channels / pass->groups;
-    Row row = row_of(pass, n);
     for (int64_t c = g * size; c < (g + 1) * size; c++)
-        find_moments_of_plane(
-            pass, (n * pass->channels + c) * pass->pixels, row.m + c, row.v + c
-        );
+        find_moments_of_plane(pass, n, c);
 }
 
 /* The results of functions: memory is missing; done; done, but no estimate has moved, since one would
@@ -611,7 +613,7 @@ int wsbcn_forward(const Pass *pass) {
         if (!at_once || skipped) {
 #pragma omp for
             for (int64_t i = 0; i < pass->images * groups; i++) {
-                if (by_group)
+                if (by_group || at_once)
                     find_moments_of_group(pass, i / groups, i % groups);
                 normalize_group(pass, i / groups, i % groups);
             }

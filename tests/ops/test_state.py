@@ -1,0 +1,108 @@
+"""What is asked of PyTorch by names that are not public: each is there, and means what it did."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from wsbcn_d2.ops import state
+
+
+class Asks(torch.autograd.Function):
+    """Identity, whose backward pass notes what a function says there."""
+
+    @staticmethod
+    def forward(ctx, x, question, answers):
+        ctx.question, ctx.answers = question, answers
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.answers.append(ctx.question(grad))
+        return grad, None, None
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, requires_grad=True)
+
+
+def test_in_backward(x):
+    answers = [state.in_backward()]
+    Asks.apply(x, lambda grad: state.in_backward(), answers).sum().backward()
+    answers.append(state.in_backward())
+    assert answers == [False, True, False]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_forward_pass_that_may_be_repeated(x, use_reentrant):
+    answers = [(state.may_be_repeated(), state.in_backward())]
+
+    def function(x):
+        answers.append((state.may_be_repeated(), state.in_backward()))
+        return x.sin()
+
+    function(x)
+    checkpoint(function, x, use_reentrant=use_reentrant).sum().backward()
+    first, plainly, checkpointed, repeated = answers
+    assert first == plainly == (False, False)
+    assert checkpointed == (True, False) and repeated[1]
+    with torch.no_grad():
+        assert state.may_be_repeated()
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert not state.may_be_repeated()
+
+
+def test_transformed(x):
+    assert not state.is_transformed(x)
+    answers = []
+    torch.func.grad(lambda x: answers.append(state.is_transformed()) or x.sum())(x.detach())
+    torch.func.vmap(lambda x: answers.append(state.is_transformed()) or x)(x.detach())
+    y = Asks.apply(x, state.is_transformed, answers)
+    torch.autograd.grad(y, x, torch.ones(4, 2, 3), is_grads_batched=True)
+    assert answers == [True] * 3
+
+
+class OwnTensor(torch.Tensor):
+    pass
+
+
+def test_plain(x):
+    assert state.is_plain(x, torch.nn.Parameter(x))
+    assert not state.is_plain(x, x.detach().as_subclass(OwnTensor))
+    answers = []
+
+    def function(x):
+        answers.append(state.is_plain(x))
+        return x * 2
+
+    with FakeTensorMode():
+        function(torch.ones(2))
+    torch.jit.trace(function, x.detach(), check_trace=False)
+    torch.func.vmap(function)(x.detach())
+    with forward_ad.dual_level():
+        function(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+    assert answers == [False] * 4
+    compiled = torch.compile(lambda x: x + state.is_compiling(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x.detach()), x.detach() + 1)
+
+
+def test_assertion():
+    state.assert_soon(torch.tensor(True), "fine")
+    with pytest.raises(RuntimeError, match="not fine"):
+        state.assert_soon(torch.tensor(False), "not fine")
+
+
+def test_nothing_else_of_the_package_uses_such_names():
+    from pathlib import Path
+
+    import wsbcn_d2
+
+    root = Path(wsbcn_d2.__file__).parent
+    files = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if "torch._C" in path.read_text() or "torch._dynamo" in path.read_text()
+    }
+    assert files == {"ops/state.py"}
