@@ -4,7 +4,7 @@ VENV ?= .venv
 # a new environment takes python3 and an existing one is kept.
 PYTHON ?=
 # Files for black, isort and flake8.
-SOURCES := setup.py wsbcn_d2 benchmarks tools tests
+SOURCES := setup.py wsbcn_d2 benchmarks demo tools tests
 
 RUN := $(VENV)/bin/python
 DEMO := output/demo
@@ -21,7 +21,7 @@ setup:  ## make the environment in $(VENV); the other commands do it themselves
 
 demo: setup  ## train Mask R-CNN with BCN+WS at 1 image per step, evaluate, draw predictions
 	@rm -rf $(DEMO)
-	@$(RUN) tools/prepare_digits.py
+	@$(RUN) -m demo.digits
 	@$(RUN) tools/train_net.py \
 		--config-file configs/Digits-InstanceSegmentation/mask_rcnn_R_18_FPN_bcn_ws.yaml \
 		OUTPUT_DIR $(DEMO)

@@ -35,6 +35,13 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _datasets(monkeypatch):
+    """Those that a test registers, or a config that it reads, are gone after it."""
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", dict(catalog.data))
+
+
 @pytest.fixture
 def register(tmp_path):
     """Writes the content of a file in COCO's format and its images, and registers the dataset."""
@@ -52,7 +59,4 @@ def register(tmp_path):
         names.append(name)
         return name
 
-    yield write
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return write

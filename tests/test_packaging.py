@@ -28,6 +28,8 @@ LAZY = "LazyConfig/mask_rcnn_R_50_FPN_1x.py"
 # What a build reads.
 SOURCES = ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 SOURCES += ("constraints.txt", "wsbcn_d2", "configs")
+# What measures and demonstrates, which nobody installs.
+LAB = ("benchmarks", "demo")
 
 
 def files(folder):
@@ -52,7 +54,7 @@ def run(*command, **kwargs):
 def checkout(tmp_path_factory):
     """A copy, since setuptools writes into the folder that it builds from."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in SOURCES:
+    for name in (*SOURCES, *LAB):
         if (ROOT / name).is_dir():
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, folder / name, ignore=ignore)
@@ -106,10 +108,11 @@ def test_sdist_has_what_the_wheel_is_built_from(unpacked_sdist):
     assert "[flake8]" in (unpacked_sdist / "setup.cfg").read_text()  # setuptools adds a section
     for name in {*SOURCES[:-2], *files("wsbcn_d2"), *files("configs")} - {"setup.cfg"}:
         assert (unpacked_sdist / name).read_bytes() == (ROOT / name).read_bytes(), name
+    assert not any((unpacked_sdist / name).exists() for name in LAB)
 
 
 def test_wheel_from_the_sdist(wheel):
-    others = ("py.typed", "ops/native_kernels.c", "ops/extension.cpp", f"configs/{YAML}")
+    others = ("py.typed", "ops/native_kernels.c", f"configs/{YAML}")
     assert {f"wsbcn_d2/{name}" for name in others} <= contents(wheel)
     assert contents(wheel) == expected_contents()
 

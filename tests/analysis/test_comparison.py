@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import yaml
 from analysis.random_coco import random_coco
+from data.small_coco import coco, detections
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data.small_coco import coco, detections
 from wsbcn_d2.analysis import CocoEvaluation, compare_runs
 from wsbcn_d2.analysis import comparison as comparison_module
 from wsbcn_d2.analysis import read_run, resample_images

@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from data.small_coco import SIDE, coco
 from detectron2.data import MetadataCatalog
 
-from data.small_coco import SIDE, coco
 from wsbcn_d2.data import check_datasets, coco_format
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from data.small_coco import coco
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from data.small_coco import coco
 from wsbcn_d2 import add_wsbcn_config
 from wsbcn_d2.engine import ConfigError, Trainer, load_config
 from wsbcn_d2.engine.data import check_data

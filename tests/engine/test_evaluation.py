@@ -6,6 +6,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
+from data.small_coco import coco, detections, outputs
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import (
@@ -21,7 +22,6 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data.small_coco import coco, detections, outputs
 from wsbcn_d2.engine import build_evaluator
 from wsbcn_d2.engine.evaluation import _EVALUATORS, CocoFileEvaluator
 

@@ -4,9 +4,9 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from data.small_coco import coco
 from detectron2.config import LazyConfig
 
-from data.small_coco import coco
 from wsbcn_d2.engine import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -1,10 +1,9 @@
-"""The digits dataset, its registration, and the check of datasets."""
+"""The digits dataset, and how configs find it."""
 
 import contextlib
 import io
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -19,18 +18,15 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from wsbcn_d2.data import (
-    check_datasets,
-    default_digits_root,
-    digits,
-    make_digits_dataset,
-    register_digits,
-)
+from demo import digits
+from demo.digits import make_digits_dataset
+from wsbcn_d2 import model_zoo
+from wsbcn_d2.engine import load_config
 
 datasets = pytest.importorskip("sklearn.datasets")
 
 REPO = Path(__file__).resolve().parents[2]
-TOOL = REPO / "tools" / "prepare_digits.py"
+CONFIG = "Digits-InstanceSegmentation/mask_rcnn_R_18_FPN_bcn_ws.yaml"
 SMALL = dict(num_train=24, num_val=10, progress=False)
 SPLITS = ("train", "val")
 
@@ -40,13 +36,6 @@ def root(tmp_path_factory):
     return Path(make_digits_dataset(str(tmp_path_factory.mktemp("data") / "digits"), **SMALL))
 
 
-@pytest.fixture
-def catalogs(monkeypatch):
-    """Lets a test register and remove datasets of its own."""
-    for catalog in (DatasetCatalog, MetadataCatalog):
-        monkeypatch.setattr(catalog, "data", dict(catalog.data))
-
-
 def read(root, split):
     return json.loads((root / "annotations" / f"instances_{split}.json").read_text())
 
@@ -54,12 +43,6 @@ def read(root, split):
 def coco(root, split):
     with contextlib.redirect_stdout(io.StringIO()):
         return COCO(str(root / "annotations" / f"instances_{split}.json"))
-
-
-def forget_digits():
-    for split in SPLITS:
-        DatasetCatalog.remove(f"digits_{split}")
-        MetadataCatalog.remove(f"digits_{split}")
 
 
 def contents(root):
@@ -273,95 +256,42 @@ class TestMaking:
         assert not any(tmp_path.iterdir())
 
 
-class TestRegistration:
-    def test_registered_by_import(self):
-        for split in SPLITS:
-            metadata = MetadataCatalog.get(f"digits_{split}")
-            assert metadata.evaluator_type == "coco"
-            assert metadata.thing_classes == list("0123456789")
-            # In the folder that holds Detectron2's builtin datasets.
-            stock = MetadataCatalog.get(f"coco_2017_{split}").json_file
-            file_name = f"annotations/instances_{split}"
-            stock_root = stock[: -len(f"coco/{file_name}2017.json")]
-            assert metadata.json_file == f"{stock_root}digits/{file_name}.json"
-
-    def test_default_root(self, monkeypatch):
-        monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
-        assert default_digits_root() == "datasets/digits"
-        monkeypatch.setenv("DETECTRON2_DATASETS", "~/somewhere")
-        assert default_digits_root() == os.path.expanduser("~/somewhere/digits")
-
-    def test_is_idempotent(self, catalogs):
-        before = MetadataCatalog.get("digits_val").as_dict()
-        register_digits()
-        register_digits("elsewhere")
-        assert MetadataCatalog.get("digits_val").as_dict() == before
-
-    def test_detectron2_loads_it(self, root, catalogs):
-        forget_digits()
-        register_digits(str(root))
-        check_datasets(["digits_train", "digits_val"])
-        for split in SPLITS:
-            records = DatasetCatalog.get(f"digits_{split}")
-            assert len(records) == SMALL[f"num_{split}"]
-            for record, image in zip(records, read(root, split)["images"]):
-                assert record["file_name"] == str(root / split / image["file_name"])
-                assert {a["category_id"] for a in record["annotations"]} <= set(range(10))
+def test_default_root(monkeypatch):
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    assert digits.default_root() == "datasets/digits"
+    monkeypatch.setenv("DETECTRON2_DATASETS", "~/somewhere")
+    assert digits.default_root() == os.path.expanduser("~/somewhere/digits")
 
 
-class TestCheckDatasets:
-    def test_unknown_name(self):
-        with pytest.raises(ValueError) as error:
-            check_datasets(["digit_val"])
-        for part in ("'digit_val'", "digits_val", f"{len(DatasetCatalog.list())} others"):
-            assert part in str(error.value)
-        with pytest.raises(ValueError, match="none has a similar name"):
-            check_datasets(["qqqqqqqq"])
-
-    def test_missing_digits(self, tmp_path, monkeypatch, catalogs):
-        monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-        forget_digits()
-        register_digits()
-        with pytest.raises(FileNotFoundError) as error:
-            check_datasets(["digits_val"])
-        path = str(tmp_path / "digits/annotations/instances_val.json")
-        for part in ("digits_val", path, repr(str(tmp_path)), "python tools/prepare_digits.py"):
-            assert part in str(error.value)
-        monkeypatch.delenv("DETECTRON2_DATASETS")
-        monkeypatch.chdir(tmp_path)
-        forget_digits()
-        register_digits()
-        with pytest.raises(FileNotFoundError, match="DETECTRON2_DATASETS is not set, so it is"):
-            check_datasets(["digits_val"])
-
-    @pytest.mark.parametrize(
-        "attribute",
-        ["json_file", "image_root", "panoptic_json", "panoptic_root", "sem_seg_root"]
-        + ["image_dir", "gt_dir", "dirname"],
-    )
-    def test_missing_path(self, tmp_path, monkeypatch, catalogs, attribute):
-        monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
-        DatasetCatalog.register("my_dataset", list)
-        check_datasets(["my_dataset"])
-        path = str(tmp_path / "nowhere")
-        MetadataCatalog.get("my_dataset").set(**{attribute: path})
-        with pytest.raises(FileNotFoundError) as error:
-            check_datasets(iter(["my_dataset"]))
-        for part in ("my_dataset", attribute, path, "put it there, or name another path"):
-            assert part in str(error.value)
-        assert "DETECTRON2_DATASETS" not in str(error.value)  # which has nothing to do with it
-        os.mkdir(path)
-        check_datasets(["my_dataset"])
-
-    def test_remote_location_is_not_checked(self, catalogs):
-        DatasetCatalog.register("my_dataset", list)
-        MetadataCatalog.get("my_dataset").set(json_file="https://example.org/a.json", image_root="")
-        check_datasets(["my_dataset"])
+def test_configs_find_it_where_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    root = Path(make_digits_dataset(digits.default_root(), **SMALL))
+    load_config(model_zoo.get_config_file(CONFIG))
+    for split in SPLITS:
+        assert MetadataCatalog.get(f"digits_{split}").evaluator_type == "coco"
+        records = DatasetCatalog.get(f"digits_{split}")
+        assert MetadataCatalog.get(f"digits_{split}").thing_classes == list("0123456789")
+        assert len(records) == SMALL[f"num_{split}"]
+        for record, image in zip(records, read(root, split)["images"]):
+            assert record["file_name"] == str(root / split / image["file_name"])
+            assert {a["category_id"] for a in record["annotations"]} <= set(range(10))
 
 
-class TestTool:
+def test_an_installed_package_knows_nothing_of_it():
+    code = """if True:
+        import sys
+        import wsbcn_d2, wsbcn_d2.data, wsbcn_d2.engine, wsbcn_d2.analysis
+        from detectron2.data import DatasetCatalog
+        assert not [name for name in sys.modules if name.partition(".")[0] == "demo"]
+        assert not [name for name in DatasetCatalog.list() if "digits" in name]
+    """
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, check=True)
+
+
+class TestCommand:
     def test_command(self, tmp_path):
-        command = [sys.executable, str(TOOL), "--num-train", "2", "--num-val", "1"]
+        command = [sys.executable, "-m", "demo.digits", "--num-train", "2", "--num-val", "1"]
         environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path), "PYTHONPATH": str(REPO)}
         result = subprocess.run(
             command + ["--image-size", "96"], env=environment, capture_output=True, text=True
@@ -373,11 +303,9 @@ class TestTool:
         assert len(read(tmp_path / "digits", "train")["images"]) == 2
 
     def test_error_is_one_line(self, root, monkeypatch, capsys):
-        arguments = ["prepare_digits.py", "--root", str(root), "--seed", "7"]
-        monkeypatch.setattr(sys, "argv", arguments)
-        with pytest.raises(SystemExit) as exit_info:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        assert exit_info.value.code == 2
+        monkeypatch.setattr(sys, "argv", ["digits.py", "--root", str(root), "--seed", "7"])
+        assert digits.main() == 2
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1
-        assert str(root) in captured.err and "seed=7" in captured.err
+        assert captured.err.startswith(f"python -m demo.digits: {root} ")
+        assert "seed=7" in captured.err

@@ -16,11 +16,14 @@ with ``INPUT.MASK_FORMAT: "bitmask"``, and with ``INPUT.RANDOM_FLIP: "none"``, a
 is no digit.
 """
 
+import argparse
 import colorsys
+import inspect
 import json
 import logging
 import numbers
 import os
+import sys
 import tempfile
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -65,6 +68,13 @@ class _Material(NamedTuple):
     labels: np.ndarray  # (num_samples,), 0 to 9
     sample_ids: np.ndarray  # (num_samples,), indices into load_digits
     photos: List[Image.Image]
+
+
+def default_root() -> str:
+    """Returns the folder ``digits`` beside the builtin datasets of Detectron2, whose own rule it
+    follows: in ``$DETECTRON2_DATASETS``, by default ``datasets``."""
+    root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+    return os.path.join(root, "digits")
 
 
 def annotation_file(root: str, split: str) -> str:
@@ -384,3 +394,43 @@ def _describe_mask(mask: np.ndarray) -> Dict[str, Any]:
             "counts": encoded["counts"].decode("ascii"),
         },
     }
+
+
+def main() -> int:
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(make_digits_dataset).parameters.items()
+    }
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.digits",
+        description="Makes the digits dataset, an instance segmentation dataset in COCO format, in "
+        "seconds. It needs scikit-learn, from which its images come, and no network.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--root",
+        default=default_root(),
+        help="folder to make; configs look for it in $DETECTRON2_DATASETS/digits, or in "
+        "datasets/digits if that variable is not set",
+    )
+    for option, help_text in [
+        ("--num-train", "number of training images"),
+        ("--num-val", "number of validation images"),
+        ("--image-size", "width and height of the images in pixels"),
+        ("--seed", "seed of everything random"),
+    ]:
+        default = defaults[option[2:].replace("-", "_")]
+        parser.add_argument(option, type=int, default=default, help=help_text)
+    args = parser.parse_args()
+    # The logger says what was made, or that it was there.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        make_digits_dataset(**vars(args))
+    except (ImportError, OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

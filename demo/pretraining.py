@@ -6,8 +6,11 @@ at a time (arXiv 1903.10520v2). This does the first half for the digits dataset 
 norm option, so that the second half can be compared between norms without ImageNet.
 """
 
+import argparse
 import dataclasses
+import inspect
 import math
+import sys
 import time
 from typing import Dict, Iterable, Tuple
 
@@ -20,10 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.digit_crops import DigitCrops
-from ..data.digits import CLASSES
-from ..norm_options import NormOption
-from .checkpoint import atomic_write, check_output
+from wsbcn_d2.engine import ConfigError, load_config
+from wsbcn_d2.engine.checkpoint import atomic_write, check_output
+from wsbcn_d2.norm_options import NormOption
+
+from .digit_crops import DigitCrops
+from .digits import CLASSES
 
 # What each option is called when there is one large batch on one device. With estimates instead of
 # batch statistics, or without any, these layers have the same parameters and buffers.
@@ -259,3 +264,49 @@ def _evaluate(
         correct += int((logits.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     return correct / count, loss / count
+
+
+def main() -> int:
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(pretrain_backbone).parameters.items()
+    }
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.pretraining",
+        description="Pretrains the backbone of a config by classifying crops of handwritten digits "
+        "at a large batch. The config is then trained from it with MODEL.WEIGHTS OUTPUT. It needs "
+        "scikit-learn, from which the images come, and no dataset.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--config-file", required=True, help="config of the detector")
+    parser.add_argument("--output", required=True, help="checkpoint to write")
+    for option, help_text in [
+        ("--steps", "number of steps"),
+        ("--batch-size", "crops in a step"),
+        ("--crop-size", "width and height of the crops in pixels"),
+        ("--learning-rate", "the highest; it rises, and then falls as a cosine"),
+        ("--eval-crops", "crops of held-out digits to report the accuracy on"),
+        ("--seed", "seed of everything random"),
+    ]:
+        default = defaults[option[2:].replace("-", "_")]
+        parser.add_argument(option, type=type(default), default=default, help=help_text)
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to change"
+    )
+    args = vars(parser.parse_args())
+    try:
+        opts = [*args.pop("opts"), "MODEL.WEIGHTS", ""]  # those of the detector
+        cfg = load_config(args.pop("config_file"), opts, needs=())
+        result = pretrain_backbone(cfg, progress=True, **args)
+    except (ConfigError, FloatingPointError, ImportError, OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{args['output']}: {result.norm}, accuracy {100 * result.accuracy:.1f} % on "
+        f"{args['eval_crops']} crops of held-out digits, {result.seconds:.0f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,10 +14,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2_models import logged
 
-from wsbcn_d2.data import digit_crops, digits, make_digits_dataset
-from wsbcn_d2.data.digit_crops import DigitCrops
-from wsbcn_d2.engine import load_config, pretraining
-from wsbcn_d2.engine.pretraining import large_batch_form, pretrain_backbone
+from demo import digit_crops, digits, pretraining
+from demo.digit_crops import DigitCrops
+from demo.digits import make_digits_dataset
+from demo.pretraining import large_batch_form, pretrain_backbone
+from wsbcn_d2.engine import load_config
 from wsbcn_d2.engine.statistics import named_batch_channel_norms
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -282,10 +283,10 @@ def test_divergence_is_an_error(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-class TestTool:
+class TestCommand:
     def run(self, cwd, *arguments):
         return subprocess.run(
-            [sys.executable, str(ROOT / "tools" / "pretrain_digits.py"), *arguments],
+            [sys.executable, "-m", "demo.pretraining", *arguments],
             env={
                 **os.environ,
                 "PYTHONPATH": str(ROOT),
@@ -324,5 +325,5 @@ class TestTool:
         )
         assert done.returncode == 2 and "Traceback" not in done.stderr
         error = done.stderr.strip().splitlines()[-1]
-        assert error == "pretrain_digits.py: steps must be at least 1, got 0"
+        assert error == "python -m demo.pretraining: steps must be at least 1, got 0"
         assert not any(tmp_path.iterdir())
