@@ -24,6 +24,7 @@ BEGIN = "<!-- begin: written by python -m benchmarks.page -->"
 END = "<!-- end -->"
 
 _TITLES = {"layers": "Layers", "train": "Training steps", "import_time": "Import"}
+_NAMES = ("layers-*.json", "train-*.json", "import-time.json")
 _MARKERS = "osD^v"
 # A figure of a bar, and what it is of.
 Figures = List[Tuple[float, str]]
@@ -69,13 +70,13 @@ class Bar:
 
 
 def load(folder: Path) -> List[Measured]:
-    """Reads what was measured, the old last.
+    """Reads what the commands of this folder have measured, the old last.
 
     Raises:
-        ValueError: if a file holds something else.
+        ValueError: if a file with one of their names holds something else.
     """
     found = []
-    for path in [*sorted(folder.glob("*.json")), *sorted(folder.glob("old/*.json"))]:
+    for path in [path for place in (folder, folder / "old") for path in _files(place)]:
         try:
             results = json.loads(path.read_text())
             kind = results["kind"]
@@ -87,6 +88,10 @@ def load(folder: Path) -> List[Measured]:
             raise ValueError(f"{path}: kind must be of {', '.join(_TITLES)}, found {kind!r}")
         found.append(Measured(path.stem, path.parent != folder, results))
     return found
+
+
+def _files(folder: Path) -> List[Path]:
+    return [path for name in _NAMES for path in sorted(folder.glob(name))]
 
 
 def render(measured: Sequence[Measured], plots: str) -> str:
@@ -191,7 +196,8 @@ def _plot(one: Measured) -> str:
 
 def _origin(one: Measured) -> List[str]:
     results = one.results
-    lines = [f"- {one.when}: `{results['command']}`"]
+    # The command of an old one is no longer there.
+    lines = [f"- {one.when}" + ("" if one.old else f": `{results['command']}`")]
     if "remark" in results:  # added by hand
         lines.append(f"- {results['remark']}")
     lines.append("- " + "; ".join(f"{name}: {text}" for name, text in results["machine"].items()))

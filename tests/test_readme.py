@@ -23,7 +23,7 @@ def test_files_that_are_named_exist(document):
     text = document.read_text()
     for placeholder, value in PLACEHOLDERS.items():
         text = text.replace(placeholder, value)
-    folders = "tools|configs|docs|requirements|tests|wsbcn_d2|benchmarks|demo"
+    folders = "tools|configs|docs|requirements|tests|wsbcn_d2"
     paths = set(re.findall(rf"\b((?:{folders})/[\w/.-]+\.\w+)", text))
     paths |= {path for path in re.findall(r"\]\(([\w.-]+\.md)\)", text) if document.parent == ROOT}
     assert paths

@@ -344,7 +344,7 @@ def test_command(tmp_path):
     predictions.write_text(json.dumps(truth_as_predictions(content)))
     files = ("annotations/instances_val.json", "val")
     places = [f"$DETECTRON2_DATASETS/digits/{path}" for path in files]
-    cfg = CfgNode({"DATASETS": {"COCO_FORMAT": [["digits_val", *places]], "TEST": []}})
+    cfg = CfgNode({"MODEL": {}, "DATASETS": {"COCO_FORMAT": [["digits_val", *places]]}})
     (tmp_path / "run" / "config.yaml").write_text(cfg.dump())
     output = str(tmp_path / "picture.png")
     command = [sys.executable, str(TOOL), "--dataset", "digits_val", "--output", output]

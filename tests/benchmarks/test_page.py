@@ -150,7 +150,10 @@ def test_old_results_count_only_where_there_are_no_others():
     text = page.render([old], "x")
     now, then = text.index("## GPU\n\nNot measured."), text.index("## GPU, before the present")
     assert now < then < text.index("(x/old/layers-cuda.png)")
-    assert "- 2026-01-02, commit abc1234: `python -m benchmarks.layers`" in text
+    assert "- 2026-01-02, commit abc1234\n" in text
+    assert "- 2026-01-02, commit abc1234: `python -m benchmarks.layers`\n" in page.render(
+        [new], "x"
+    )
 
 
 def test_table_of_layers():
@@ -194,15 +197,16 @@ def test_rewriting_keeps_what_is_written_by_hand(tmp_path):
     document.parent.mkdir()
     (folder / "old").mkdir(parents=True)
     document.write_text(f"# Title\n\n{page.BEGIN}\nto go\n{page.END}\n\nText.\n")
-    write(layers().results, str(folder / "a.json"))
-    write(steps("cuda").results, str(folder / "old" / "b.json"))
+    write(layers().results, str(folder / "layers-a.json"))
+    write(steps("cuda").results, str(folder / "old" / "train-b.json"))
+    (folder / "other.json").write_text("of another program")
     for _ in range(2):
-        assert page.rewrite(document, folder) == [folder / "a.png", document]
-        assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
+        assert page.rewrite(document, folder) == [folder / "layers-a.png", document]
+        assert (folder / "layers-a.png").read_bytes().startswith(b"\x89PNG")
         text = document.read_text()
         assert text.startswith(f"# Title\n\n{page.BEGIN}\n")
         assert text.endswith(f"\n{page.END}\n\nText.\n")
-        assert "to go" not in text and "(../benchmarks/results/a.png)" in text
+        assert "to go" not in text and "(../benchmarks/results/layers-a.png)" in text
         assert [m.old for m in page.load(folder)] == [False, True]
 
 
@@ -210,9 +214,13 @@ def test_rewriting_keeps_what_is_written_by_hand(tmp_path):
     "file,content,message",
     [
         ("docs/page.md", "no marks", "must have the lines '<!-- begin"),
-        ("results/a.json", "{", "a.json is not the output of a benchmark .JSONDecodeError"),
-        ("results/a.json", "[]", "a.json is not the output of a benchmark .TypeError"),
-        ("results/old/a.json", '{"kind": "norms"}', "kind must be of layers, .*, found 'norms'"),
+        ("results/layers-a.json", "{", "a.json is not the output of a benchmark .JSONDecodeError"),
+        ("results/train-a.json", "[]", "a.json is not the output of a benchmark .TypeError"),
+        (
+            "results/old/layers-a.json",
+            '{"kind": "norms"}',
+            "kind must be of layers, .*, found 'norms'",
+        ),
     ],
 )
 def test_errors(tmp_path, file, content, message):

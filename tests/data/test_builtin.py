@@ -59,7 +59,7 @@ def test_unknown_name():
     ["json_file", "image_root", "panoptic_json", "panoptic_root", "sem_seg_root"]
     + ["image_dir", "gt_dir", "dirname"],
 )
-def test_missing_path(tmp_path, monkeypatch, catalogs, attribute):
+def test_missing_path(tmp_path, monkeypatch, attribute):
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     DatasetCatalog.register("my_dataset", list)
     check_datasets(["my_dataset"])

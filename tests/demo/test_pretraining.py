@@ -283,47 +283,41 @@ def test_divergence_is_an_error(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-class TestCommand:
-    def run(self, cwd, *arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "demo.pretraining", *arguments],
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "OMP_NUM_THREADS": "1",
-                # it needs no dataset
-                "DETECTRON2_DATASETS": str(cwd / "nowhere"),
-            },
-            cwd=cwd,
-            text=True,
-            capture_output=True,
-        )
+def test_command(pretrained, tmp_path):
+    _, path, _, result = pretrained("bcn_ws")
+    arguments = ["--steps", "3", "--batch-size", "4", "--crop-size", "32", "--eval-crops", "8"]
+    done = subprocess.run(
+        [sys.executable, "-m", "demo.pretraining", *arguments, "--output", "out.pth"]
+        + ["--config-file", str(CONFIGS / "mask_rcnn_R_18_FPN_bcn_ws.yaml")]
+        + ["MODEL.DEVICE", "cpu", *NARROW],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            # it needs no dataset
+            "DETECTRON2_DATASETS": str(tmp_path / "nowhere"),
+        },
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    accuracy = f"accuracy {100 * result.accuracy:.1f} % on 8 crops"
+    assert last.startswith(f"out.pth: BatchBCN+WS, {accuracy}")
+    assert "3/3" in done.stderr  # of the progress bar
+    assert [p.name for p in tmp_path.iterdir()] == ["out.pth"]
+    made, expected = (
+        torch.load(p, weights_only=True)["model"] for p in (tmp_path / "out.pth", path)
+    )
+    torch.testing.assert_close(made, expected)
 
-    def test_command(self, pretrained, tmp_path):
-        _, path, _, result = pretrained("bcn_ws")
-        arguments = ["--steps", "3", "--batch-size", "4", "--crop-size", "32", "--eval-crops", "8"]
-        done = self.run(
-            tmp_path,
-            *("--config-file", str(CONFIGS / "mask_rcnn_R_18_FPN_bcn_ws.yaml")),
-            *("--output", "out.pth", *arguments, "MODEL.DEVICE", "cpu", *NARROW),
-        )
-        assert done.returncode == 0, done.stderr
-        last = done.stdout.splitlines()[-1]
-        accuracy = f"accuracy {100 * result.accuracy:.1f} % on 8 crops"
-        assert last.startswith(f"out.pth: BatchBCN+WS, {accuracy}")
-        assert "3/3" in done.stderr  # of the progress bar
-        assert [p.name for p in tmp_path.iterdir()] == ["out.pth"]
-        made, expected = (
-            torch.load(p, weights_only=True)["model"] for p in (tmp_path / "out.pth", path)
-        )
-        torch.testing.assert_close(made, expected)
 
-    def test_error_is_one_line(self, tmp_path):
-        config_file = str(CONFIGS / "mask_rcnn_R_18_FPN_gn.yaml")
-        done = self.run(
-            tmp_path, "--config-file", config_file, "--output", "out.pth", "--steps", "0"
-        )
-        assert done.returncode == 2 and "Traceback" not in done.stderr
-        error = done.stderr.strip().splitlines()[-1]
-        assert error == "python -m demo.pretraining: steps must be at least 1, got 0"
-        assert not any(tmp_path.iterdir())
+def test_error_is_one_line(tmp_path, monkeypatch, capsys):
+    config_file = str(CONFIGS / "mask_rcnn_R_18_FPN_gn.yaml")
+    arguments = ["--config-file", config_file, "--output", str(tmp_path / "o"), "--steps", "0"]
+    monkeypatch.setattr(sys, "argv", ["pretraining.py", *arguments])
+    assert pretraining.main() == 2
+    error = capsys.readouterr().err.strip()
+    assert error == "python -m demo.pretraining: steps must be at least 1, got 0"
+    assert not any(tmp_path.iterdir())
