@@ -90,9 +90,11 @@ setup(
         "digits": ["scikit-learn"],
         # ONNX files by tools/export_model.py, and the comparison with onnxruntime.
         "export": ["onnx", "onnxruntime"],
+        # Weights in .safetensors files.
+        "safetensors": ["safetensors"],
         "test": ["pytest", "pytest-timeout", "pytest-xdist"],
         # Further judges of the tests. mmcv-lite brings opencv-python, another distribution of cv2.
-        "test-libraries": ["timm", "mmcv-lite"],
+        "test-libraries": ["timm", "mmcv-lite", "safetensors"],
         # Exact: another version formats or complains differently. The first three are Detectron2's.
         "dev": ["black==23.3.0", "flake8==6.0.0", "isort==5.12.0", "mypy==1.18.2"],
     },

@@ -104,8 +104,9 @@ def trained():
     return as_if_trained(small_model(MASK_RCNN, "GN"))
 
 
-def test_converted_model_trains_saves_and_folds(trained):
-    model = convert(copy.deepcopy(trained), "BCN+WS", keep_function=True)
+def test_converted_model_trains_saves_and_folds():
+    source = as_if_trained(small_model(MASK_RCNN, "BN"))
+    model = convert(source, "BCN+WS", keep_function=True)
     with EventStorage():
         sum(model([a_training_image()]).values()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
@@ -351,20 +352,99 @@ def test_filters_keep_what_they_are(dtype):
         )
 
 
-@pytest.mark.parametrize("source", ["BN", "GN(groups=2)"])
-def test_bcn_has_the_scale_and_mean_of_the_old_layer(source):
-    """Exact where images are as the statistics say, with channels of mean 0 and variance 1 after
-    the batch normalization (for GN: before it, as then it does nothing)."""
-    norm = layer(source).eval()
-    x = torch.randn(2, C, 6, 6)
+def with_statistics(mean, std, images=2, size=6):
+    """Images whose channels have these means and deviations, each of them."""
+    x = torch.randn(images, len(mean), size, size)
     x = (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), unbiased=False, keepdim=True)
-    if source == "BN":
-        x = x * norm.running_var.sqrt().view(1, -1, 1, 1) + norm.running_mean.view(1, -1, 1, 1)
+    return x * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
+
+
+def test_bcn_has_the_scale_and_mean_of_the_old_layer():
+    """Exact where images are as the statistics say."""
+    norm = layer("BN").eval()
+    x = with_statistics(norm.running_mean, norm.running_var.sqrt())
     expected = norm(x).detach()
     loaded = convert(nn.Sequential(copy.deepcopy(norm)), "BCN(groups=2)").eval()
     kept = convert(nn.Sequential(norm), "BCN(groups=2)", keep_function=True).eval()
     torch.testing.assert_close(kept(x).detach(), expected, rtol=1e-2, atol=1e-2)
     assert (loaded(x) - expected).abs().max() > 0.3
+
+
+WITHOUT_STATISTICS = ["GN(groups=2)", "GN(groups=4)", "CN(groups=4)", "IN", "LN", "no statistics"]
+
+
+@pytest.mark.parametrize("source", WITHOUT_STATISTICS)
+@pytest.mark.parametrize("target", ["BCN(groups=2)", "BCN(groups=2)+WS", "naiveSyncBN", "FrozenBN"])
+def test_function_that_cannot_be_kept_without_data(source, target):
+    model = net(layer(source))
+    state, kinds = values(model), [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=r"keep_function: .*needs statistics.* 2\).*give data"):
+        convert(model, target, keep_function=True)
+    assert same(values(model), state) and [type(m) for m in model.modules()] == kinds
+    convert(model, "CN(groups=2)", keep_function=True)  # which needs none
+
+
+@pytest.mark.parametrize("source", [s for s in WITHOUT_STATISTICS if s != "LN"])
+@pytest.mark.parametrize("target", ["BCN(groups=2)", "BatchBCN(groups=4)", "BN", "FrozenBN"])
+def test_statistics_from_data_keep_the_function_of_a_typical_image(source, target):
+    if source == "no statistics" and target == "BN":
+        pytest.skip("BN without statistics stays so")
+    norm = layer(source).eval()
+    mean, std = torch.randn(C), torch.rand(C) + 0.5
+    data = [with_statistics(mean, std, n) for n in (1, 3)]
+    expected = [norm(x).detach() for x in data]
+    model = convert(nn.Sequential(norm), target, keep_function=True, data=iter(data))
+    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norm.running_var, std**2, rtol=1e-4, atol=1e-4)
+    for x, y in zip(data, expected):
+        torch.testing.assert_close(model(x).detach(), y, rtol=2e-3, atol=2e-3)
+
+
+def test_affine_per_group_is_kept_for_all_images():
+    """Where it is the same for all channels of a group, BCN does what GN does."""
+    norm = nn.GroupNorm(2, C).eval()
+    norm.weight.data = torch.tensor([0.5, -2.0]).repeat_interleave(4)
+    norm.bias.data = torch.tensor([1.0, 0.3]).repeat_interleave(4)
+    x = with_statistics(torch.randn(C), torch.rand(C) + 1)
+    y = torch.rand(2, C, 6, 6) * 3
+    expected = norm(y).detach()
+    model = convert(nn.Sequential(norm), "BCN(groups=2)", keep_function=True, data=[x])
+    assert type(norm) is BatchChannelNorm
+    torch.testing.assert_close(model(y).detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_levels_get_statistics_of_their_own():
+    model = as_if_trained(small_model(RETINANET, "GN", FPN__OUT_CHANNELS=64)).eval()
+    inputs = []
+    handle = model.head.cls_subnet[1].register_forward_pre_hook(lambda m, x: inputs.append(*x))
+    images = [a_training_image() for _ in range(2)]
+    model([images[0]]), model([images[1]])
+    handle.remove()
+    convert(model, "BCN", keep_function=True, data=[[image] for image in images])
+    means = [torch.cat([inputs[i], inputs[i + 5]]).mean((0, 2, 3)) for i in range(5)]
+    torch.testing.assert_close(model.head.cls_subnet[1].running_mean, torch.stack(means))
+
+
+def test_data_that_do_not_fit():
+    model = net(layer("GN(groups=2)"))
+    for data, message in (
+        ([], "data: the model does not call 2 "),
+        ([torch.randn(1, 4, 9, 9)], "data: the model cannot be called with them .RuntimeError: "),
+        (torch.randn(1, 3, 9, 9), "data: expected an iterable of inputs, got a Tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(model, "BCN(groups=2)", keep_function=True, data=data)
+    assert type(model[2]) is nn.GroupNorm and model.training
+
+
+def test_detector_with_group_norm_computes_nearly_what_it_did(trained):
+    model = copy.deepcopy(trained).eval()
+    expected = features(model)
+    data = [torch.randn(8, 3, 64, 64)]
+    kept, changed = copy.deepcopy(model), convert(copy.deepcopy(model), "BCN")
+    convert(kept.backbone, "BCN+WS", keep_function=True, data=data)
+    for x, y, z in zip(features(kept), features(changed), expected):
+        assert (x - z).norm() < 0.5 * z.norm() < 0.5 * (y - z).norm()
 
 
 def test_log_tells_of_a_changed_function():
@@ -482,22 +562,28 @@ def first(last):
         (first([]), "", ValueError, "unknown norm option ''"),
         (first([]), "BCN+WS", ValueError, r"0\.2: .*8 channels .*32 groups; 'BCN\(groups=8\)\+WS'"),
         (
-            first([nn.ReLU(), nn.BatchNorm2d(C)]),
-            "GN(groups=2)+WS",
-            ValueError,
-            r"cannot convert 1\.1: .*follows a ReLU",
-        ),
-        (
             first([nn.Conv2d(C, 2 * C, 1), nn.BatchNorm2d(C)]),
             "GN(groups=2)+WS",
             ValueError,
-            r"cannot convert 1\.1: .*8 output channels",
+            r"cannot convert 1\.1: it has 8 channels and follows a Conv2d, .* 16 output channels",
         ),
         (
             first([nn.Conv1d(C, C, 1), nn.GroupNorm(2, C)]),
             "CN(groups=2)",
             ValueError,
             r"cannot convert 1\.1: .*follows a Conv1d, and not feature maps",
+        ),
+        (
+            first([nn.Conv3d(C, C, 1), nn.ReLU(), nn.Sequential(nn.GroupNorm(2, C))]),
+            "CN(groups=2)",
+            ValueError,
+            r"cannot convert 1\.2\.0: .*follows a Conv3d, and not feature maps",
+        ),
+        (
+            first([nn.Sequential(nn.Linear(C, C), nn.ReLU()), nn.GroupNorm(2, C)]),
+            "CN(groups=2)",
+            ValueError,
+            r"cannot convert 1\.1: .*follows a Linear, and not feature maps",
         ),
         (first([Swish(C)]), "GN(groups=2)", TypeError, r"cannot convert 1\.0, .*Swish"),
         (
@@ -526,6 +612,71 @@ def test_errors_leave_the_model_unchanged(model, norm, error, message):
     with pytest.raises(error, match=message):
         convert(model, norm, keep_function=True)
     assert everything() == before and same(values(model), state)
+
+
+def test_group_norm_behind_a_layer_for_something_else():
+    """The blocks of diffusion models embed the time step there."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.embed = nn.Conv2d(C, C, 1), nn.Linear(4, C)
+            self.norm2 = nn.GroupNorm(2, C)
+
+        def forward(self, x, t):
+            return self.norm2(self.conv1(x) + self.embed(t)[..., None, None])
+
+    model = convert(Block(), "CN(groups=2)")
+    assert model(torch.randn(1, C, 4, 4), torch.randn(1, 4)).shape == (1, C, 4, 4)
+
+
+def norm_act(name, base, act, *args, drop=None):
+    """A layer with the structure of timm's."""
+
+    def forward(self, x):
+        return self.act(self.drop(base.forward(self, x)))
+
+    kind = type(name, (base,), {"forward": forward, "__module__": "timm.layers.norm_act"})
+    norm = kind(*args)
+    norm.drop, norm.act = drop or nn.Identity(), act
+    return norm
+
+
+@pytest.mark.parametrize("target", ["BCN(groups=2)+WS", "GN(groups=2)", "BN+WS", "BN"])
+@pytest.mark.parametrize("source", ["BatchNormAct2d", "GroupNormAct", "GroupNorm1Act"])
+def test_layers_of_timm_keep_their_activation(source, target):
+    torch.manual_seed(0)
+    groups = {"GroupNormAct": 2, "GroupNorm1Act": 1}.get(source)
+    arguments = (C,) if groups is None else (groups, C)
+    base = nn.BatchNorm2d if groups is None else nn.GroupNorm
+    norm = as_if_trained(norm_act(source, base, nn.SiLU(), *arguments, drop=nn.Dropout(0.5)))
+    stock = base(*arguments)
+    stock.load_state_dict(norm.state_dict())
+    model = net(norm).eval()
+    expected = nn.Sequential(*copy.deepcopy(model)[:2], stock, nn.Dropout(0.5), nn.SiLU(), model[3])
+    convert(expected.eval(), target), convert(model, target)
+    assert model[2] is norm and type(norm) is nn.Sequential
+    assert [type(m) for m in norm][1:] == [nn.Dropout, nn.SiLU]
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(model(x), expected(x))
+    torch.testing.assert_close(fold(model)(x), expected(x), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_timm_without_activation():
+    norm = norm_act("GroupNorm1", nn.GroupNorm, nn.Identity(), 1, C)
+    model = convert(net(norm), "BCN(groups=2)+WS")
+    assert type(model[2]) is BatchChannelNorm and type(model[1]) is WSConv2d
+
+
+@pytest.mark.parametrize("name", ["densenet121", "efficientnet_b0", "resnetv2_50"])
+def test_models_of_timm(name):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = timm.create_model(name).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    convert(model, "BN+WS", keep_function=True, example_inputs=x)
+    assert modules_of_type(model, WSConv2d)
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_layer_alone():

@@ -492,9 +492,24 @@ def test_errors_of_lazy_configs_are_one_line(tmp_path, monkeypatch, arguments, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_keys_of_a_project_are_named():
-    with pytest.raises(KeyError, match="key that a project adds .*get_config_file"):
-        wsbcn_d2.model_zoo.get_config("Misc/Base-PointRend-RCNN-FPN.yaml")
+@pytest.mark.parametrize(
+    "path, key",
+    [
+        ("Misc/pointrend_rcnn_R_50_FPN_bcn_ws_1x_1img.yaml", "POINT_HEAD"),
+        ("Cityscapes/deeplab_v3_plus_R_103_gn_ws_484e_1img.yaml", "SEM_SEG_HEAD.ASPP_DILATIONS"),
+    ],
+)
+def test_configs_of_projects_have_their_keys(path, key):
+    cfg = wsbcn_d2.model_zoo.get_config(path)
+    assert any(k.startswith(f"MODEL.{key}") for k in flatten_config(cfg))
+    assert "WSBCN" in cfg.MODEL
+
+
+def test_project_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "detectron2.projects.point_rend", None)
+    path = "Misc/Base-PointRend-RCNN-FPN.yaml"
+    with pytest.raises(ConfigError, match=rf"{path} has keys .*point_rend cannot be imported: "):
+        wsbcn_d2.model_zoo.get_config(path)
 
 
 # ------------------------------------------------------------------------------------------- docs

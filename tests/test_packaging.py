@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from detectron2.config import CfgNode
+from versions import needs_native_kernels
 
 from wsbcn_d2 import model_zoo, version
 from wsbcn_d2.version import check_versions
@@ -94,16 +95,20 @@ def wheel(unpacked_sdist, tmp_path_factory):
     return build_wheel(unpacked_sdist, tmp_path_factory.mktemp("wheel"))
 
 
+# Of a compiler, if there is one.
+KERNELS = re.compile(r"wsbcn_d2/ops/native_kernels\.[^/]+\.(so|pyd)$")
+
+
 def contents(wheel):
-    """All but the metadata, and the kernels, which are there if there was a compiler."""
+    """All but the metadata and the kernels."""
     names = zipfile.ZipFile(wheel).namelist()
-    left_out = re.compile(r"[^/]+\.dist-info/|wsbcn_d2/ops/native_kernels\.[^/]+\.(so|pyd)$")
-    return {name for name in names if not left_out.match(name)}
+    return {n for n in names if not (KERNELS.match(n) or n.split("/")[0].endswith(".dist-info"))}
 
 
 # What a wheel must have, by its place in the checkout.
 def expected_contents():
-    return files("wsbcn_d2") | {f"wsbcn_d2/{path}" for path in files("configs")}
+    sources = {path for path in files("wsbcn_d2") if not path.endswith(".c")}
+    return sources | {f"wsbcn_d2/{path}" for path in files("configs")}
 
 
 def test_sdist_has_what_the_wheel_is_built_from(unpacked_sdist):
@@ -115,9 +120,14 @@ def test_sdist_has_what_the_wheel_is_built_from(unpacked_sdist):
 
 def test_wheel_from_the_sdist(wheel):
     """So it has nothing of what measures and demonstrates."""
-    others = ("py.typed", "ops/native_kernels.c", f"configs/{YAML}")
+    others = ("py.typed", "ops/native_backend.py", f"configs/{YAML}")
     assert {f"wsbcn_d2/{name}" for name in others} <= contents(wheel)
     assert contents(wheel) == expected_contents()
+
+
+@needs_native_kernels
+def test_wheel_has_kernels(wheel):
+    assert len([name for name in zipfile.ZipFile(wheel).namelist() if KERNELS.match(name)]) == 1
 
 
 def test_wheel_from_the_checkout(checkout, tmp_path):

@@ -1,7 +1,7 @@
 """A model goes through random actions beside a naive twin, and is compared with it after each.
 
 The twin is the formulas in float64, one after the other, by autograd: no layers, no fusion, nothing
-that it could remember. After each action it takes over the state of the model, so that rounding does
+that it could remember. After each action it takes over the state of the model, so that roundings do
 not add up; what the model itself may have kept of earlier actions stays.
 
     python tests/test_random_actions.py SEEDS [ACTIONS]

@@ -30,7 +30,14 @@ def main() -> int:
         "--formula",
         default="auto",
         choices=["auto", "none", *FORMULAS],
-        help="weight standardization of the source (default: that of its layout)",
+        help="weight standardization of the source (default: what the file or --layout says)",
+    )
+    parser.add_argument(
+        "--leave-out",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="weights that may be left over in parts of the model that are converted, as '*.se.*'",
     )
     parser.add_argument("--dry-run", action="store_true", help="report, and write nothing")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
@@ -43,7 +50,9 @@ def main() -> int:
         opts = [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
         cfg = load_config(args.config_file, opts, needs=())
         checkpoint = read_checkpoint(args.input)
-        state, report = convert_state_dict(checkpoint, build_model(cfg), args.layout, args.formula)
+        state, report = convert_state_dict(
+            checkpoint, build_model(cfg), args.layout, args.formula, args.leave_out
+        )
     except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

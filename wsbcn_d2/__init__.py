@@ -25,6 +25,7 @@ from .conversion import convert
 from .detectron2_hooks import is_registered, register, unregister
 from .export import fold
 from .layers import BatchChannelNorm, ChannelNorm, WSConv2d, WSConvTranspose2d
+from .levels import separate_levels
 from .norm_options import get_norm, list_norm_options
 from .ops import standardize_weight
 from .summary import summarize
@@ -43,6 +44,7 @@ __all__ = [
     "list_norm_options",
     "model_zoo",
     "register",
+    "separate_levels",
     "standardize_weight",
     "summarize",
     "unregister",

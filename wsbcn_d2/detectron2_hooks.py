@@ -16,8 +16,9 @@
 3. The backbones of :mod:`wsbcn_d2.modeling` in Detectron2's BACKBONE_REGISTRY.
 """
 
+import logging
 from types import CodeType, FrameType
-from typing import Any, Optional
+from typing import Any, Iterator, List, Optional, Tuple
 
 from detectron2.layers import CycleBatchNormList
 from detectron2.layers import get_norm as detectron2_get_norm
@@ -28,9 +29,13 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from .layers import BatchChannelNorm, is_convolution, standardize_
+from .feeding import ONE_WEIGHT, NotFedYet, Path, feeding_convolution
+from .layers import BatchChannelNorm, standardize_, weights_per_filter
+from .levels import levels_of, restart_levels_before_forward, separate_levels
 from .modeling import BACKBONES, fuse_
 from .norm_options import NormOption, get_norm, weight_standardization_request
+
+logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
 # The layers that RetinaNetHead itself cycles through the levels, if their option is bare.
 CYCLED = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -102,41 +107,93 @@ def get_norm_for(norm: Any, out_channels: int, caller: FrameType) -> Optional[nn
 def _on_module(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None:
     if child is None:
         return
-    request = weight_standardization_request(child)
-    if request is not None and not request.done:
-        standardize_(feeding_convolution(parent, name, request.channels))
-        request.done = True
+    _attach_weight_standardization(parent, name, child)
     if isinstance(child, ResBottleneckBlock):
         _keep_zero_initialization(child.norm3)
     if isinstance(parent, RetinaNetHead) and name in ("cls_subnet", "bbox_subnet"):
         _separate_levels(parent, child)
+    elif levels_of(child) > 1 and not isinstance(child, RetinaNetHead):
+        if any(isinstance(m, BatchChannelNorm) for m in child.modules()):
+            separate_levels(child, levels_of(child))
     fuse_(child)
 
 
-def feeding_convolution(parent: nn.Module, name: str, channels: int) -> nn.Module:
-    """The convolution before the norm layer ``parent.name``, which "+WS" is about.
+# A norm layer that asks for weight standardization, with the parents that are known of it.
+_Waiting = Tuple[nn.Module, List[Tuple[nn.Module, str]]]
 
-    That is the module that owns the layer, or else the last one registered before it in the same
-    parent (RetinaNet, FCOS, RegNet, ViT, any Sequential).
+
+def _attach_weight_standardization(parent: nn.Module, name: str, child: nn.Module) -> None:
+    """Standardizes what feeds the layers that ask for it, when ``child`` joins ``parent``.
 
     Raises:
-        ValueError: if that is no convolution with ``channels`` outputs. A model whose config says
+        ValueError: if that is no convolution that can be standardized. A model whose config says
             "+WS" must not be built without.
     """
-    if is_convolution(parent):
-        return parent
-    siblings = list(parent._modules)
-    before = siblings[: siblings.index(name)] if name in siblings else siblings
-    previous = [parent._modules[key] for key in before if parent._modules[key] is not None]
-    if previous and is_convolution(previous[-1]):
-        if previous[-1].out_channels == channels:
-            return previous[-1]
-    found = f"follows a {type(previous[-1]).__name__}" if previous else "follows no module"
-    raise ValueError(
-        f"{type(parent).__name__}.{name} asks for weight standardization ('+WS'), but {found}, "
-        f"where a convolution with {channels} output channels that can be standardized is needed. "
-        "Remove '+WS' there, or build these layers by hand with wsbcn_d2.WSConv2d."
+    for norm, path in _waiting(child):
+        _attach(norm, [*path, (parent, name)])
+    # What leads the parent may belong to the convolution registered behind it.
+    for first, module in list(parent._modules.items())[:1]:
+        if len(parent._modules) == 1 and first != name and module is not None:
+            for norm, path in _waiting(module):
+                _attach(norm, [*path, (parent, first)], following=child)
+
+
+def _waiting(module: nn.Module) -> Iterator[_Waiting]:
+    """The layers for which it matters where ``module`` is put: itself, what leads a Sequential, and
+    all in lists."""
+    request = weight_standardization_request(module)
+    if request is not None:
+        if not request.done:
+            yield module, []
+    elif isinstance(module, (nn.Sequential, nn.ModuleList)):
+        for name, child in module._modules.items():
+            if child is not None:
+                for norm, path in _waiting(child):
+                    yield norm, [*path, (module, name)]
+            if isinstance(module, nn.Sequential):
+                break
+
+
+def _attach(norm: nn.Module, path: Path, following: Optional[nn.Module] = None) -> None:
+    request = weight_standardization_request(norm)
+    place = f"{type(path[0][0]).__name__}.{path[0][1]}"
+    try:
+        conv = feeding_convolution(path, request.channels, following)
+    except NotFedYet:
+        if _refuse_to_run not in norm._forward_pre_hooks.values():
+            norm.register_forward_pre_hook(_refuse_to_run)
+        return
+    except ValueError as error:
+        raise ValueError(_not_found(place, str(error), request.channels)) from error
+    if weights_per_filter(conv) == 1:
+        logger.warning(f"{place}: {ONE_WEIGHT}")
+    else:
+        standardize_(conv)
+    settle(norm)
+
+
+def _not_found(place: str, found: str, channels: int) -> str:
+    return (
+        f"{place} asks for weight standardization ('+WS'), but {found}, where a convolution with "
+        f"{channels} output channels that can be standardized is needed. Remove '+WS' there and "
+        "name the convolution to wsbcn_d2.convert (pairs, example_inputs), or build these layers "
+        "by hand with wsbcn_d2.WSConv2d."
     )
+
+
+def _refuse_to_run(norm: nn.Module, inputs: Any) -> None:
+    channels = weight_standardization_request(norm).channels
+    raise ValueError(_not_found(type(norm).__name__, "follows no module", channels))
+
+
+def settle(norm: nn.Module) -> None:
+    """To be called when what a layer asked for has been done: it may then be put anywhere."""
+    request = weight_standardization_request(norm)
+    if request is not None:
+        request.done = True
+    for key, hook in list(norm._forward_pre_hooks.items()):
+        if hook is _refuse_to_run:
+            del norm._forward_pre_hooks[key]
 
 
 def _keep_zero_initialization(norm: nn.Module) -> None:
@@ -162,15 +219,3 @@ def _separate_levels(head: RetinaNetHead, subnet: nn.Module) -> None:
             )
     if shared:
         restart_levels_before_forward(head)
-
-
-def restart_levels_before_forward(head: nn.Module) -> None:
-    """A forward pass of a head that ended halfway must not shift the levels of the next."""
-    if _restart_levels not in head._forward_pre_hooks.values():
-        head.register_forward_pre_hook(_restart_levels)
-
-
-def _restart_levels(head: nn.Module, inputs: Any) -> None:
-    for module in head.modules():
-        if isinstance(module, BatchChannelNorm):
-            module.restart_levels()

@@ -5,17 +5,25 @@
 """
 
 import difflib
+import importlib
 from pathlib import Path
 from typing import Union
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from omegaconf import DictConfig
 
-from .config import add_wsbcn_config
+from .config import ConfigError, add_wsbcn_config
 
 _PACKAGE = Path(__file__).resolve().parent
 # Within an installed package, where setup.py puts them, or beside the package in a checkout.
 _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+# Projects of Detectron2 whose configs have keys of their own, and what adds these.
+_PROJECTS = {
+    "point_rend": "add_pointrend_config",
+    "deeplab": "add_deeplab_config",
+    "panoptic_deeplab": "add_panoptic_deeplab_config",
+}
 
 
 def get_config_file(config_path: str) -> str:
@@ -54,28 +62,33 @@ def get_config_file(config_path: str) -> str:
 def get_config(config_path: str) -> Union[CfgNode, DictConfig]:
     """
     Args:
-        config_path: see :func:`get_config_file`. The YAML configs of PointRend, DeepLab and
-            Panoptic-DeepLab have keys that these projects add; to read one, merge
-            ``get_config_file(...)`` into a config with those keys.
+        config_path: see :func:`get_config_file`.
 
     Returns:
-        The config: a CfgNode with the keys of :func:`wsbcn_d2.add_wsbcn_config` for a YAML file, a
-        DictConfig for a LazyConfig (``.py``).
+        The config: a CfgNode with the keys of :func:`wsbcn_d2.add_wsbcn_config` for a YAML file,
+        and with those of PointRend, DeepLab or Panoptic-DeepLab if it is for one of them, which is
+        then imported; a DictConfig for a LazyConfig (``.py``).
 
     Raises:
         FileNotFoundError: see :func:`get_config_file`.
-        KeyError: if it has keys of a project.
+        ConfigError: if it is for a project that cannot be imported.
     """
     path = get_config_file(config_path)
     if path.endswith(".py"):
         return LazyConfig.load(path)
-    cfg = get_cfg()
-    add_wsbcn_config(cfg)
-    try:
-        cfg.merge_from_file(path)
-    except KeyError as error:
-        raise KeyError(
-            f"{config_path} has a key that a project adds ({error.args[0]}): merge "
-            "get_config_file(...) into a config with the keys of the project"
-        ) from error
-    return cfg
+    unknown, missing = "", []
+    for project in (None, *_PROJECTS):
+        cfg = get_cfg()
+        add_wsbcn_config(cfg)
+        try:
+            if project is not None:
+                module = importlib.import_module(f"detectron2.projects.{project}")
+                getattr(module, _PROJECTS[project])(cfg)
+            cfg.merge_from_file(path)
+            return cfg
+        except KeyError as error:  # a key that is unknown
+            unknown = unknown or str(error.args[0])
+        except ImportError as error:
+            missing.append(f"detectron2.projects.{project} cannot be imported: {error}")
+    why = "; ".join(missing or [unknown])
+    raise ConfigError(f"{config_path} has keys of a project of Detectron2, and {why}")

@@ -139,6 +139,26 @@ class NormOption:
         groups: Dict[str, _Value] = {"groups": 1} if "groups" in _KINDS[self.name].defaults else {}
         return NormOption(self.name, groups, False)
 
+    def check_channels(self, out_channels: int, *others: int) -> None:
+        """
+        Args:
+            out_channels: channels of a layer.
+            others: those of other layers, for the string in the error to fit them, too.
+
+        Raises:
+            ValueError: if the groups do not divide the channels; it names the string that would
+                work.
+        """
+        groups = {**_KINDS[self.name].defaults, **self.arguments}.get("groups")
+        if groups is None or out_channels % groups == 0:
+            return
+        fitting = {**self.arguments, "groups": math.gcd(int(groups), out_channels, *others)}
+        possible = NormOption(self.name, fitting, self.weight_standardization)
+        raise ValueError(
+            f"norm option {str(self)!r}: {out_channels} channels cannot be divided into "
+            f"{groups} groups; {str(possible)!r} would work" + (" for all layers" if others else "")
+        )
+
     def build(self, out_channels: int) -> nn.Module:
         """Builds the layer for a number of channels.
 
@@ -153,19 +173,9 @@ class NormOption:
             ValueError: if the groups do not divide the channels; it names the string that would
                 work.
         """
+        self.check_channels(out_channels)
         kind = _KINDS[self.name]
         arguments = {**kind.defaults, **self.arguments}
-        groups = arguments.get("groups")
-        if groups is not None and out_channels % groups:
-            possible = NormOption(
-                self.name,
-                {**self.arguments, "groups": math.gcd(int(groups), out_channels)},
-                self.weight_standardization,
-            )
-            raise ValueError(
-                f"norm option {str(self)!r}: {out_channels} channels cannot be divided into "
-                f"{groups} groups; {str(possible)!r} would work"
-            )
         norm = kind.build(out_channels, **arguments)
         if self.weight_standardization:
             norm.__dict__[_WS_ATTRIBUTE] = WeightStandardizationRequest(out_channels)

@@ -111,6 +111,25 @@ def test_panoptic_model():
         script(model)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels(channels):
+    pixels = dict(PIXEL_MEAN=[100.0] * channels, PIXEL_STD=[50.0] * channels)
+    cfg, model = small_export("SemanticSegmentor", "BCN+WS", **pixels)
+    model = fold(model)
+    image = torch.rand(channels, 64, 96) * 255
+    expected = model([{"image": image}])[0]["sem_seg"]
+    torch.testing.assert_close(trace(model)[0](image)[0], expected)
+
+
+def test_what_pytorch_cannot_script_is_said_in_a_line():
+    changes = dict(ROI_HEADS__NAME="CascadeROIHeads", ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG=True)
+    model = fold(small_export("Mask R-CNN", "GN+WS", **changes)[1])
+    with pytest.raises(ValueError, match="a GeneralizedRCNN .* scripted; trace it .*RuntimeE") as e:
+        script(model)
+    assert "\n" not in str(e.value)
+
+
 class TestOnnx:
     @pytest.fixture(autouse=True)
     def needs(self):
@@ -139,6 +158,23 @@ class TestOnnx:
                 torch.testing.assert_close(found[name], y, rtol=0, atol=bound)
             bound = 1e-4 * expected["p2"].abs().max().item()
             torch.testing.assert_close(found["p2"], expected["p2"], rtol=0, atol=bound)
+
+    def test_images_of_one_channel(self):
+        _, model = small_export("SemanticSegmentor", "BCN+WS", PIXEL_MEAN=[100.0], PIXEL_STD=[50.0])
+        model = fold(model)
+        image = torch.rand(1, 64, 96) * 255
+        with torch.no_grad():
+            features = model.backbone(image[None])["p2"]
+        found = self.run(export_backbone_onnx(model.backbone, 1), images=image[None])["p2"]
+        torch.testing.assert_close(found, features, rtol=1e-3, atol=1e-3)
+
+    def test_what_cannot_be_written_is_said_in_a_line(self, capfd):
+        model = fold(small_export("Mask R-CNN", "GN+WS", MASK_ON=False, KEYPOINT_ON=True)[1])
+        with pytest.raises(ValueError, match="a GeneralizedRCNN .* cannot be written as ON") as e:
+            export_onnx(model)
+        assert "\n" not in str(e.value)
+        print("still here")
+        assert capfd.readouterr().out == "still here\n"
 
     @pytest.mark.parametrize("name", ["mask_rcnn", "retinanet"])
     def test_detector(self, name, request):

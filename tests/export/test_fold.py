@@ -16,6 +16,7 @@ from detectron2.solver.build import get_default_optimizer_params
 from detectron2_models import an_image, modules_of_type, randomize_norms, small_model
 from test_stock_components import COMPONENTS, dense_head, flat, noise, pyramid
 from torch import nn
+from torch.nn.utils import prune
 
 import wsbcn_d2
 from wsbcn_d2 import BatchChannelNorm, ChannelNorm, WSConv2d, WSConvTranspose2d
@@ -405,3 +406,158 @@ def test_norm_options_of_the_folded_model():
     conv = Conv2d(4, 32, 1, norm=get_norm("GN+WS", 32))
     assert b"wsbcn_d2" in pickle.dumps(conv.norm)
     assert_stock(fold(conv))
+
+
+# ------------------------------------------------------------ tools that fold BatchNorm themselves
+
+
+def by_torch(conv, norm):
+    return torch.nn.utils.fusion.fuse_conv_bn_eval(conv, norm, isinstance(conv, nn.ConvTranspose2d))
+
+
+def by_hand(conv, norm):
+    """As toolboxes do it, in place."""
+    factors = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    shape = [1, -1, 1, 1] if isinstance(conv, nn.ConvTranspose2d) else [-1, 1, 1, 1]
+    conv.weight = nn.Parameter(conv.weight * factors.view(shape))
+    conv.bias = nn.Parameter((conv.bias - norm.running_mean) * factors + norm.bias)
+    return conv
+
+
+@pytest.mark.parametrize("fuse", [by_torch, by_hand])
+@pytest.mark.parametrize("kind", [WSConv2d, WSConvTranspose2d])
+def test_folding_by_other_tools(fuse, kind):
+    """They know nothing of standardization, which would undo what they do to the filters."""
+    model = randomize_norms(nn.Sequential(kind(4, 8, 3), nn.BatchNorm2d(8))).eval()
+    nn.init.uniform_(model[1].weight, 0.5, 1.5)
+    x = torch.randn(1, 4, 9, 9)
+    expected = model(x)
+    with pytest.raises(TypeError, match=r"wsbcn_d2\.fold\(model\) first"):
+        fuse(*model)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(fuse(*fold(model))(x), expected)
+
+
+def test_other_weights_can_be_assigned():
+    conv = WSConv2d(4, 8, 3).eval()
+    state = {**conv.state_dict(), "weight": torch.randn(8, 4, 3, 3)}
+    conv.load_state_dict(state, assign=True)
+    conv.weight = nn.Parameter(torch.randn(8, 4, 3, 3))
+    conv.weight = nn.Parameter(conv.weight.detach().clone())
+    conv.weight = nn.Parameter(torch.randn(8, 2, 1, 1))
+
+
+# ------------------------------------------------------- weights that are computed; hooks of users
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight + weight.abs()
+
+
+COMPUTED = {
+    "pruned": lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    "pruned, twice": lambda m: prune.random_unstructured(
+        prune.ln_structured(m, "weight", 0.3, n=2, dim=0), "weight", 0.3
+    ),
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrized weight_norm": nn.utils.parametrizations.weight_norm,
+    "parametrized spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "parametrized": lambda m: nn.utils.parametrize.register_parametrization(m, "weight", Doubled()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("kind", [WSConv2d, nn.Conv2d, WSConvTranspose2d])
+@pytest.mark.parametrize("compute", COMPUTED)
+def test_computed_weights(compute, kind):
+    model = randomize_norms(nn.Sequential(kind(4, 32, 3), BatchChannelNorm(32, 8)))
+    COMPUTED[compute](model[0])
+    x = torch.randn(2, 4, 6, 6)
+    model(x)  # some compute their weights there, as part of a graph
+    expected = model.eval()(x)
+    folded = fold(model)
+    if kind is not nn.Conv2d and compute != "parametrized weight_norm":  # which leaves a closure
+        assert_stock(folded)
+    assert_same_outputs([expected], [folded(x)])
+    assert_same_outputs([expected], [model(x)])
+
+
+def test_pruned_norm():
+    model = randomize_norms(nn.Sequential(nn.Conv2d(4, 32, 3), BatchChannelNorm(32, 8))).eval()
+    prune.l1_unstructured(model[1], "weight", 0.5)
+    prune.l1_unstructured(model[1], "group_weight", 2)
+    x = torch.randn(2, 4, 6, 6)
+    expected = model(x)
+    assert_same_outputs([expected], [fold(model)(x)])
+
+
+def scaled(module, inputs, output):
+    return output * module.my_scale + module.my_shift
+
+
+def with_input(module, inputs, output):
+    return output + inputs[0].mean()
+
+
+def halved(module, inputs):
+    return (inputs[0] * 0.5 + 1,)
+
+
+HOOKS = {
+    "own attribute of a conv": lambda conv, norm: conv.register_forward_hook(scaled),
+    "own attribute of a norm": lambda conv, norm: norm.register_forward_hook(scaled),
+    "input of a norm": lambda conv, norm: norm.register_forward_hook(with_input),
+    "changed input of a norm": lambda conv, norm: norm.register_forward_pre_hook(halved),
+}
+
+
+@pytest.mark.parametrize("owned", [True, False])
+@pytest.mark.parametrize("norm", [BatchChannelNorm, ChannelNorm])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_of_users(hook, norm, owned):
+    norm = norm(32, 8)
+    conv = WSConv2d(4, 32, 3, norm=norm if owned else None)
+    for module in (conv, norm):
+        module.my_scale = 3.0
+        module.register_buffer("my_shift", torch.tensor(0.7))
+    model = randomize_norms(nn.Sequential(conv) if owned else nn.Sequential(conv, norm)).eval()
+    HOOKS[hook](conv, norm)
+    x = torch.randn(2, 4, 6, 6)
+    assert_same_outputs([model(x)], [fold(model)(x)])
+
+
+def masked(conv, inputs):
+    conv.weight.data.copy_(conv.original * conv.mask)
+
+
+def test_hook_that_writes_the_weight():
+    for kind in (nn.Conv2d, WSConv2d):
+        model = randomize_norms(nn.Sequential(kind(4, 32, 3), BatchChannelNorm(32, 8))).eval()
+        conv = model[0]
+        conv.original, conv.mask = conv.weight.detach().clone(), torch.rand_like(conv.weight)
+        conv.register_forward_pre_hook(masked)
+        if kind is WSConv2d:
+            with pytest.raises(TypeError, match="cannot fold 0, a WSConv2d: its forward pre-hooks"):
+                fold(model)
+            continue
+        x = torch.randn(2, 4, 6, 6)
+        assert_same_outputs([model(x)], [fold(model)(x)])
+
+
+@pytest.mark.parametrize("index, kind", [(0, "WSConv2d"), (1, "BatchChannelNorm")])
+def test_forward_of_an_instance(index, kind):
+    model = nn.Sequential(WSConv2d(4, 32, 3), BatchChannelNorm(32, 8))
+    module = model[index]
+    module.forward = lambda x: 2 * type(module).forward(module, x)
+    with pytest.raises(TypeError, match=f"cannot fold {index}, a {kind}: it has a forward of its"):
+        fold(model)
+
+
+def test_weight_that_is_no_parameter():
+    conv = WSConv2d(4, 8, 3)
+    del conv.weight
+    conv.weight = torch.randn(8, 4, 3, 3)
+    with pytest.raises(TypeError, match="cannot fold the model, a WSConv2d: its weight is no par"):
+        fold(conv)

@@ -291,7 +291,7 @@ def test_change_between_forward_and_backward_is_an_error():
         loss.backward()
 
 
-# ------------------------------------------------------------------------------ what a graph contains
+# ---------------------------------------------------------------------------- what a graph contains
 
 
 def test_gradient_of_one_weight_visits_no_other():

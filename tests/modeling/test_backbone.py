@@ -89,8 +89,8 @@ def test_fvcore_counts():
     flops = {}
     for norm, model in models.items():
         flops[norm] = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).by_operator()
-    # For each value fvcore counts 4 in a layer normalization, which standardizes filters, and nothing
-    # in the map by the estimates that BCN begins with.
+    # For each value fvcore counts 4 in a layer normalization, which standardizes filters, and
+    # nothing in the map by the estimates that BCN begins with.
     convs = [m for m in models["BCN+WS"].modules() if isinstance(m, WSConv2d)]
     assert flops["BCN+WS"].pop("layer_norm") == 4 * sum(c.weight.numel() for c in convs)
     assert flops["BCN+WS"] == flops["GN"] and flops["GN"]["conv"] > 1e8

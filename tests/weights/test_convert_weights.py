@@ -15,6 +15,7 @@ import torch
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
+from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
 from sources import (
     BLOCKS,
@@ -35,6 +36,7 @@ from sources import (
 from torch import nn
 
 import wsbcn_d2
+from wsbcn_d2.engine.checkpoint import CompleteCheckpointer
 from wsbcn_d2.export import fold
 from wsbcn_d2.export.stock import save_for_detectron2
 from wsbcn_d2.layers import WeightStandardized
@@ -75,10 +77,10 @@ def save(sd, path, **wrappers):
     return str(path)
 
 
-def loaded(path, cfg, tmp_path):
+def loaded(path, cfg, tmp_path, formula="auto"):
     """The model of a config with converted weights, through Detectron2's own loader."""
     model = build_model(cfg).eval()
-    state, report = convert_state_dict(read_checkpoint(path), model)
+    state, report = convert_state_dict(read_checkpoint(path), model, formula=formula)
     converted = str(tmp_path / "converted.pth")
     torch.save({"model": state, "__author__": "test"}, converted)
     DetectionCheckpointer(model).load(converted)
@@ -123,7 +125,8 @@ def test_backbones(source, kind, groups, tmp_path):
     random.linear("fc", 10, 512)
     path = save({f"module.{k}": v for k, v in random.sd.items()}, tmp_path / "source.pth.tar")
     cfg = config(norm, RESNEXT if groups == 32 else [], kind)
-    model, report = loaded(path, cfg, tmp_path)
+    formula = "gn" if source == "gn_ws" else "auto"
+    model, report = loaded(path, cfg, tmp_path, formula)
     assert not report.missing and not report.left_over and not report.other_norms
     model, sd = in_double(model, random.sd)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -231,11 +234,18 @@ def test_batch_norm_becomes_the_first_part_of_bcn(tmp_path):
 
 @pytest.mark.parametrize("source, target", [("bn", "GN"), ("bn", "GN+WS"), ("bcn_ws", "BN")])
 def test_norms_of_another_kind(source, target, tmp_path):
-    """The result is complete, and another function: the report says so."""
+    """The result is another function: an error, unless it is allowed."""
     random = Random()
     make_resnet50(random, SOURCES[source][1])
-    path = save(random.sd, tmp_path / "source.pth")
-    state, report = convert_state_dict(read_checkpoint(path), build_model(config(target)))
+    checkpoint = read_checkpoint(save(random.sd, tmp_path / "source.pth"))
+    model = build_model(config(target))
+    lost, pattern = ("bn1.running_mean, bn1.r", "*.running_*")
+    if source == "bcn_ws":
+        lost, pattern = ("bn1.weight, bn1.b", "*bn?.[wb]*")
+    with pytest.raises(ConversionError, match=f"no place for 106 weights of .* does: {lost}"):
+        convert_state_dict(checkpoint, model)
+    patterns = [pattern.removeprefix("*"), pattern, "*downsample.1.[wb]*"]
+    state, report = convert_state_dict(checkpoint, model, leave_out=patterns)
     assert not report.missing and report.left_over
     assert len(report.other_norms) == 53
     assert report.other_norms[0] == "backbone.bottom_up.stem.conv1.norm"
@@ -249,10 +259,12 @@ def test_norms_that_the_model_does_not_have(tmp_path):
     random = Random()
     make_resnet50(random, gn_entries)
     path = save(random.sd, tmp_path / "gn_ws.pth")
-    model = build_model(config(""))
-    _, report = convert_state_dict(read_checkpoint(path), model)
+    convert_gn = functools.partial(convert_state_dict, read_checkpoint(path), formula="gn")
+    with pytest.raises(ConversionError, match="no place for 104 weights"):
+        convert_gn(build_model(config("")))
+    _, report = convert_gn(build_model(config("")), leave_out=["*bn*", "*downsample.1*"])
     assert not report.missing and len(report.other_norms) == 53
-    _, report = convert_state_dict(read_checkpoint(path), build_model(config("GN")))
+    _, report = convert_gn(build_model(config("GN")))
     assert not report.other_norms and "warning" not in str(report)
 
 
@@ -279,6 +291,8 @@ def test_caffe2_names(kind, tmp_path):
                 for entry, suffix in CAFFE2.items():
                     blobs[f"{c2}_{suffix}"] = random.sd[f"{source}{bn}.{entry}"].numpy()
     path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"blobs": blobs}))
+    blobs["conv1_b"] = np.ones(32, np.float32)  # which Detectron2 leaves out, too
     path.write_bytes(pickle.dumps({"blobs": blobs}))
     model, report = loaded(str(path), config("FrozenBN", kind=kind), tmp_path)
     assert not report.missing and not report.left_over
@@ -324,7 +338,8 @@ def test_detectors(project, masks, tmp_path):
     if not first:
         wrappers["meta"] = {"config": "conv_cfg = dict(type='ConvWS')"}
     path = save(None, tmp_path / "detector.pth", **wrappers)
-    model, report = loaded(path, config(extra=["MODEL.MASK_ON", masks]), tmp_path)
+    cfg = config(extra=["MODEL.MASK_ON", masks])
+    model, report = loaded(path, cfg, tmp_path, "gn" if first else "auto")
     assert report.layout == project and report.formula == "gn"
     assert not report.missing and not report.left_over
     model, source.sd = in_double(model, source.sd)
@@ -361,12 +376,101 @@ def test_into_a_model_without_weight_standardization(tmp_path):
     random = Random()
     make_resnet50(random, gn_entries)
     path = save(random.sd, tmp_path / "gn_ws.pth")
-    model, report = loaded(path, config("GN"), tmp_path)
+    model, report = loaded(path, config("GN"), tmp_path, "gn")
     model, sd = in_double(model, random.sd)
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         ours = list(model.backbone.bottom_up(x).values())
         assert_same(ours, resnet50(x, sd, gn_ws_filters, group_norm), 1e-4)
+
+
+# Files whose names are those of standardized models, from models that are not.
+PLAIN = {
+    "torchvision's names with GN": ("authors-gn-ws", gn_entries, None),
+    "mmdetection with BN": ("mmdetection", SOURCES["bn"][1], MMDETECTION),
+    "maskrcnn-benchmark with BN": ("maskrcnn-benchmark", SOURCES["bn"][1], MASKRCNN_BENCHMARK),
+    "mmdetection with GN": ("mmdetection", gn_entries, MMDETECTION),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_names_do_not_tell_whether_filters_are_standardized(kind, tmp_path):
+    layout, entries, names = PLAIN[kind]
+    random = Random()
+    resnet = dict(names["resnet"]) if names else {}
+    if entries is not gn_entries and "norm" in resnet:
+        resnet["norm"] = "bn"
+    make_resnet50(random, entries, **resnet)
+    first = layout == "maskrcnn-benchmark"
+    sd = {**Detector(names, background_first=first).sd, **random.sd} if names else random.sd
+    sd = {k: v for k, v in sd.items() if entries is gn_entries or ".gn" not in k}
+    checkpoint = read_checkpoint(save(sd, tmp_path / "source.pth"))
+    norm = "GN" if entries is gn_entries else "BN"
+    model = build_model(config(norm, ["MODEL.FPN.NORM", "GN", *HEADS_WITH_GN]))
+    with pytest.raises(ConversionError, match=f"as in {layout}.*do not tell.*formula: none; gn,"):
+        convert_state_dict(checkpoint, model)
+    model.backbone.bottom_up.double()
+    state, report = convert_state_dict(checkpoint, model, formula="none")
+    assert report.layout == layout and not report.filters
+    stages = {k: v for k, v in state.items() if k.startswith("backbone.bottom_up")}
+    model.load_state_dict(stages, strict=False)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    sd = {k: v.double() for k, v in random.sd.items()}
+    normalize = group_norm if entries is gn_entries else batch_norm
+    with torch.no_grad():
+        ours = list(model.backbone.bottom_up.eval()(x).values())
+        assert_same(ours, resnet50(x, sd, lambda w: w, normalize, **resnet), 1e-5)
+
+
+def test_models_that_this_package_has_converted(tmp_path):
+    """Their files say it, whatever the other names are."""
+    torchvision = pytest.importorskip("torchvision")
+    theirs = torchvision.models.resnet18(norm_layer=lambda c: nn.GroupNorm(32, c))
+    wsbcn_d2.convert(theirs, "GN+WS", keep_function=True)
+    path = save(theirs.state_dict(), tmp_path / "converted.pth", model=theirs.state_dict())
+    extra = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.STEM_OUT_CHANNELS", 64]
+    model, report = loaded(path, config("GN+WS", extra), tmp_path)
+    assert not report.left_over and report.filters == {"taken as they are": 20}
+    x = torch.randn(1, 3, 64, 64)
+    stages = []
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        getattr(theirs, name).register_forward_hook(lambda m, i, out: stages.append(out))
+    with torch.no_grad():
+        theirs.eval()(x)
+        assert_same(list(model.backbone.bottom_up(x).values()), stages, 1e-4)
+    with pytest.raises(ConversionError, match="trained with weight standardization"):
+        convert_state_dict(read_checkpoint(path), build_model(config("GN", extra)))
+
+
+@pytest.mark.parametrize(
+    "names, pattern",
+    [
+        (["layer2.0.se.fc1.weight", "layer4.2.se.fc2.bias"], "*.se.*"),
+        (["layer1.0.conv1.bias"], "layer1.0.conv1.bias"),
+        (["layer3.0.conv2.weight_gamma"], "*_gamma"),  # of mmcv's ConvAWS2d
+    ],
+)
+def test_left_over_weights_of_what_is_converted(names, pattern, tmp_path):
+    random = Random()
+    make_resnet50(random, gn_entries)
+    for name in names:
+        random.sd[name] = random.randn(4)
+    random.sd["head.weight"] = random.randn(4)  # a classifier is no part of a detector
+    checkpoint = read_checkpoint(save(random.sd, tmp_path / "source.pth"))
+    model = build_model(config("GN+WS"))
+    with pytest.raises(ConversionError, match=f"for {len(names)} weights .*: {names[0]}.*--leave"):
+        convert_state_dict(checkpoint, model, formula="gn")
+    _, report = convert_state_dict(checkpoint, model, formula="gn", leave_out=[pattern])
+    assert report.left_over == [*names, "head.weight"]
+
+
+def test_parts_may_be_left_out(tmp_path):
+    """Of a Mask R-CNN, a Faster R-CNN takes the rest."""
+    source = Detector(MMDETECTION)
+    checkpoint = read_checkpoint(save(source.sd, tmp_path / "detector.pth"))
+    model = build_model(config(extra=["MODEL.MASK_ON", False]))
+    _, report = convert_state_dict(checkpoint, model, formula="gn")
+    assert not report.missing and all("mask_head" in name for name in report.left_over)
 
 
 def test_own_checkpoints_stay_as_they_are(tmp_path):
@@ -491,6 +595,77 @@ def test_address_of_a_file(server, tmp_path, monkeypatch):
             read_checkpoint(address)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: f"model.{name}",
+        lambda name: name.replace("layer1.", "layer1._checkpoint_wrapped_module."),
+        lambda name: f"_fsdp_wrapped_module.{name.replace('.bn1', '._fsdp_wrapped_module.bn1')}",
+    ],
+)
+def test_names_within_wrappers(wrap, tmp_path):
+    random = Random()
+    make_resnet50(random, SOURCES["bn"][1])
+    wrapped = {wrap(name): value for name, value in random.sd.items()}
+    checkpoint = read_checkpoint(save(wrapped, tmp_path / "bn.pth"))
+    assert list(checkpoint.tensors) == list(random.sd)
+
+
+def test_checkpoint_of_a_compiled_model(tmp_path):
+    def compiled(model):
+        """What torch.compile(model).state_dict() is, whose import takes seconds."""
+        return nn.ModuleDict({"_orig_mod": model}).state_dict()
+
+    def build():
+        return nn.Sequential(Conv2d(3, 32, 1, norm=wsbcn_d2.get_norm("BCN+WS", 32)))
+
+    model, other = build(), build()
+    torch.save({"model": compiled(model)}, tmp_path / "compiled.pth")
+    CompleteCheckpointer(other).load(str(tmp_path / "compiled.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    folded = compiled(fold(model))
+    for entry in folded._metadata.values():
+        entry["wsbcn_d2_folded"] = True
+    torch.save({"model": folded}, tmp_path / "folded.pth")
+    with pytest.raises(ValueError, match="come from a folded model"):
+        CompleteCheckpointer(other).load(str(tmp_path / "folded.pth"))
+    with pytest.raises(ConversionError, match="come from a folded model"):
+        convert_state_dict(read_checkpoint(str(tmp_path / "folded.pth")), model)
+
+
+def test_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    random = Random()
+    make_resnet50(random, SOURCES["bn"][1])
+    path = tmp_path / "bn.safetensors"
+    safetensors.save_file({f"_orig_mod.{k}": v for k, v in random.sd.items()}, path)
+    tensors = read_checkpoint(str(path)).tensors
+    assert tensors.keys() == random.sd.keys()
+    assert all(torch.equal(tensors[k], v) for k, v in random.sd.items())
+    model = nn.Linear(3, 2)
+    safetensors.save_file(model.state_dict(), path)
+    other = nn.Linear(3, 2)
+    CompleteCheckpointer(other).load(str(path))
+    assert torch.equal(model.weight, other.weight)
+    path.write_bytes(b"no such file")
+    with pytest.raises(CheckpointError, match="not a file of safetensors"):
+        read_checkpoint(str(path))
+
+
+def test_safetensors_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    path = tmp_path / "bn.safetensors"
+    path.write_bytes(b"12345678")
+    for read in (read_checkpoint, CompleteCheckpointer(nn.Linear(2, 2)).load):
+        with pytest.raises(ValueError, match="is needed: pip install safetensors") as error:
+            read(str(path))
+        assert "\n" not in str(error.value)
+
+
 def run(*args):
     command = [sys.executable, str(ROOT / "tools/convert_weights.py"), *map(str, args)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -503,6 +678,7 @@ def test_tool(tmp_path):
     path = save(random.sd, tmp_path / "gn_ws.pth.tar")
     output = tmp_path / "converted.pth"
     arguments = ["--input", path, "--config-file", MASK_RCNN, "--output", output]
+    arguments += ["--formula", "gn"]
     dry = run(*arguments, "--dry-run", *SMALL)
     assert dry.returncode == 0 and not output.exists(), dry.stderr
     assert "layer1.0.conv1.weight -> backbone.bottom_up.res2.0.conv1.weight" in dry.stdout

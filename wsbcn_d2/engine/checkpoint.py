@@ -14,7 +14,13 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ..config import ConfigError
-from ..weights.files import cause_of
+from ..weights.files import (
+    SAFETENSORS,
+    CheckpointError,
+    cause_of,
+    read_safetensors,
+    without_wrappers,
+)
 
 _COUNTER = ".num_batches_tracked"
 
@@ -67,7 +73,8 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO[Any]]:
 
 class AtomicCheckpointer(DetectionCheckpointer):
     """A :class:`detectron2.checkpoint.DetectionCheckpointer` whose files appear when they are
-    complete. It reads and writes the same files; only local folders are protected.
+    complete. It reads and writes the same files, and reads ``.safetensors`` and what was saved from
+    within a wrapper (torch.compile, FSDP); only local folders are protected.
 
     Loading a file that is no checkpoint, or only a part of one, raises ConfigError; so does
     resuming training with the checkpoint of another model, whose optimizer would fail with its
@@ -116,7 +123,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> Any:
         try:
-            return super()._load_file(filename)
+            if filename.endswith(SAFETENSORS):
+                content: Dict[str, Any] = {"model": read_safetensors(filename)}
+            else:
+                content = super()._load_file(filename)
+            content["model"] = without_wrappers(content["model"])
+            return content
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
         except OSError:
             raise
         except Exception as error:  # of many kinds: of zip, pickle, torch

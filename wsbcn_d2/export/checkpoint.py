@@ -51,7 +51,10 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
             else f"to be loaded with {LOADER}: BCN became biases that Detectron2 does not build"
         )
     if format in ("onnx", "onnx-backbone"):
-        onnx = export_onnx(model) if format == "onnx" else export_backbone_onnx(model.backbone)
+        if format == "onnx":
+            onnx = export_onnx(model)
+        else:
+            onnx = export_backbone_onnx(model.backbone, len(cfg.MODEL.PIXEL_MEAN))
         with atomic_write(output) as file:
             file.write(onnx)
         return output

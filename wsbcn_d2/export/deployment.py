@@ -1,16 +1,19 @@
 """A folded model as TorchScript or ONNX.
 
-Inputs are images as Detectron2's models take them: (3, H, W), float32, values 0 to 255, in the
-channel order of ``INPUT.FORMAT``. Outputs are those before the final resizing: boxes (N, 4) in
-pixels of the input, and masks of R-CNNs (N, 1, 28, 28) in the box.
+Inputs are images as Detectron2's models take them: (C, H, W), float32, values 0 to 255, in the
+channel order of ``INPUT.FORMAT``, where C is the length of ``PIXEL_MEAN``. Outputs are those before
+the final resizing: boxes (N, 4) in pixels of the input, and masks of R-CNNs (N, 1, 28, 28) in the
+box.
 """
 
 import contextlib
 import copy
 import inspect
 import io
+import os
+import sys
 import warnings
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple, cast
 
 import torch
 from detectron2.export import TracingAdapter, scripting_with_instances
@@ -21,9 +24,15 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.onnx import symbolic_helper
 
+from ..weights.files import cause_of
+
 # Half-pixel RoIAlign, which is what Detectron2's ROIAlignV2 is, came with version 16. With
 # Detectron2's STABLE_ONNX_OPSET_VERSION, 11, boxes are wrong by tens of pixels.
 _OPSET = 17
+
+# The exporter by tracing, which knows torchvision's operations.
+_HAS_DYNAMO = "dynamo" in inspect.signature(torch.onnx.export).parameters
+_BY_TRACING: Dict[str, Any] = {"dynamo": False} if _HAS_DYNAMO else {}
 
 # What Instances may hold while a detector runs.
 _FIELDS = {
@@ -45,15 +54,15 @@ def trace(model: nn.Module) -> Tuple[torch.jit.ScriptModule, List[str]]:
         model: from :func:`fold`.
 
     Returns:
-        A function of an image (3, H, W) of any size, and the names of the tensors it returns, for
+        A function of an image (C, H, W) of any size, and the names of the tensors it returns, for
         example ``["pred_boxes", "pred_classes", "pred_masks", "scores"]``. To load it, a program
         needs ``torch`` and ``torchvision``.
 
     Raises:
-        ValueError: if the outputs are not tensors (PanopticFPN).
+        ValueError: if the outputs are not tensors (PanopticFPN), or PyTorch cannot trace it.
     """
     adapter, image = _adapter(model)
-    with _expected_warnings():
+    with _expected_warnings(), _failure_in_a_line(model, "traced"):
         # The check would call it with the same image again.
         traced = torch.jit.trace(adapter, (image,), check_trace=False)
     return traced, adapter.outputs_schema.keys
@@ -66,7 +75,7 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
         model: from :func:`fold`.
 
     Returns:
-        A function of a list of ``{"image": (3, H, W)}`` that returns a list of dictionaries. Boxes
+        A function of a list of ``{"image": (C, H, W)}`` that returns a list of dictionaries. Boxes
         of RetinaNet and FCOS may reach beyond the image, which Detectron2 clips only later.
 
     Raises:
@@ -85,7 +94,8 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
         )
     kind = _ScriptableRCNN if isinstance(model, GeneralizedRCNN) else _ScriptableDetector
     # A copy, since it changes the ResNet that it is given.
-    return scripting_with_instances(kind(copy.deepcopy(model)).eval(), _FIELDS)
+    with _failure_in_a_line(model, "scripted; trace it instead"):
+        return scripting_with_instances(kind(copy.deepcopy(model)).eval(), _FIELDS)
 
 
 def export_onnx(model: nn.Module) -> bytes:
@@ -102,7 +112,7 @@ def export_onnx(model: nn.Module) -> bytes:
 
     Raises:
         ImportError: if the package ``onnx`` is not installed.
-        ValueError: if the outputs are not tensors (PanopticFPN).
+        ValueError: if the outputs are not tensors (PanopticFPN), or PyTorch cannot write it.
     """
     adapter, image = _adapter(model)
     return _to_onnx(
@@ -110,25 +120,27 @@ def export_onnx(model: nn.Module) -> bytes:
     )
 
 
-def export_backbone_onnx(backbone: Backbone) -> bytes:
+def export_backbone_onnx(backbone: Backbone, channels: int = 3) -> bytes:
     """A backbone, for example ResNet-FPN, as ONNX.
 
     Args:
         backbone: of a model from :func:`fold`.
+        channels: C of its inputs.
 
     Returns:
-        A file with the input ``images``, (N, 3, H, W), normalized by ``MODEL.PIXEL_MEAN`` and
+        A file with the input ``images``, (N, C, H, W), normalized by ``MODEL.PIXEL_MEAN`` and
         ``PIXEL_STD``, H and W multiples of ``backbone.size_divisibility``; and the feature maps as
         outputs, by name.
 
     Raises:
         ImportError: if the package ``onnx`` is not installed.
+        ValueError: if PyTorch cannot write it.
     """
     names = list(backbone.output_shape())
     axes = {"images": {0: "batch", 2: "height", 3: "width"}}
     axes.update({name: {0: "batch", 2: f"{name}_height", 3: f"{name}_width"} for name in names})
     device = next(backbone.parameters()).device
-    sample = torch.zeros(1, 3, 256, 320, device=device)
+    sample = torch.zeros(1, channels, 256, 320, device=device)
     adapter = TracingAdapter(backbone, sample, lambda model, x: [model(x)[name] for name in names])
     return _to_onnx(adapter.eval(), sample, names, axes)
 
@@ -139,9 +151,11 @@ def export_backbone_onnx(backbone: Backbone) -> bytes:
 def _adapter(model: nn.Module) -> Tuple[TracingAdapter, Tensor]:
     """A function from tensor to tensors, which has been called once, and its input."""
     # Nothing is found in it, and what is recorded holds for all images.
-    image = torch.zeros(3, 256, 320, device=next(model.parameters()).device)
+    channels = len(cast(Tensor, model.pixel_mean))
+    image = torch.zeros(channels, 256, 320, device=next(model.parameters()).device)
     adapter = TracingAdapter(model, image, _predict).eval()
-    adapter(image)
+    with _failure_in_a_line(model, "called with an image alone"):
+        adapter(image)
     return adapter, image
 
 
@@ -169,6 +183,33 @@ def _expected_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         yield
+
+
+@contextlib.contextmanager
+def _failure_in_a_line(model: nn.Module, what: str) -> Iterator[None]:
+    """What fails within PyTorch, for models that it cannot express, is a ValueError."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # of many types
+        raise ValueError(
+            f"a {type(model).__name__} like this cannot be {what} ({cause_of(error)})"
+        ) from error
+
+
+@contextlib.contextmanager
+def _nothing_on_stdout() -> Iterator[None]:
+    """PyTorch writes a graph of a thousand lines there, from C++, when an export fails."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 class _ScriptableRCNN(nn.Module):
@@ -208,12 +249,9 @@ def _to_onnx(
         raise ImportError(
             "ONNX files need the package onnx: pip install onnx (or wsbcn_d2[export])"
         ) from error
-    # The exporter by tracing, which knows torchvision's operations.
-    options: Dict[str, Any] = {}
-    if "dynamo" in inspect.signature(torch.onnx.export).parameters:
-        options["dynamo"] = False
     file = io.BytesIO()
-    with _group_norm_of_nothing(), _expected_warnings():
+    expected = _failure_in_a_line(adapter.model, "written as ONNX")
+    with expected, _group_norm_of_nothing(), _expected_warnings(), _nothing_on_stdout():
         torch.onnx.export(
             adapter,
             (sample,),
@@ -222,7 +260,7 @@ def _to_onnx(
             output_names=names,
             dynamic_axes=axes,
             opset_version=_OPSET,
-            **options,
+            **_BY_TRACING,
         )
     return file.getvalue()
 

@@ -14,12 +14,15 @@ parameters of a group repeated for each of its channels.
 
 import copy
 from collections import defaultdict
-from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
+from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union, cast
 
 import torch
 from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, ModulatedDeformConv
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..layers import BatchChannelNorm, ChannelNorm, WeightStandardized, become
 
@@ -69,14 +72,18 @@ def fold(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: if a module is of a class derived from one of this package, for which there is
-            no stock counterpart.
+            no stock counterpart, or something else than its class decides what it computes: a
+            ``forward`` of its own, or a pre-hook that may change its filters.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = copy.deepcopy(model, _computed_tensors(model)).eval().requires_grad_(False)
     modules: List[Any] = list(model.modules())  # their classes change
-    for module in modules:
+    for name, module in model.named_modules():
         _strip(module)
+        if isinstance(module, (WeightStandardized, BatchChannelNorm, ChannelNorm)):
+            _make_permanent(module)
+            _check_own_forward(name or "the model", module)
         if not _is_ours(type(module)):
             continue
         if isinstance(module, WeightStandardized):
@@ -93,10 +100,64 @@ def fold(model: nn.Module) -> nn.Module:
         if isinstance(module, BatchChannelNorm):
             _fold_batch_channel_norm(module, owners)
         else:
-            become(module, _group_norm(module, module.weight, module.bias).eval())
+            _become(module, _group_norm(module, module.weight, module.bias))
     for name, module in model.named_modules():
         _check_stock(name or "the model", module)
     return model
+
+
+# -------------------------------------------------------------------- what computes its own weights
+
+
+def _computed_tensors(model: nn.Module) -> Dict[int, Tensor]:
+    """Copies of what hooks have computed in the last forward pass (of pruned layers, for example),
+    which cannot be copied with the modules: they are part of a graph."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+
+
+def _make_permanent(module: nn.Module) -> None:
+    """Makes parameters that PyTorch's utilities compute from others what they are at present."""
+    from torch.nn.utils import prune  # which nothing else imports
+
+    if parametrize.is_parametrized(module):
+        # Not remove_parametrizations, which changes the class, that copies of a module share.
+        names = cast(nn.ModuleDict, module.parametrizations)
+        values = {name: getattr(module, name) for name in names}
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        for name, value in values.items():
+            setattr(module, name, _parameter(value))
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, hook._tensor_name)
+        elif isinstance(hook, WeightNorm):
+            remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(module, hook.name)
+
+
+def _check_own_forward(name: str, module: nn.Module) -> None:
+    """
+    Raises:
+        TypeError: if more than its class and its parameters may decide what a module computes.
+    """
+    found = ""
+    if "forward" in vars(module):
+        found = "it has a forward of its own"
+    elif isinstance(module, WeightStandardized):
+        if "weight" not in module._parameters:
+            found = "its weight is no parameter"
+        elif module._forward_pre_hooks:
+            found = "its forward pre-hooks may change its weight; remove them first"
+    elif module._modules:
+        found = f"there are modules in it ({', '.join(module._modules)})"
+    if found:
+        raise TypeError(f"cannot fold {name}, a {type(module).__name__}: {found}")
 
 
 # ------------------------------------------------------------------------------------ convolutions
@@ -114,8 +175,11 @@ def _fold_standardization(conv: WeightStandardized) -> None:
             f"cannot fold a convolution with a norm or activation of its own and padding_mode="
             f"{conv.padding_mode!r}: detectron2.layers.Conv2d pads with zeros only"
         )
+    # Whatever else there is, a hook may need.
+    ours = {*_attributes(type(conv)(2, 2, 1)), *vars(WeightStandardized)}
+    ours -= _attributes(stock(2, 2, 1))
     conv.__class__ = stock  # type: ignore[assignment]
-    for name in _attributes(conv) - _attributes(stock(1, 1, 1)):
+    for name in ours & _attributes(conv):
         delattr(conv, name)
     conv.weight = _parameter(weight.to(dtype))
 
@@ -127,11 +191,11 @@ def _attributes(module: nn.Module) -> Set[str]:
 def _feeding_convolution(norm: nn.GroupNorm, owners: _Owners) -> Optional[_Convolution]:
     """The convolution whose output is the input of a norm layer, and goes nowhere else; None if
     it is not certain that there is one."""
-    if len(owners[id(norm)]) != 1:
-        return None
+    if len(owners[id(norm)]) != 1 or norm._forward_hooks or norm._forward_pre_hooks:
+        return None  # hooks are to see the same inputs as before
     parent, name = owners[id(norm)][0]
     if type(parent) in _OWN_NORM:
-        return parent if name == "norm" else None
+        return parent if name == "norm" and _is_plain(parent) else None
     # Modules of Detectron2 register a norm layer right after the convolution that feeds it.
     if type(parent).forward is not nn.Sequential.forward:
         if type(parent).__module__.partition(".")[0] != "detectron2":
@@ -144,12 +208,18 @@ def _feeding_convolution(norm: nn.GroupNorm, owners: _Owners) -> Optional[_Convo
         or len(owners[id(conv)]) != 1
         or conv.out_channels != norm.num_channels
         or conv._forward_hooks
-        or norm._forward_pre_hooks
+        or not _is_plain(conv)
         or getattr(conv, "norm", None) is not None
         or getattr(conv, "activation", None) is not None
     ):
         return None
     return conv
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether a convolution computes with its parameters, which no hook changes."""
+    changing = conv._forward_pre_hooks or "forward" in vars(conv)
+    return not changing and "weight" in conv._parameters and "bias" in conv._parameters
 
 
 def _scale_outputs(conv: _Convolution, scale: Tensor, shift: Tensor) -> None:
@@ -173,15 +243,26 @@ def _scale_outputs(conv: _Convolution, scale: Tensor, shift: Tensor) -> None:
 def _fold_batch_channel_norm(norm: BatchChannelNorm, owners: _Owners) -> None:
     group_norm = _group_norm(norm, norm.group_weight, norm.group_bias)
     if norm.running_mean.dim() == 2:
-        become(norm, nn.Sequential(_cycle_batch_norms(norm), group_norm).eval())
+        _become(norm, nn.Sequential(_cycle_batch_norms(norm), group_norm))
         return
     conv = _feeding_convolution(norm, owners)
     if conv is None:
-        become(norm, nn.Sequential(_frozen_batch_norm(norm), group_norm).eval())
+        _become(norm, nn.Sequential(_frozen_batch_norm(norm), group_norm))
         return
     scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
     _scale_outputs(conv, scale, norm.bias.double() - scale * norm.running_mean.double())
-    become(norm, group_norm.eval())
+    _become(norm, group_norm)
+
+
+def _become(norm: nn.Module, new: nn.Module) -> None:
+    """As ``become``, but what a user has put into the layer, for hooks, stays."""
+    fresh = type(norm)(norm.num_channels, norm.num_groups)
+    added = {key: value for key, value in vars(norm).items() if key not in vars(fresh)}
+    for key in ("_parameters", "_buffers"):
+        own = vars(fresh)[key]
+        vars(new)[key].update({k: v for k, v in vars(norm)[key].items() if k not in own})
+    become(norm, new.eval())
+    vars(norm).update(added)
 
 
 def _group_norm(norm: nn.GroupNorm, group_weight: Tensor, group_bias: Tensor) -> nn.GroupNorm:

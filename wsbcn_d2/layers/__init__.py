@@ -10,6 +10,7 @@ from .weight_standardization import (
     WSConvTranspose2d,
     is_convolution,
     standardize_,
+    weights_per_filter,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "normalize",
     "run_branch",
     "standardize_",
+    "weights_per_filter",
 ]

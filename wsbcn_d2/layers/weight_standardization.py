@@ -51,9 +51,32 @@ class WeightStandardized(nn.Module):
     ws_shift: Optional[Tensor]
 
     def _init_standardization(self, eps: float) -> None:
+        _check_filters(self)
         self.eps = eps
         for name in _ADAPTATION:
             self.register_buffer(name, None)
+
+    def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
+        """As in any module, but what folds a norm into the filters is an error."""
+        if name == "weight" and not self.training and self._is_rescaled(param):
+            raise TypeError(
+                "filters were multiplied by factors, as tools do that fold a BatchNorm into a "
+                "convolution; standardization would undo that. Use wsbcn_d2.fold(model) first, "
+                "which makes it a plain convolution"
+            )
+        super().register_parameter(name, param)
+
+    def _is_rescaled(self, new: Optional[Tensor]) -> bool:
+        """Whether new filters are those that the convolution has, each times a factor."""
+        old = self._parameters.get("weight")
+        if old is None or new is None or old.shape != new.shape or old.is_meta or new.is_meta:
+            return False
+        outputs = 1 if isinstance(self, nn.ConvTranspose2d) else 0
+        old, new = (w.detach().float().transpose(0, outputs).flatten(1) for w in (old, new))
+        new = new.to(old.device)
+        factors = ((old * new).sum(1, True) / old.square().sum(1, True)).nan_to_num(1.0)
+        changed = (factors - 1).abs().max() > 1e-4
+        return bool(changed) and torch.allclose(new, factors * old, 1e-4)
 
     def standardized_weight(self) -> Tensor:
         """The filters that the convolution uses, of the shape and dtype of ``weight``."""
@@ -284,6 +307,19 @@ if issubclass(DeformConv, nn.Module):
     _STANDARDIZED[ModulatedDeformConv] = WSModulatedDeformConv
 
 
+def weights_per_filter(conv: nn.Module) -> int:
+    """How many weights the filter of one output channel has."""
+    return conv.weight.numel() // conv.out_channels
+
+
+def _check_filters(conv: nn.Module) -> None:
+    if weights_per_filter(conv) == 1:
+        raise ValueError(
+            "filters of one weight each (1x1, depthwise) would be standardized to 0: leave this "
+            f"convolution of {conv.out_channels} channels without weight standardization"
+        )
+
+
 def is_convolution(module: nn.Module) -> bool:
     """Whether ``module`` is a convolution that :func:`standardize_` accepts, or was given to it."""
     return isinstance(module, WeightStandardized) or type(module) in _STANDARDIZED
@@ -306,6 +342,7 @@ def standardize_(conv: nn.Module, eps: float = _EPS) -> nn.Module:
 
     Raises:
         TypeError: if ``conv`` is something else.
+        ValueError: if its filters have one weight each, which would become 0.
     """
     if isinstance(conv, WeightStandardized):
         return conv
@@ -314,6 +351,7 @@ def standardize_(conv: nn.Module, eps: float = _EPS) -> nn.Module:
             f"cannot standardize the weights of a {type(conv).__module__}.{type(conv).__name__}; "
             f"allowed are {', '.join(sorted({c.__name__ for c in _STANDARDIZED}))}"
         )
+    _check_filters(conv)
     if type(conv) is nn.Conv2d:
         conv.norm, conv.activation = None, None
     conv.__class__ = _STANDARDIZED[type(conv)]

@@ -197,6 +197,8 @@ def _is_for_kernels(x: Tensor) -> bool:
 
 
 def _floats(parameter: Tensor) -> Tensor:
+    if parameter.dtype == _F32 and parameter.is_contiguous():  # three calls less for each
+        return parameter
     return parameter.detach().float().contiguous()
 
 

@@ -205,25 +205,30 @@ INLINE void apply_backward_to(
 
 /* ---------------------------------------------------------------------------------- rows of values */
 
-/* `count` values of one channel, or with `step` 1 `rows` rows of `count` channels, `stride` values
-   from one to the next. */
+/* `rows` rows of `count` values, `stride` values from one to the next: with `step` 0 those of one
+   channel each, with `step` 1 those of as many channels. */
 
 LOOP void apply(
     const Pass *pass, int64_t from, int64_t rows, int64_t stride, int64_t count, const float *m,
     const float *scale, const float *shift, int step
 ) {
-#define APPLY(dtype)                                                                               \
-    for (int64_t row = 0; row < rows; row++) {                                                     \
-        int64_t at = from + row * stride;                                                          \
-        if (step && pass->activation)                                                              \
-            apply_to(pass->x, pass->residual, pass->y, at, count, m, scale, shift, 1, dtype, RELU); \
-        else if (step)                                                                             \
-            apply_to(pass->x, pass->residual, pass->y, at, count, m, scale, shift, 1, dtype, NONE); \
-        else if (pass->activation)                                                                 \
-            apply_to(pass->x, pass->residual, pass->y, at, count, m, scale, shift, 0, dtype, RELU); \
-        else                                                                                       \
-            apply_to(pass->x, pass->residual, pass->y, at, count, m, scale, shift, 0, dtype, NONE); \
+    const void *x = pass->x, *residual = pass->residual;
+    void *y = pass->y;
+#define APPLY_AS(dtype, step, activation)                                                       \
+    for (int64_t row = 0; row < rows; row++) {                                                  \
+        int64_t at = from + row * stride, c = step ? 0 : row;                                   \
+        apply_to(                                                                               \
+            x, residual, y, at, count, m + c, scale + c, shift + c, step, dtype, activation);   \
     }
+#define APPLY(dtype)                      \
+    if (step && pass->activation)         \
+        APPLY_AS(dtype, 1, RELU)          \
+    else if (step)                        \
+        APPLY_AS(dtype, 1, NONE)          \
+    else if (pass->activation)            \
+        APPLY_AS(dtype, 0, RELU)          \
+    else                                  \
+        APPLY_AS(dtype, 0, NONE)
     WITH_DTYPE(pass->dtype, APPLY)
 }
 
@@ -232,24 +237,25 @@ LOOP void apply_backward(
     const float *scale, const float *shift, const float *q, const float *c, int step
 ) {
     /* What the activation kept back is gone from the gradient of the residual. */
-    const void *grad = pass->grad_residual ? pass->grad_residual : pass->grad;
+    const void *grad = pass->grad_residual ? pass->grad_residual : pass->grad, *x = pass->x;
+    void *grad_x = pass->grad_x;
     int activation = pass->grad_residual ? NONE : pass->activation;
-#define APPLY_BACKWARD(dtype)                                                                        \
-    for (int64_t row = 0; row < rows; row++) {                                                       \
-        int64_t at = from + row * stride;                                                            \
-        if (step && activation)                                                                      \
-            apply_backward_to(                                                                       \
-                grad, pass->x, pass->grad_x, at, count, m, scale, shift, q, c, 1, dtype, RELU);      \
-        else if (step)                                                                               \
-            apply_backward_to(                                                                       \
-                grad, pass->x, pass->grad_x, at, count, m, scale, shift, q, c, 1, dtype, NONE);      \
-        else if (activation)                                                                         \
-            apply_backward_to(                                                                       \
-                grad, pass->x, pass->grad_x, at, count, m, scale, shift, q, c, 0, dtype, RELU);      \
-        else                                                                                         \
-            apply_backward_to(                                                                       \
-                grad, pass->x, pass->grad_x, at, count, m, scale, shift, q, c, 0, dtype, NONE);      \
+#define APPLY_BACKWARD_AS(dtype, step, activation)                                      \
+    for (int64_t row = 0; row < rows; row++) {                                          \
+        int64_t at = from + row * stride, i = step ? 0 : row;                           \
+        apply_backward_to(                                                              \
+            grad, x, grad_x, at, count, m + i, scale + i, shift + i, q + i, c + i, step, \
+            dtype, activation);                                                         \
     }
+#define APPLY_BACKWARD(dtype)             \
+    if (step && activation)               \
+        APPLY_BACKWARD_AS(dtype, 1, RELU) \
+    else if (step)                        \
+        APPLY_BACKWARD_AS(dtype, 1, NONE) \
+    else if (activation)                  \
+        APPLY_BACKWARD_AS(dtype, 0, RELU) \
+    else                                  \
+        APPLY_BACKWARD_AS(dtype, 0, NONE)
     WITH_DTYPE(pass->dtype, APPLY_BACKWARD)
 }
 
@@ -284,25 +290,25 @@ static int is_poor(Moments moments, double center) {
     return step * step * moments.count > 8 * moments.squares || moments.squares > FLT_MAX;
 }
 
-LOOP Moments moments_around(const void *x, int64_t from, int64_t size, float center, int kind) {
+INLINE Moments moments_around(
+    const void *restrict x, int64_t from, int64_t size, float center, const int dtype
+) {
     /* Two sums of each kind, as an addition waits for the last one to the same sum. */
     int64_t half = size / 2;
     float sum = 0, squares = 0, other_sum = 0, other_squares = 0;
-#define SUM_MOMENTS(dtype)                                                                       \
-    _Pragma("omp simd reduction(+ : sum, squares, other_sum, other_squares)")                    \
-    for (int64_t i = 0; i < half; i++) {                                                         \
-        float t = get(x, from + i, dtype) - center, u = get(x, from + half + i, dtype) - center; \
-        sum += t;                                                                                \
-        squares += t * t;                                                                        \
-        other_sum += u;                                                                          \
-        other_squares += u * u;                                                                  \
-    }                                                                                            \
-    if (size % 2) {                                                                              \
-        float t = get(x, from + size - 1, dtype) - center;                                       \
-        sum += t;                                                                                \
-        squares += t * t;                                                                        \
+#pragma omp simd reduction(+ : sum, squares, other_sum, other_squares)
+    for (int64_t i = 0; i < half; i++) {
+        float t = get(x, from + i, dtype) - center, u = get(x, from + half + i, dtype) - center;
+        sum += t;
+        squares += t * t;
+        other_sum += u;
+        other_squares += u * u;
     }
-    WITH_DTYPE(kind, SUM_MOMENTS)
+    if (size % 2) {
+        float t = get(x, from + size - 1, dtype) - center;
+        sum += t;
+        squares += t * t;
+    }
     return from_sums(size, center, (double)sum + other_sum, (double)squares + other_squares);
 }
 
@@ -318,18 +324,27 @@ static void store_moments(Row row, int64_t c, Moments moments) {
     row.shift[c] = moments.mean - row.m[c];
 }
 
-static void find_moments_of_plane(const Pass *pass, int64_t n, int64_t c) {
-    int64_t from = (n * pass->channels + c) * pass->pixels;
+INLINE Moments moments_of_plane(const void *x, int64_t from, int64_t pixels, const int dtype) {
     Moments all = {0, 0, 0};
-    for (int64_t start = 0; start < pass->pixels; start += BLOCK) {
-        int64_t at = from + start, size = smaller(BLOCK, pass->pixels - start);
-        float center = first_value(pass->x, at, pass->dtype);
-        Moments block = moments_around(pass->x, at, size, center, pass->dtype);
+    for (int64_t start = 0; start < pixels; start += BLOCK) {
+        int64_t at = from + start, size = smaller(BLOCK, pixels - start);
+        float center = get(x, at, dtype);
+        Moments block = moments_around(x, at, size, center, dtype);
         if (is_poor(block, center))
-            block = moments_around(pass->x, at, size, block.mean, pass->dtype);
+            block = moments_around(x, at, size, block.mean, dtype);
         all = start ? together(all, block) : block;
     }
-    store_moments(row_of(pass, n), c, all);
+    return all;
+}
+
+LOOP void find_moments_of_planes(const Pass *pass, int64_t n, int64_t first, int64_t count) {
+    Row row = row_of(pass, n);
+    int64_t from = n * pass->channels * pass->pixels;
+#define FIND_MOMENTS(dtype)                                                                      \
+    for (int64_t c = first; c < first + count; c++)                                              \
+        store_moments(                                                                           \
+            row, c, moments_of_plane(pass->x, from + c * pass->pixels, pass->pixels, dtype));
+    WITH_DTYPE(pass->dtype, FIND_MOMENTS)
 }
 
 LOOP void add_rows(
@@ -429,7 +444,7 @@ static void find_moments(const Pass *pass, double *scratch) {
 #pragma omp for collapse(2)
         for (int64_t n = 0; n < pass->images; n++)
             for (int64_t c = 0; c < pass->channels; c++)
-                find_moments_of_plane(pass, n, c);
+                find_moments_of_planes(pass, n, c, 1);
     }
 }
 
@@ -527,10 +542,12 @@ static void find_tables(const Pass *pass, int64_t n, int64_t g) {
     }
 }
 
-static void apply_to_plane(const Pass *pass, int64_t n, int64_t c) {
+static void apply_to_planes(const Pass *pass, int64_t n, int64_t first, int64_t count) {
     Row row = row_of(pass, n);
-    int64_t from = (n * pass->channels + c) * pass->pixels;
-    apply(pass, from, 1, 0, pass->pixels, row.m + c, row.scale + c, row.shift + c, 0);
+    int64_t pixels = pass->pixels, from = (n * pass->channels + first) * pixels;
+    apply(
+        pass, from, count, pixels, pixels, row.m + first, row.scale + first, row.shift + first, 0
+    );
 }
 
 static void apply_to_part(const Pass *pass, int64_t i) {
@@ -546,14 +563,8 @@ static void apply_to_part(const Pass *pass, int64_t i) {
 static void normalize_group(const Pass *pass, int64_t n, int64_t g) {
     int64_t size = pass->channels / pass->groups;
     find_tables(pass, n, g);
-    for (int64_t c = g * size; !pass->channels_last && c < (g + 1) * size; c++)
-        apply_to_plane(pass, n, c);
-}
-
-static void find_moments_of_group(const Pass *pass, int64_t n, int64_t g) {
-    int64_t size = pass->channels / pass->groups;
-    for (int64_t c = g * size; c < (g + 1) * size; c++)
-        find_moments_of_plane(pass, n, c);
+    if (!pass->channels_last)
+        apply_to_planes(pass, n, g * size, size);
 }
 
 /* The results of functions: memory is missing; done; done, but no estimate has moved, since one would
@@ -589,7 +600,7 @@ int wsbcn_forward(const Pass *pass) {
         if (at_once) {
 #pragma omp for
             for (int64_t g = 0; g < groups; g++) {
-                find_moments_of_group(pass, 0, g);
+                find_moments_of_planes(pass, 0, g * size, size);
                 find_estimates(pass, g * size, size);
                 find_rstd(pass, g * size, size);
                 normalize_group(pass, 0, g);
@@ -614,7 +625,7 @@ int wsbcn_forward(const Pass *pass) {
 #pragma omp for
             for (int64_t i = 0; i < pass->images * groups; i++) {
                 if (by_group || at_once)
-                    find_moments_of_group(pass, i / groups, i % groups);
+                    find_moments_of_planes(pass, i / groups, i % groups * size, size);
                 normalize_group(pass, i / groups, i % groups);
             }
         }
@@ -640,7 +651,7 @@ int wsbcn_again(const Pass *pass) {
         } else {
 #pragma omp for
             for (int64_t i = 0; i < pass->images * channels; i++)
-                apply_to_plane(pass, i / channels, i % channels);
+                apply_to_planes(pass, i / channels, i % channels, 1);
         }
     }
     return DONE;
@@ -665,19 +676,23 @@ static Sums sums_of(const Pass *pass) {
     return sums;
 }
 
-/* Sums of the gradient, and of the gradient times x around its mean, over a plane. What the
-   activation kept back does not count; with a residual, whose gradient is written, y tells what that
-   was. */
-LOOP void sum_plane(
-    const Pass *pass, int64_t from, float m, float scale, float shift, float *s1, float *s2
+/* Sums of the gradient, and of the gradient times x around its mean, over each of some planes. What
+   the activation kept back does not count; with a residual, whose gradient is written, y tells what
+   that was. */
+LOOP void sum_planes(
+    const Pass *pass, int64_t from, int64_t planes, const float *m, const float *scale,
+    const float *shift, float *s1, float *s2
 ) {
     const void *restrict grad = pass->grad, *restrict x = pass->x, *restrict y = pass->y;
     void *restrict grad_residual = pass->grad_residual;
     int activation = pass->activation;
-    double total1 = 0, total2 = 0;
-    for (int64_t start = 0; start < pass->pixels; start += BLOCK) {
-        int64_t at = from + start, size = smaller(BLOCK, pass->pixels - start);
-        float sum1 = 0, sum2 = 0;
+    for (int64_t plane = 0; plane < planes; plane++) {
+        float mean = m[plane], gain = scale[plane], offset = shift[plane];
+        double total1 = 0, total2 = 0;
+        for (int64_t start = 0; start < pass->pixels; start += BLOCK) {
+            int64_t at = from + plane * pass->pixels + start;
+            int64_t size = smaller(BLOCK, pass->pixels - start);
+            float sum1 = 0, sum2 = 0;
 #define SUM_PLANE(dtype)                                                                       \
     if (grad_residual) {                                                                       \
         _Pragma("omp simd reduction(+ : sum1, sum2)")                                          \
@@ -685,31 +700,32 @@ LOOP void sum_plane(
             float g = let_through(get(grad, i, dtype), get(y, i, dtype), RELU);                \
             put(grad_residual, i, g, dtype);                                                   \
             sum1 += g;                                                                         \
-            sum2 += g * (get(x, i, dtype) - m);                                                \
+            sum2 += g * (get(x, i, dtype) - mean);                                             \
         }                                                                                      \
     } else if (activation) {                                                                   \
         _Pragma("omp simd reduction(+ : sum1, sum2)")                                          \
         for (int64_t i = at; i < at + size; i++) {                                             \
             float value = get(x, i, dtype);                                                    \
             float g = let_through(                                                             \
-                get(grad, i, dtype), normalized(value, m, scale, shift), RELU);                \
+                get(grad, i, dtype), normalized(value, mean, gain, offset), RELU);             \
             sum1 += g;                                                                         \
-            sum2 += g * (value - m);                                                           \
+            sum2 += g * (value - mean);                                                        \
         }                                                                                      \
     } else {                                                                                   \
         _Pragma("omp simd reduction(+ : sum1, sum2)")                                          \
         for (int64_t i = at; i < at + size; i++) {                                             \
             float g = get(grad, i, dtype);                                                     \
             sum1 += g;                                                                         \
-            sum2 += g * (get(x, i, dtype) - m);                                                \
+            sum2 += g * (get(x, i, dtype) - mean);                                             \
         }                                                                                      \
     }
-        WITH_DTYPE(pass->dtype, SUM_PLANE)
-        total1 += sum1;
-        total2 += sum2;
+            WITH_DTYPE(pass->dtype, SUM_PLANE)
+            total1 += sum1;
+            total2 += sum2;
+        }
+        s1[plane] = total1;
+        s2[plane] = total2;
     }
-    *s1 = total1;
-    *s2 = total2;
 }
 
 /* The same over rows of channels. */
@@ -808,13 +824,13 @@ static void find_gradients(const Pass *pass, int64_t n, int64_t g) {
     }
 }
 
-static void apply_backward_to_plane(const Pass *pass, int64_t n, int64_t c) {
+static void apply_backward_to_planes(const Pass *pass, int64_t n, int64_t first, int64_t count) {
     Row row = row_of(pass, n);
     Sums sums = sums_of(pass);
-    int64_t i = n * pass->channels + c;
+    int64_t i = n * pass->channels + first, pixels = pass->pixels;
     apply_backward(
-        pass, i * pass->pixels, 1, 0, pass->pixels, row.m + c, row.scale + c, row.shift + c,
-        sums.q + i, sums.c + i, 0
+        pass, i * pixels, count, pixels, pixels, row.m + first, row.scale + first,
+        row.shift + first, sums.q + i, sums.c + i, 0
     );
 }
 
@@ -865,18 +881,15 @@ int wsbcn_backward(const Pass *pass) {
         } else {
 #pragma omp for
             for (int64_t i = 0; i < images * groups; i++) {
-                int64_t n = i / groups, first = i % groups * size;
+                int64_t n = i / groups, first = i % groups * size, at = n * channels + first;
                 Row row = row_of(pass, n);
-                for (int64_t c = first; c < first + size; c++) {
-                    int64_t at = n * channels + c;
-                    sum_plane(
-                        pass, at * pass->pixels, row.m[c], row.scale[c], row.shift[c],
-                        sums.dz + at, sums.dz_x + at
-                    );
-                }
+                sum_planes(
+                    pass, at * pass->pixels, size, row.m + first, row.scale + first,
+                    row.shift + first, sums.dz + at, sums.dz_x + at
+                );
                 find_gradients(pass, n, i % groups);
-                for (int64_t c = first; with_x && c < first + size; c++)
-                    apply_backward_to_plane(pass, n, c);
+                if (with_x)
+                    apply_backward_to_planes(pass, n, first, size);
             }
         }
     }
@@ -915,7 +928,7 @@ int wsbcn_backward_through_batch(const Pass *pass) {
         } else {
 #pragma omp for
             for (int64_t i = 0; i < rows; i++)
-                apply_backward_to_plane(pass, i / channels, i % channels);
+                apply_backward_to_planes(pass, i / channels, i % channels, 1);
         }
     }
     return DONE;

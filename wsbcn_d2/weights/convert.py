@@ -3,7 +3,8 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Dict, Iterable, List, Optional, Tuple
+from fnmatch import fnmatchcase
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
@@ -17,6 +18,9 @@ from .layouts import LAYOUTS, Layout, detect_layout
 
 # What a model has without a checkpoint.
 _NOT_TRAINED = r"pixel_(?:mean|std)|.*anchor_generator\..*|.*\.num_batches_tracked"
+
+# What has several parts in it, which may be converted without each other.
+_CONTAINERS = ("roi_head", "roi_heads")
 
 
 class ConversionError(ValueError):
@@ -74,6 +78,7 @@ def convert_state_dict(
     model: nn.Module,
     layout: Optional[str] = None,
     formula: str = "auto",
+    leave_out: Sequence[str] = (),
 ) -> Tuple[Dict[str, Tensor], ConversionReport]:
     """Makes a state dict for a model of what another project has trained.
 
@@ -94,22 +99,27 @@ def convert_state_dict(
         model: the Detectron2 model to convert for; it is not changed.
         layout: a name in ``LAYOUTS``. Default: found out from the names.
         formula: the weight standardization of the source: one of ``FORMULAS``, "none", or "auto":
-            that of the layout.
+            what the file says, or the layout if it is given.
+        leave_out: patterns, as of file names, of what may be left over in parts of the model that
+            are converted: ``"*.se.*"``, for example.
 
     Returns:
         The state dict, under the names of the model, and the report. The report may list missing
         weights, in which case the state dict is not complete.
 
     Raises:
-        ConversionError: if the layout is not known, a shape differs, the model has no place for any
-            of the weights, or they come from a folded model.
+        ConversionError: if the layout is not known, the file does not say whether its filters are
+            standardized, a shape differs, the model has no place for any of the weights, or for
+            some of a part that others are converted for, or they come from a folded model.
     """
     _refuse_folded(checkpoint, model)
     tensors = checkpoint.tensors
     if checkpoint.caffe2:
         tensors, _ = convert_c2_detectron_names(dict(tensors))
     source = _layout(tensors, layout)
-    formula = _formula(source, checkpoint.text, formula)
+    if formula == "auto" and layout is not None and source.formula is not None:
+        formula = source.formula
+    formula = _formula(source, tensors, checkpoint.text, formula)
     report = ConversionReport(source.name, formula)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     stages = _stages(shapes)
@@ -152,6 +162,7 @@ def convert_state_dict(
             f"the model has no place for any of the {len(report.left_over)} weights (layout "
             f"{source.name}): {', '.join(report.left_over[:3])}, ..."
         )
+    _check_left_over(report, leave_out)
     for name in list(state):
         if name in convs and state[name].dim() == 4:
             _convert_filters(name, convs[name], state, formula, report)
@@ -183,16 +194,55 @@ def _layout(tensors: Dict[str, Tensor], name: Optional[str]) -> Layout:
     return layout
 
 
-def _formula(layout: Layout, text: str, formula: str) -> Optional[str]:
+def _formula(layout: Layout, names: Iterable[str], text: str, formula: str) -> Optional[str]:
     if formula not in (*FORMULAS, "none", "auto"):
         raise ConversionError(
             f"unknown formula {formula!r}; allowed are auto, none, {', '.join(FORMULAS)}"
         )
-    if formula == "auto":
-        # mmdetection's files contain their config.
-        plain = layout.name == "mmdetection" and text and "ConvWS" not in text
-        return None if plain else layout.formula
-    return None if formula == "none" else formula
+    if formula != "auto":
+        return None if formula == "none" else formula
+    if any(name.endswith(".ws_eps") for name in names):  # of a model of this package
+        return None
+    if not layout.ambiguous:
+        return layout.formula
+    if layout.name == "mmdetection" and text:  # its files contain their config
+        return "gn" if re.search(r"['\"]ConvWS['\"]", text) else None
+    raise ConversionError(
+        f"the names in the file, as in {layout.name}, do not tell whether its filters are "
+        "standardized. Say it by the formula: none; gn, that of the GN+WS of the authors and of "
+        "mmdetection; bcn; or paper"
+    )
+
+
+def _check_left_over(report: ConversionReport, leave_out: Sequence[str]) -> None:
+    """
+    Raises:
+        ConversionError: if weights of a part that is converted are left over: the model does not
+            compute what the source does.
+    """
+    converted = {prefix for name in report.taken for prefix in _prefixes(name)}
+    left = [
+        name
+        for name in report.left_over
+        if converted.intersection(_prefixes(name))
+        and not any(fnmatchcase(name, pattern) for pattern in leave_out)
+    ]
+    if left:
+        raise ConversionError(
+            f"the model has no place for {len(left)} weights of parts that are converted, so it "
+            f"would not compute what the source does: {', '.join(left[:5])}"
+            + (", ..." if len(left) > 5 else "")
+            + ". Use a config that has them, or leave them out by names, with * for anything "
+            f"(--leave-out '*{left[0][left[0].rfind('.') :]}')"
+        )
+
+
+def _prefixes(name: str) -> Iterable[str]:
+    """The modules that an entry is in, as far out as the model's parts."""
+    module = name.rpartition(".")[0]
+    while module and module not in _CONTAINERS:
+        yield module
+        module = module.rpartition(".")[0]
 
 
 def _stages(names: Iterable[str]) -> Dict[str, str]:

@@ -4,8 +4,9 @@ import io
 import os
 import pickle
 import re
+from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any, Dict
+from typing import Any, Dict, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -27,6 +28,15 @@ _ARRAY_GLOBALS = {
     ("collections", "OrderedDict"),
     ("_codecs", "encode"),
 }
+
+
+# What wraps the weights in a file, and what wrappers put into their names: torch.compile, FSDP,
+# activation checkpointing anywhere, DistributedDataParallel and Lightning before all of them.
+_KEYS = ("state_dict", "model", "blobs", "model_state_dict", "model_state", "module")
+_INNER_PREFIXES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_OUTER_PREFIXES = ("module.", "model.")
+
+SAFETENSORS = ".safetensors"
 
 
 class CheckpointError(ValueError):
@@ -54,16 +64,18 @@ def read_checkpoint(path: str) -> Checkpoint:
     """Reads the weights in a file, without running any code that it may contain.
 
     Args:
-        path: a file that ``torch.save`` has written (``.pth``, ``.pt``, ``.pth.tar``), or one of
-            Detectron2's model zoo (``.pkl``). Detectron2 downloads and keeps those with an address
-            (``https://``, ``detectron2://``).
+        path: a file that ``torch.save`` has written (``.pth``, ``.pt``, ``.pth.tar``), one of
+            Detectron2's model zoo (``.pkl``), or ``.safetensors``. Detectron2 downloads and keeps
+            those with an address (``https://``, ``detectron2://``).
 
     Returns:
-        The tensors, without the wrappers (``state_dict``, ``model``, ``module.``) around them.
+        The tensors, without the wrappers (``state_dict``, ``module.``, ``_orig_mod.``, ...) around
+        them and their names.
 
     Raises:
         CheckpointError: if the file is missing, cannot be downloaded, is too large, holds anything
-            but tensors, numbers and text, or no weights, or weights that are not finite.
+            but tensors, numbers and text, or no weights, or weights that are not finite, or if it
+            needs a package that is not installed.
     """
     if "://" in path:
         path = _downloaded(path)
@@ -74,12 +86,15 @@ def read_checkpoint(path: str) -> Checkpoint:
         raise CheckpointError(
             f"{path}: {size} bytes, expected between 1 and {MAX_BYTES} ({MAX_BYTES >> 30} GiB)"
         )
-    content = _read_arrays(path) if path.endswith(".pkl") else _read_tensors(path)
+    if path.endswith(SAFETENSORS):
+        content: Any = read_safetensors(path)
+    else:
+        content = _read_arrays(path) if path.endswith(".pkl") else _read_tensors(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary")
     text = str(content.get("meta") or "")
     caffe2 = content.get("__author__") == "Caffe2"  # as Detectron2 has it
-    weights = _unwrapped(content)
+    weights = without_wrappers(_unwrapped(content))
     tensors = {}
     for name, value in weights.items():
         if isinstance(value, np.ndarray) and value.dtype != object:
@@ -88,13 +103,14 @@ def read_checkpoint(path: str) -> Checkpoint:
             tensors[name] = value
     if not tensors:
         raise CheckpointError(f"{path}: no weights in it; its keys are {_some(list(content))}")
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name[len("module.") :]: value for name, value in tensors.items()}
+    prefix = _common_prefix(tensors)
+    tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
     for name, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise CheckpointError(f"{path}: {name} has infinite or NaN values")
     caffe2 = caffe2 or any(name.endswith("_w") for name in tensors)
-    return Checkpoint(tensors, text, caffe2, _metadata(weights))
+    metadata = {k.removeprefix(prefix): entry for k, entry in _metadata(weights).items()}
+    return Checkpoint(tensors, text, caffe2, metadata)
 
 
 def _downloaded(address: str) -> str:
@@ -112,6 +128,50 @@ def _read_tensors(path: str) -> Any:
         raise CheckpointError(
             f"{path}: not a file of tensors that is safe to read ({cause_of(error)})"
         ) from error
+
+
+def read_safetensors(path: str) -> Dict[str, Tensor]:
+    """The tensors in a file of the package safetensors.
+
+    Raises:
+        CheckpointError: if the package is not installed, or it is no such file.
+    """
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: to read it, the package safetensors is needed: pip install safetensors"
+        ) from error
+    try:
+        return load_file(path)
+    except Exception as error:  # of a type of its own
+        raise CheckpointError(f"{path}: not a file of safetensors ({cause_of(error)})") from error
+
+
+def without_wrappers(weights: Mapping[Any, Any]) -> Dict[Any, Any]:
+    """A state dict with the names that its entries have in the model, which wrappers within it
+    (torch.compile, FSDP, activation checkpointing) have changed; in the same order."""
+    renamed: Dict[Any, Any] = OrderedDict((_unwrapped_name(k), v) for k, v in weights.items())
+    if hasattr(weights, "_metadata"):
+        metadata = ((_unwrapped_name(k), v) for k, v in weights._metadata.items())
+        renamed._metadata = OrderedDict(metadata)
+    return renamed
+
+
+def _unwrapped_name(name: Any) -> Any:
+    if not isinstance(name, str):
+        return name
+    return ".".join(part for part in name.split(".") if part not in _INNER_PREFIXES)
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """What wrappers around a model have put before all names."""
+    prefix, names = "", list(names)
+    for _ in range(4):
+        for outer in _OUTER_PREFIXES:
+            if all(name.startswith(prefix + outer) for name in names):
+                prefix += outer
+    return prefix
 
 
 def cause_of(error: Exception) -> str:
@@ -142,7 +202,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _unwrapped(content: Dict[Any, Any]) -> Dict[Any, Any]:
-    for key in ("state_dict", "model", "blobs"):
+    for key in _KEYS:
         inner = content.get(key)
         if isinstance(inner, dict):
             return _unwrapped(inner)

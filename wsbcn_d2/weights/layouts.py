@@ -25,6 +25,9 @@ from torch import Tensor
 
 Transform = Callable[[Tensor], Tensor]
 
+# What the state dict of a standardized convolution of this package has beside its weight.
+WS_ENTRIES = ("ws_eps", "ws_scale", "ws_shift")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -36,7 +39,8 @@ class Layout:
         rules: patterns with their replacements, for whole names; the first that matches counts.
         transforms: for names in Detectron2, what to do to the tensor.
         formula: of the weight standardization that its models have, see :mod:`.formulas`; None if
-            none.
+            they have none, or not all of them.
+        ambiguous: whether others, without weight standardization, have the same names.
         ignored: patterns of names that have no counterpart.
     """
 
@@ -44,6 +48,7 @@ class Layout:
     marks: Tuple[str, ...]
     rules: Tuple[Tuple[str, str], ...]
     formula: Optional[str] = None
+    ambiguous: bool = False
     transforms: Tuple[Tuple[str, Transform], ...] = ()
     ignored: Tuple[str, ...] = (r".*num_batches_tracked",)
 
@@ -58,6 +63,13 @@ class Layout:
         For the weights of a ResNet it begins with the stage (``stem``, ``res2``, ...): where the
         stage is depends on the model.
         """
+        module, _, entry = name.rpartition(".")
+        if entry in WS_ENTRIES:  # beside the weight, in models that this package has converted
+            weight = self._renamed(f"{module}.weight")
+            return weight and f"{weight[: -len('weight')]}{entry}"
+        return self._renamed(name)
+
+    def _renamed(self, name: str) -> Optional[str]:
         for pattern, replacement in self.rules:
             match = re.fullmatch(pattern, name)
             if match:
@@ -220,19 +232,20 @@ LAYOUTS: Dict[str, Layout] = {
             (r"conv1\.weight", r"bn1\.weight", r"layer1\.0\.conv1\.weight"),
             _resnet("", "bn"),
             formula="gn",
+            ambiguous=True,
             ignored=_CLASSIFIER,
         ),
         Layout(
             "mmdetection",
             (r"backbone\.layer1\.0\.conv1\.weight", r"roi_head\.bbox_head\..*"),
             _resnet(r"backbone\.", "[gb]n") + _MMDETECTION_HEADS,
-            formula="gn",
+            ambiguous=True,
         ),
         Layout(
             "maskrcnn-benchmark",
             (r"backbone\.body\.layer1\.0\.conv1\.weight", r"rpn\.head\.conv\.weight"),
             _resnet(r"backbone\.body\.", "bn") + _MASKRCNN_BENCHMARK_HEADS,
-            formula="gn",
+            ambiguous=True,
             transforms=(
                 (r"roi_heads\.box_predictor\.cls_score\.\w+", _background_last),
                 # no box for the background, and no mask
@@ -251,6 +264,7 @@ LAYOUTS: Dict[str, Layout] = {
                 r".*anchor_generator\..*",
                 r"(?:stem\.)?fc\..*",
                 r".*fc1000.*",
+                r"(?:.*\.)?stem\.conv1\.bias",  # of MSRA's, which Detectron2 does not use either
             ),
         ),
     )
