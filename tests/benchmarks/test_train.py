@@ -61,9 +61,12 @@ def test_the_proposals_fill_the_heads_of_the_full_size():
 
 def test_heads_have_as_much_to_do_whatever_the_norm():
     batches = [batch_of(2, (64, 96)), batch_of(2, (96, 64))]
-    seen = {}
+    seen, sizes = {}, []
     for norm in ("GN", "BCN+WS"):
         model = trainee(norm).model
+        model.roi_heads.register_forward_pre_hook(
+            lambda module, inputs: sizes.append(inputs[2][0].image_size)
+        )
         shapes = seen[norm] = []
         for head in (model.roi_heads.box_head, model.roi_heads.mask_head):
             head.register_forward_pre_hook(lambda m, inputs: shapes.append(inputs[0].shape))
@@ -72,6 +75,7 @@ def test_heads_have_as_much_to_do_whatever_the_norm():
                 model(batch)
     assert seen["GN"] == seen["BCN+WS"]
     assert [shape[0] for shape in seen["GN"]] == [2 * 8, 2 * 2] * 2
+    assert sizes == [(64, 96), (96, 64)] * 2
 
 
 def test_the_heads_are_free_again():
