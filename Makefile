@@ -4,7 +4,7 @@ VENV ?= .venv
 # a new environment takes python3 and an existing one is kept.
 PYTHON ?=
 # Files for black, isort and flake8.
-SOURCES := setup.py wsbcn_d2 tools tests docs
+SOURCES := setup.py wsbcn_d2 benchmarks demo tools tests docs
 
 RUN := $(VENV)/bin/python
 DEMO := output/demo
@@ -21,7 +21,7 @@ setup:  ## make the environment in $(VENV); the other commands do it themselves
 
 demo: setup  ## train Mask R-CNN with BCN+WS at 1 image per step, evaluate, draw predictions
 	@rm -rf $(DEMO)
-	@$(RUN) tools/prepare_digits.py
+	@$(RUN) -m demo.digits
 	@$(RUN) tools/train_net.py \
 		--config-file configs/Digits-InstanceSegmentation/mask_rcnn_R_18_FPN_bcn_ws.yaml \
 		OUTPUT_DIR $(DEMO)
@@ -30,14 +30,18 @@ demo: setup  ## train Mask R-CNN with BCN+WS at 1 image per step, evaluate, draw
 		--output $(DEMO)/predictions.png
 
 tutorial: setup  ## run docs/tutorial.py: one norm string, two trainings, comparison, export
-	@$(RUN) docs/tutorial.py
+	@PYTHONPATH=. $(RUN) docs/tutorial.py
 
 # One thread each: the processes of the tests take all cores.
 test: setup  ## run the tests
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest
 
-benchmark: setup  ## measure what the layers cost, on a GPU if there is one; rewrites docs/benchmarks.md
-	@$(RUN) -m wsbcn_d2.benchmark
+benchmark: setup  ## measure what the layers cost, on a GPU if there is one; writes docs/benchmarks.md
+	@$(RUN) -m benchmarks.layers --output benchmarks/results
+	@$(RUN) -m benchmarks.train --model R-18-FPN --output benchmarks/results
+	@$(RUN) -m benchmarks.train --model R-50-FPN --output benchmarks/results
+	@$(RUN) -m benchmarks.import_time --output benchmarks/results
+	@$(RUN) -m benchmarks.page
 
 lint: setup  ## check format, imports and style
 	@$(RUN) -m black --check --quiet --diff $(SOURCES)

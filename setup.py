@@ -84,7 +84,7 @@ setup(
     # so that nothing is replaced in an environment that works.
     install_requires=["torch>=2.4", "numpy", "fvcore", "pycocotools"],
     extras_require={
-        # The digits and photographs of the dataset that the quick start makes. It also needs cv2 as
+        # The digits and photographs of the dataset that the folder demo makes. It also needs cv2 as
         # parts of Detectron2 do, which like them we do not name: it has several distributions, and
         # installing a second one over the first breaks it.
         "digits": ["scikit-learn"],

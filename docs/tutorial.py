@@ -3,7 +3,8 @@
 #
 # Train a small Mask R-CNN twice at 1 image per step, with GN and with BCN+WS. Compare the two, look
 # at their predictions, and export one. `make tutorial` runs this file in about a minute on 2 CPU
-# cores. VS Code, PyCharm and Spyder open it as a notebook, cell by cell.
+# cores. VS Code, PyCharm and Spyder open it as a notebook, cell by cell,
+# with the root of the repository as the working folder.
 
 # %%
 import os
@@ -14,10 +15,10 @@ from detectron2.utils.env import seed_all_rng
 from PIL import Image
 
 import wsbcn_d2  # Detectron2 now knows the norm options
+from demo.digits import make_digits_dataset  # of this repository
 from wsbcn_d2 import model_zoo
 from wsbcn_d2.analysis import compare_runs, read_run
 from wsbcn_d2.analysis.comparison_page import comparison_page
-from wsbcn_d2.data import make_digits_dataset
 from wsbcn_d2.engine import Trainer, load_config
 from wsbcn_d2.export.stock import save_for_detectron2
 from wsbcn_d2.visualization import draw_comparison, load_predictions

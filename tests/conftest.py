@@ -17,7 +17,9 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-sys.path.insert(0, str(Path(__file__).parent))  # for oracles.py
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # for oracles.py
+sys.path.append(str(ROOT))  # for what is no part of the package
 
 
 def pytest_collection_modifyitems(config, items):
@@ -31,6 +33,13 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _datasets(monkeypatch):
+    """Those that a test registers, or a config that it reads, are gone after it."""
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", dict(catalog.data))
 
 
 @pytest.fixture
@@ -50,7 +59,4 @@ def register(tmp_path):
         names.append(name)
         return name
 
-    yield write
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return write

@@ -71,7 +71,8 @@ def test_gpus(printed):
 def test_what_is_registered(printed):
     found = sections(printed)
     assert found["registered"] == "yes"
-    assert found["kernels"] == wsbcn_d2.ops.backend_name()
+    assert found["kernels"].startswith(f"cpu: {wsbcn_d2.ops.backend_name(torch.device('cpu'))}")
+    assert ("cuda: " in found["kernels"]) == torch.cuda.is_available()
     options, _, rest = found["norm options"].partition(";")
     assert options.split(", ") == list_norm_options()
     assert "+WS" in rest

@@ -25,8 +25,8 @@ from test_configs import NORMS, is_type, norm_layers
 from test_model_families import of_deeplab, of_panoptic_deeplab, of_point_rend, of_this_package
 
 import wsbcn_d2
+from demo.digits import make_digits_dataset
 from wsbcn_d2.config import flatten_config
-from wsbcn_d2.data import make_digits_dataset
 from wsbcn_d2.engine import ConfigError, load_config
 from wsbcn_d2.layers import WeightStandardized
 
@@ -374,14 +374,29 @@ def run_lazyconfig(arguments, datasets):
     return subprocess.run(command, env=env, text=True, capture_output=True)
 
 
+LAZY_CONFIG = """
+from detectron2.config import LazyConfig
+from detectron2.data.datasets import register_coco_instances
+
+for split in ("train", "val"):
+    file = f"{folder}/annotations/instances_{{split}}.json"
+    register_coco_instances(f"digits_{{split}}", {{}}, file, f"{folder}/{{split}}")
+cfg = LazyConfig.load("{file}")
+dataloader, model, optimizer, train = cfg.dataloader, cfg.model, cfg.optimizer, cfg.train
+lr_multiplier = cfg.lr_multiplier
+"""
+
+
 def test_training_from_a_lazy_config(tmp_path):
     make_digits_dataset(
         str(tmp_path / "digits"), num_train=2, num_val=2, image_size=64, progress=False
     )
+    config = tmp_path / "config.py"
+    config.write_text(LAZY_CONFIG.format(file=RETINANET, folder=tmp_path / "digits"))
     mapper = "mapper.augmentations.0.short_edge_length"
     arguments = [
         "--config-file",
-        RETINANET,
+        str(config),
         "dataloader.train.dataset.names=digits_train",
         "dataloader.test.dataset.names=digits_val",
         "dataloader.train.total_batch_size=1",

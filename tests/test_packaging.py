@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from detectron2.config import CfgNode
+from versions import needs_native_kernels
 
 from wsbcn_d2 import model_zoo, version
 from wsbcn_d2.version import check_versions
@@ -28,12 +29,14 @@ LAZY = "LazyConfig/mask_rcnn_R_50_FPN_1x.py"
 # What a build reads.
 SOURCES = ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 SOURCES += ("constraints.txt", "wsbcn_d2", "configs")
+# What measures and demonstrates, which nobody installs.
+LAB = ("benchmarks", "demo")
 
 
 def files(folder):
     """Of the checkout, relative to it."""
     found = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.*")}
-    return {path for path in found if path.endswith((".py", ".c", ".cpp", ".yaml", ".typed"))}
+    return {path for path in found if path.endswith((".py", ".c", ".yaml", ".typed"))}
 
 
 def run(*command, **kwargs):
@@ -52,9 +55,9 @@ def run(*command, **kwargs):
 def checkout(tmp_path_factory):
     """A copy, since setuptools writes into the folder that it builds from."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in SOURCES:
+    for name in (*SOURCES, *LAB):
         if (ROOT / name).is_dir():
-            ignore = shutil.ignore_patterns("__pycache__")
+            ignore = shutil.ignore_patterns("__pycache__", "*.so")
             shutil.copytree(ROOT / name, folder / name, ignore=ignore)
         else:
             shutil.copy(ROOT / name, folder)
@@ -92,26 +95,39 @@ def wheel(unpacked_sdist, tmp_path_factory):
     return build_wheel(unpacked_sdist, tmp_path_factory.mktemp("wheel"))
 
 
+# Of a compiler, if there is one.
+KERNELS = re.compile(r"wsbcn_d2/ops/native_kernels\.[^/]+\.(so|pyd)$")
+
+
 def contents(wheel):
+    """All but the metadata and the kernels."""
     names = zipfile.ZipFile(wheel).namelist()
-    return {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    return {n for n in names if not (KERNELS.match(n) or n.split("/")[0].endswith(".dist-info"))}
 
 
 # What a wheel must have, by its place in the checkout.
 def expected_contents():
-    return files("wsbcn_d2") | {f"wsbcn_d2/{path}" for path in files("configs")}
+    sources = {path for path in files("wsbcn_d2") if not path.endswith(".c")}
+    return sources | {f"wsbcn_d2/{path}" for path in files("configs")}
 
 
 def test_sdist_has_what_the_wheel_is_built_from(unpacked_sdist):
     assert "[flake8]" in (unpacked_sdist / "setup.cfg").read_text()  # setuptools adds a section
     for name in {*SOURCES[:-2], *files("wsbcn_d2"), *files("configs")} - {"setup.cfg"}:
         assert (unpacked_sdist / name).read_bytes() == (ROOT / name).read_bytes(), name
+    assert not any((unpacked_sdist / name).exists() for name in LAB)
 
 
 def test_wheel_from_the_sdist(wheel):
-    others = ("py.typed", "ops/native_kernels.c", "ops/extension.cpp", f"configs/{YAML}")
+    """So it has nothing of what measures and demonstrates."""
+    others = ("py.typed", "ops/native_backend.py", f"configs/{YAML}")
     assert {f"wsbcn_d2/{name}" for name in others} <= contents(wheel)
     assert contents(wheel) == expected_contents()
+
+
+@needs_native_kernels
+def test_wheel_has_kernels(wheel):
+    assert len([name for name in zipfile.ZipFile(wheel).namelist() if KERNELS.match(name)]) == 1
 
 
 def test_wheel_from_the_checkout(checkout, tmp_path):

@@ -19,7 +19,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 
 import wsbcn_d2
-from wsbcn_d2.data import make_digits_dataset
+from demo.digits import make_digits_dataset
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.visualizer import Visualizer
@@ -329,9 +330,8 @@ def test_load_predictions(tmp_path):
 
 
 def test_command(tmp_path):
-    """On the registered digits, faked so that scikit-learn is not needed."""
+    """With a dataset that the config of the run says where to find."""
     content = coco_content(num_images=2)
-    content["categories"] = [{"id": i + 1, "name": str(i)} for i in range(10)]
     for folder in ("annotations", "val"):
         (tmp_path / "digits" / folder).mkdir(parents=True)
     for image in content["images"]:
@@ -339,8 +339,13 @@ def test_command(tmp_path):
         cv2.imwrite(str(image_path), np.full((40, 60, 3), GRAY, np.uint8))
     annotations = tmp_path / "digits" / "annotations" / "instances_val.json"
     annotations.write_text(json.dumps(content))
-    predictions = tmp_path / "predictions.json"
+    predictions = tmp_path / "run" / "inference" / "coco_instances_results.json"
+    predictions.parent.mkdir(parents=True)
     predictions.write_text(json.dumps(truth_as_predictions(content)))
+    files = ("annotations/instances_val.json", "val")
+    places = [f"$DETECTRON2_DATASETS/digits/{path}" for path in files]
+    cfg = CfgNode({"MODEL": {}, "DATASETS": {"COCO_FORMAT": [["digits_val", *places]]}})
+    (tmp_path / "run" / "config.yaml").write_text(cfg.dump())
     output = str(tmp_path / "picture.png")
     command = [sys.executable, str(TOOL), "--dataset", "digits_val", "--output", output]
     result = subprocess.run(

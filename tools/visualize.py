@@ -5,7 +5,7 @@ two, for the images in which they differ most."""
 import argparse
 import os
 import sys
-from typing import Tuple
+from typing import Optional, Tuple
 
 from wsbcn_d2.analysis.runs import read_run, register_datasets, split_label
 from wsbcn_d2.visualization import draw_comparison, draw_predictions, load_predictions
@@ -16,7 +16,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "--dataset", help="a registered dataset; default: that of the first model's run"
+        "--dataset",
+        help="one of Detectron2's, or of the first model's run; default: what that was tested on",
     )
     parser.add_argument(
         "--predictions",
@@ -33,7 +34,7 @@ def main() -> int:
     try:
         labels, files = zip(*map(_split_label, args.predictions))
         predictions = [load_predictions(file) for file in files]
-        dataset = args.dataset or _dataset_of(files[0])
+        dataset = _dataset(args.dataset, files[0])
         options = (args.output, args.num_images, args.score_threshold)
         if len(predictions) == 1:
             path = draw_predictions(dataset, predictions[0], *options)
@@ -57,17 +58,21 @@ def _folder_of_run(file: str) -> str:
     return os.path.dirname(folder) if os.path.basename(folder) == "inference" else folder
 
 
-def _dataset_of(file: str) -> str:
-    """What the config of the run says that predictions are of."""
+def _dataset(name: Optional[str], file: str) -> str:
+    """The dataset that is asked for, or else the one that the config of the run says that
+    predictions are of. Registers those of the config."""
     try:
         run = read_run(_folder_of_run(file))
     except ValueError:
         run = None
+    if run is not None:
+        register_datasets(run)
+    if name:
+        return name
     if run is None or not run.test_datasets:
         raise ValueError(
             f"{file!r} is not in the folder of a run whose config names a dataset: give --dataset"
         )
-    register_datasets(run)
     return run.test_datasets[-1]
 
 

@@ -16,7 +16,6 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
 
-from . import data  # noqa: F401  (registers the datasets)
 from . import detectron2_hooks, norm_options, ops
 from .modeling import BACKBONES
 from .version import __version__
@@ -61,7 +60,7 @@ def _collect() -> List[Tuple[str, str]]:
     info += [(name, _version(name)) for name in _OTHER_PACKAGES]
     info += [(f"${name}", os.environ[name]) for name in _VARIABLES if name in os.environ]
     info += [
-        ("kernels", ops.backend_name()),
+        ("kernels", _kernels()),
         ("registered", "yes" if detectron2_hooks.is_registered() else "no"),
         ("norm options", ", ".join(norm_options.list_norm_options()) + "; each also with +WS"),
         ("backbones", ", ".join(_backbones()) or "none"),
@@ -103,6 +102,12 @@ def _gpus() -> List[Tuple[str, str]]:
         gpu = torch.cuda.get_device_properties(index)
         counts[f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"] += 1
     return [("GPU", f"{count} x {gpu}") for gpu, count in counts.items()]
+
+
+def _kernels() -> str:
+    """Those in use, on a GPU too if there is one."""
+    names = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return ", ".join(f"{name}: {ops.backend_name(torch.device(name))}" for name in names)
 
 
 def _compiled_ops() -> str:

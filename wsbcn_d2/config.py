@@ -41,7 +41,8 @@ def add_wsbcn_config(cfg: CN) -> None:
     # are kept in memory meanwhile, an image of COCO in 3 MB.
     cfg.TEST.PRECISE_BCN = CN({"ENABLED": False, "NUM_IMAGES": 200})
     # Datasets in COCO's format to register, so that they can be named in DATASETS.TRAIN and TEST:
-    # each a name, the annotation file, and the folder of the images.
+    # each a name, the annotation file, and the folder of the images. $DETECTRON2_DATASETS in a path
+    # is the folder of Detectron2's builtin datasets: "datasets" if the variable is not set.
     cfg.DATASETS.COCO_FORMAT = ()
     # Pairs of names of keypoints that a horizontal flip exchanges: (("left_eye", "right_eye"),).
     # (): those in the metadata of the datasets, or by names that say left and right.

@@ -70,7 +70,7 @@ def draw_predictions(
     """Draws predictions beside the ground truth for the first images of a dataset.
 
     Args:
-        dataset_name: a registered dataset, e.g. "digits_val".
+        dataset_name: a registered dataset, e.g. "coco_2017_val".
         predictions: detections in COCO's result format, of any number of images; what
             :func:`load_predictions` returns. Without "segmentation" only boxes are drawn.
         output_path: PNG to write. Its folder is made if needed. An older file is replaced when the

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.env import seed_all_rng
 
-from wsbcn_d2.data import builtin, make_digits_dataset
+from demo.digits import make_digits_dataset
 from wsbcn_d2.engine import Trainer, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -28,20 +29,21 @@ SMALL = [
 ]
 
 
-def register_digits_at(root):
-    for name in builtin._DIGITS:
-        builtin.DatasetCatalog.remove(name)
-        builtin.MetadataCatalog.remove(name)
-    builtin.register_digits(root)
+@pytest.fixture(scope="module")
+def module_patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, module_patch):
     """With a dataset and two runs, and a third that was stopped before its first iteration."""
     folder = tmp_path_factory.mktemp("runs")
     root = folder / "datasets" / "digits"
     make_digits_dataset(str(root), num_train=4, num_val=3, image_size=64, progress=False)
-    register_digits_at(str(root))
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        module_patch.setattr(catalog, "data", dict(catalog.data))
+    module_patch.setenv("DETECTRON2_DATASETS", str(root.parent))
     for norm in ("gn", "bcn_ws"):
         seed_all_rng(1)
         opts = [*SMALL, "OUTPUT_DIR", str(folder / norm)]
@@ -52,8 +54,7 @@ def folder(tmp_path_factory):
         (folder / norm / "config.yaml").write_text(cfg.dump())  # as tools/train_net.py does
     (folder / "stopped").mkdir()
     (folder / "stopped" / "config.yaml").write_text(cfg.dump())
-    yield folder
-    register_digits_at(builtin.default_digits_root())
+    return folder
 
 
 def run(tool, arguments, folder):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from wsbcn_d2.data import make_digits_dataset
+from demo.digits import make_digits_dataset
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs/Digits-InstanceSegmentation/mask_rcnn_R_18_FPN_bcn_ws.yaml"

@@ -4,9 +4,9 @@ import pytest
 import torch
 from data.small_coco import coco
 from detectron2.config import LazyConfig
+from detectron2.data import MetadataCatalog
 
 from wsbcn_d2 import model_zoo
-from wsbcn_d2.data import builtin
 from wsbcn_d2.engine import ConfigError, check_model, load_config
 from wsbcn_d2.engine.setup import TO_EVALUATE
 
@@ -44,7 +44,7 @@ def test_device_follows_the_machine(config_file):
         (["MODEL.FPN.NORM", "BN(momentum=2)"], "'momentum=2'; BN takes no arguments$"),
         (["MODEL.RESNETS.NORM", "GN(size=3)"], "MODEL.RESNETS.NORM: .*'size=3'; GN takes groups"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no file 'nowhere.pth'"),
-        (["DATASETS.TRAIN", "('digit_train',)"], "'digit_train'.*digits_train"),
+        (["DATASETS.TRAIN", "('coco_2017_trian',)"], "'coco_2017_trian'.*coco_2017_train"),
         (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
         (["MODEL.WSBCN.UPDATE_RATE_SCHEDULE", "cosine"], "'cosine' is not one of constant, lr"),
         (["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True"], "build_resnet_backbone cannot do it"),
@@ -80,8 +80,8 @@ def test_device_follows_the_machine(config_file):
         (["DATASETS.COCO_FORMAT", "(('a', 'b'),)"], r"COCO_FORMAT: .*, got \('a', 'b'\)"),
         (["DATASETS.COCO_FORMAT", "('a', 'b', 'c')"], "COCO_FORMAT: .*, got 'a'"),
         (
-            ["DATASETS.COCO_FORMAT", "(('digits_val', 'b.json', 'c'),)"],
-            "'digits_val' is the name of another dataset, whose files are '.*instances_val.json'",
+            ["DATASETS.COCO_FORMAT", "(('coco_2017_val', 'b.json', 'c'),)"],
+            "'coco_2017_val' is the name of another dataset, whose files are '.*instances_val2017",
         ),
     ],
 )
@@ -139,13 +139,10 @@ def test_missing_config_file():
 def test_missing_datasets(config_file, tmp_path, monkeypatch, register):
     """Training data may be absent where only evaluation is asked for."""
     mine = register(coco(classes=[str(i) for i in range(10)]))
-    for name in builtin._DIGITS:
-        builtin.DatasetCatalog.remove(name)
-        builtin.MetadataCatalog.remove(name)
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    builtin.register_digits()
-    opts = ["DATASETS.TRAIN", "('digits_train',)"]
-    with pytest.raises(ConfigError, match="digits_train.*prepare_digits"):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "d"))
+    files = ("$DETECTRON2_DATASETS/a.json", "$DETECTRON2_DATASETS/a")
+    opts = ["DATASETS.COCO_FORMAT", [["absent", *files]], "DATASETS.TRAIN", "('absent',)"]
+    with pytest.raises(ConfigError, match=f"'absent': its json_file '{tmp_path}/d/a.json' does"):
         load_config(config_file, opts)
     test = ["DATASETS.TEST", (mine,), "MODEL.WEIGHTS", config_file]
     load_config(config_file, [*opts, *test], needs=TO_EVALUATE)
@@ -153,7 +150,12 @@ def test_missing_datasets(config_file, tmp_path, monkeypatch, register):
 
 
 def test_only_what_is_needed_must_be_there(config_file):
-    elsewhere = ["OUTPUT_DIR", __file__, "DATASETS.TEST", "('digits_val',)"]  # of another machine
+    elsewhere = [
+        "OUTPUT_DIR",
+        __file__,
+        "DATASETS.TEST",
+        "('coco_2017_val',)",
+    ]  # of another machine
     load_config(config_file, elsewhere, needs=("TRAIN",))
     with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty"):
         load_config(config_file, elsewhere, needs=("TRAIN", "WEIGHTS"))
@@ -197,18 +199,14 @@ def test_augmentation_is_no_matter_where_nothing_is_evaluated(config_file):
 def test_datasets_of_a_config(config_file, tmp_path):
     files = str(tmp_path / "a.json"), str(tmp_path)
     opts = ["DATASETS.COCO_FORMAT", [["mine", *files]], "DATASETS.TRAIN", ("mine",)]
-    try:
-        with pytest.raises(ConfigError, match="'mine': its json_file '.*a.json' does not exist"):
-            load_config(config_file, opts)
-        (tmp_path / "a.json").write_text(json.dumps(coco()))
-        opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "2"]
-        for _ in range(2):  # a process may read several configs
-            load_config(config_file, opts)
-        opts[1][0][1] = str(tmp_path / "." / "x" / ".." / "a.json")  # the same file
-        (tmp_path / "x").mkdir()
+    with pytest.raises(ConfigError, match="'mine': its json_file '.*a.json' does not exist"):
         load_config(config_file, opts)
-        metadata = builtin.MetadataCatalog.get("mine")
-        assert (metadata.json_file, metadata.image_root) == files
-    finally:
-        builtin.DatasetCatalog.remove("mine")
-        builtin.MetadataCatalog.remove("mine")
+    (tmp_path / "a.json").write_text(json.dumps(coco()))
+    opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+    for _ in range(2):  # a process may read several configs
+        load_config(config_file, opts)
+    opts[1][0][1] = str(tmp_path / "." / "x" / ".." / "a.json")  # the same file
+    (tmp_path / "x").mkdir()
+    load_config(config_file, opts)
+    metadata = MetadataCatalog.get("mine")
+    assert (metadata.json_file, metadata.image_root) == files

@@ -10,7 +10,7 @@ import cv2
 import pytest
 import torch
 
-from wsbcn_d2.data import make_digits_dataset
+from demo.digits import make_digits_dataset
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "Digits-InstanceSegmentation"

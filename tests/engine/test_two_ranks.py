@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from demo.digits import make_digits_dataset
 from wsbcn_d2 import BatchChannelNorm
-from wsbcn_d2.data import make_digits_dataset
 from wsbcn_d2.engine import (
     Trainer,
     accumulate_gradients,

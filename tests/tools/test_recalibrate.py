@@ -11,7 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import build_detection_train_loader
 from detectron2.modeling import build_model
 
-from wsbcn_d2.data import builtin, make_digits_dataset
+from demo.digits import make_digits_dataset
 from wsbcn_d2.engine import load_config, recalibrate_estimates
 from wsbcn_d2.engine.recalibration import recalibrate_checkpoint
 from wsbcn_d2.engine.statistics import named_batch_channel_norms, seeded_batches
@@ -28,13 +28,10 @@ SMALL = [
 
 @pytest.fixture
 def digits(tmp_path, monkeypatch):
-    """A dataset, registered in this process too."""
+    """A dataset, which configs find in this process too."""
     root = tmp_path / "datasets" / "digits"
     make_digits_dataset(str(root), num_train=4, num_val=1, image_size=64, progress=False)
-    for name in builtin._DIGITS:
-        builtin.DatasetCatalog.remove(name)
-        builtin.MetadataCatalog.remove(name)
-    builtin.register_digits(str(root))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root.parent))
     return root
 
 

@@ -1,21 +1,10 @@
-"""Datasets: importing this package registers ``digits_train`` and ``digits_val``."""
+"""Datasets: registration of those of a config, and checks."""
 
-from .builtin import (
-    annotation_facts,
-    check_datasets,
-    check_same_classes,
-    default_digits_root,
-    register_coco_format,
-    register_digits,
-)
-from .digits import make_digits_dataset
+from .builtin import annotation_facts, check_datasets, check_same_classes, register_coco_format
 
 __all__ = [
     "annotation_facts",
     "check_datasets",
     "check_same_classes",
-    "default_digits_root",
-    "make_digits_dataset",
     "register_coco_format",
-    "register_digits",
 ]

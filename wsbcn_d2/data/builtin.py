@@ -1,4 +1,4 @@
-"""The datasets of this package and of a config, and whether they can be read and fit together."""
+"""The datasets of a config, and whether they can be read and fit together."""
 
 import difflib
 import os
@@ -8,7 +8,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from .coco_format import CocoFile, coco_file
-from .digits import CLASSES, SPLITS, annotation_file, image_folder
 
 # Metadata in which Detectron2's registrations keep paths.
 _PATH_ATTRIBUTES = (
@@ -25,40 +24,12 @@ _FILES = ("json_file", "panoptic_json")  # the others are folders
 # Of datasets whose json_file is in COCO's format. LVIS has one of its own.
 _COCO_EVALUATORS = ("coco", "coco_panoptic_seg")
 _MAX_SHOWN_CLASSES = 100
-_DIGITS = tuple(f"digits_{split}" for split in SPLITS)
-
-
-def default_digits_root() -> str:
-    """Returns where ``digits_train`` and ``digits_val`` are looked for.
-
-    It is the folder ``digits`` beside the builtin datasets of Detectron2, whose own rule it
-    follows: in ``$DETECTRON2_DATASETS``, by default ``datasets``.
-    """
-    return os.path.join(_datasets_root(), "digits")
+_ROOT = "$DETECTRON2_DATASETS"
 
 
 def _datasets_root() -> str:
+    """Where Detectron2 itself looks for its datasets."""
     return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-
-
-def register_digits(root: Optional[str] = None) -> None:
-    """Registers ``digits_train`` and ``digits_val``, which need not have been made yet.
-
-    A name that is registered already is left as it is.
-
-    Args:
-        root: folder of the dataset. Default: :func:`default_digits_root`.
-    """
-    root = default_digits_root() if root is None else root
-    for name, split in zip(_DIGITS, SPLITS):
-        if name not in DatasetCatalog:
-            metadata = {
-                "thing_classes": list(CLASSES),
-                "thing_dataset_id_to_contiguous_id": {i + 1: i for i in range(len(CLASSES))},
-            }
-            register_coco_instances(
-                name, metadata, annotation_file(root, split), image_folder(root, split)
-            )
 
 
 def register_coco_format(datasets: Iterable[Any]) -> None:
@@ -66,7 +37,8 @@ def register_coco_format(datasets: Iterable[Any]) -> None:
 
     Args:
         datasets: as in the config key ``DATASETS.COCO_FORMAT``: for each a name, the annotation
-            file and the folder of the images. One that is registered already is left as it is.
+            file and the folder of the images, where ``$DETECTRON2_DATASETS`` stands for the folder
+            of Detectron2's builtin datasets. One that is registered already is left as it is.
 
     Raises:
         ValueError: if it is something else, or a name stands for another dataset already.
@@ -81,7 +53,8 @@ def register_coco_format(datasets: Iterable[Any]) -> None:
                 "DATASETS.COCO_FORMAT: each dataset must be a name, an annotation file and a "
                 f"folder of images, as in ((NAME, FILE, FOLDER),), got {dataset!r}"
             )
-        name, json_file, image_root = dataset
+        name = dataset[0]
+        json_file, image_root = (path.replace(_ROOT, _datasets_root()) for path in dataset[1:])
         if name not in DatasetCatalog:
             register_coco_instances(name, {}, json_file, image_root)
             continue
@@ -208,15 +181,10 @@ def _describe_missing(name: str, attribute: str, path: str) -> str:
     what = f"dataset {name!r}: its {attribute} {path!r} does not exist"
     if not os.path.abspath(path).startswith(os.path.abspath(_datasets_root()) + os.sep):
         return f"{what}: put it there, or name another path where the dataset is registered"
-    if name in _DIGITS:
-        remedy = "make the dataset with `python tools/prepare_digits.py`"
-    else:
-        remedy = "put the dataset there, or set DETECTRON2_DATASETS to the folder it is in"
     if "DETECTRON2_DATASETS" in os.environ:
         root = f"DETECTRON2_DATASETS is {os.environ['DETECTRON2_DATASETS']!r}"
     else:
         root = f"DETECTRON2_DATASETS is not set, so it is 'datasets' in {os.getcwd()}"
-    return f"{what} ({root}): {remedy}"
-
-
-register_digits()
+    return (
+        f"{what} ({root}): put the dataset there, or set DETECTRON2_DATASETS to the folder it is in"
+    )

@@ -1,0 +1,514 @@
+"""Writes the measured part of docs/benchmarks.md, from the JSON files in benchmarks/results.
+
+Those in its folder ``old`` are of versions before the present design, and are shown as that.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from wsbcn_d2.engine.checkpoint import atomic_write
+
+from .layers import CONTENDERS, OURS, floor_ms
+from .results import FOR_THE_PAGE, ROOT, Results
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+BEGIN = "<!-- begin: written by python -m benchmarks.page -->"
+END = "<!-- end -->"
+
+_TITLES = {"layers": "Layers", "train": "Training steps", "import_time": "Import"}
+_NAMES = ("layers-*.json", "train-*.json", "import-time.json")
+_MARKERS = "osD^v"
+# A figure of a bar, and what it is of.
+Figures = List[Tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one file holds.
+
+    Attributes:
+        name: of the file, without ``.json``.
+        old: whether it was measured before the present design.
+        results: its content.
+    """
+
+    name: str
+    old: bool
+    results: Results
+
+    @property
+    def when(self) -> str:
+        """Date and commit."""
+        return f"{self.results['date']}, commit {self.results['commit']}"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A limit that is to be kept: an aim that was set before anything was measured.
+
+    Attributes:
+        text: what is limited.
+        device: whose results count.
+        limit: the largest figure allowed.
+        figures: from one file; none if it does not tell.
+        at_least: the limit is the least figure allowed.
+    """
+
+    text: str
+    device: str
+    limit: float
+    figures: Callable[[Results], Figures]
+    at_least: bool = False
+
+
+def load(folder: Path) -> List[Measured]:
+    """Reads what the commands of this folder have measured, the old last.
+
+    Raises:
+        ValueError: if a file with one of their names holds something else.
+    """
+    found = []
+    for path in [path for place in (folder, folder / "old") for path in _files(place)]:
+        try:
+            results = json.loads(path.read_text())
+            kind = results["kind"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is not the output of a benchmark ({type(error).__name__}: {error})"
+            ) from error
+        if kind not in _TITLES:
+            raise ValueError(f"{path}: kind must be of {', '.join(_TITLES)}, found {kind!r}")
+        found.append(Measured(path.stem, path.parent != folder, results))
+    return found
+
+
+def _files(folder: Path) -> List[Path]:
+    return [path for name in _NAMES for path in sorted(folder.glob(name))]
+
+
+def render(measured: Sequence[Measured], plots: str) -> str:
+    """The measured part of the page.
+
+    Args:
+        measured: from :func:`load`.
+        plots: folder of the pictures, seen from the page.
+    """
+    parts = ["## Bars", "", bars_table(measured), ""]
+    for title, device, old in (
+        ("CPU", "cpu", False),
+        ("GPU", "cuda", False),
+        ("GPU, before the present design", "cuda", True),
+    ):
+        here = [m for m in measured if (m.results["device"], m.old) == (device, old)]
+        if here or not old:
+            parts += [f"## {title}", ""]
+            parts += [] if here else ["Not measured.", ""]
+        for one in here:
+            parts += [f"### {_TITLES[one.results['kind']]}: {one.name}", "", *_origin(one), ""]
+            if one.results["kind"] == "layers":
+                parts += [f"![time over that of GroupNorm]({plots}/{_plot(one)})", ""]
+            parts += _TABLES[one.results["kind"]](one.results)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def rewrite(page: Path, folder: Path) -> List[Path]:
+    """Rewrites the measured part of a page, and the pictures beside the JSON files.
+
+    Args:
+        page: a Markdown file with the lines BEGIN and END; what is outside them stays.
+        folder: with the JSON files.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ValueError: if the lines are not there, or a JSON file is none of ours.
+    """
+    measured = load(folder)
+    before, begin, rest = page.read_text().partition(BEGIN + "\n")
+    _, end, after = rest.partition(END + "\n")
+    if not begin or not end:
+        raise ValueError(f"{page} must have the lines {BEGIN!r} and {END!r}, in this order")
+    written = []
+    for one in measured:
+        if one.results["kind"] == "layers":
+            written.append(folder / _plot(one))
+            with atomic_write(str(written[-1])) as file:
+                figure(one.results).savefig(file, format="png", dpi=80)
+    plots = "../" + folder.relative_to(page.parents[1]).as_posix()
+    with atomic_write(str(page), "w") as file:
+        file.write(before + begin + "\n" + render(measured, plots) + "\n" + end + after)
+    return [*written, page]
+
+
+def bars_table(measured: Sequence[Measured]) -> str:
+    """What the bars come to: in the files of the present design or else in the old."""
+    rows = []
+    for bar in BARS:
+        sign = "≥" if bar.at_least else "≤"
+        row = [bar.text, f"{sign} {bar.limit:.2f}", "", "not measured", ""]
+        for old in (False, True):
+            figures: Figures = []
+            sources = []
+            for one in measured:
+                if (one.old, one.results["device"]) == (old, bar.device):
+                    own = bar.figures(one.results)
+                    figures += own
+                    sources += [one.when] * bool(own)
+            if figures:
+                row[2:] = [*_verdict(bar, figures), "; ".join(dict.fromkeys(sources))]
+                row[3] += ", before the present design" * old
+                break
+        rows.append(row)
+    return table(["bar", "limit", "figures", "", "measured"], rows, left=5)
+
+
+def _verdict(bar: Bar, figures: Figures) -> Tuple[str, str]:
+    (least, of_least), (most, of_most) = min(figures), max(figures)
+    worst, where = (least, of_least) if bar.at_least else (most, of_most)
+    met = worst >= bar.limit if bar.at_least else worst <= bar.limit
+    text = f"{worst:.2f} ({where})"
+    if len(figures) > 1:
+        missing = sum((f < bar.limit) if bar.at_least else (f > bar.limit) for f, _ in figures)
+        text = f"{least:.2f} to {most:.2f}, worst {where}"
+        text += f"; {missing} of {len(figures)} miss it" * (not met)
+    return text, "met" if met else "**missed**"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, its first ``left`` columns aligned to the left and the others to the
+    right."""
+    alignment = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, alignment, *rows])
+
+
+def _plot(one: Measured) -> str:
+    return f"{'old/' * one.old}{one.name}.png"
+
+
+def _origin(one: Measured) -> List[str]:
+    results = one.results
+    # The command of an old one is no longer there.
+    lines = [f"- {one.when}" + ("" if one.old else f": `{results['command']}`")]
+    if "remark" in results:  # added by hand
+        lines.append(f"- {results['remark']}")
+    lines.append("- " + "; ".join(f"{name}: {text}" for name, text in results["machine"].items()))
+    if "copy_bandwidth" in results:
+        lines.append(f"- bandwidth of a copy: {results['copy_bandwidth'] / 1e9:.4g} GB/s")
+    settings = results["settings"]
+    lines.append(f"- {settings['repetitions']} rounds after {settings['warmup']} for warming up")
+    return lines
+
+
+# Layers
+
+
+def _cases(results: Results) -> Dict[Tuple[str, str], Dict[str, Dict[str, Dict[str, Any]]]]:
+    """The rows: by (dtype, memory format), layer and contender."""
+    grouped: Dict[Tuple[str, str], Dict[str, Dict[str, Dict[str, Any]]]] = {}
+    for row in results["rows"]:
+        if row["contender"] in CONTENDERS:  # old files have others
+            layers = grouped.setdefault((row["dtype"], row["memory_format"]), {})
+            layers.setdefault(row["layer"], {})[row["contender"]] = row
+    return grouped
+
+
+def _ratio(rows: Dict[str, Dict[str, Any]], a: str, b: str) -> float:
+    """Median time of ``a`` over that of ``b``."""
+    return rows[a]["total"]["median"] / rows[b]["total"]["median"]
+
+
+def _floor_share(results: Results, row: Dict[str, Any]) -> float:
+    """The time at the bandwidth of a copy over the one measured."""
+    floor = floor_ms(row["shape"], row["dtype"], results["copy_bandwidth"])
+    return floor["total"] / row["total"]["median"]
+
+
+def _layers_tables(results: Results) -> List[str]:
+    parts: List[str] = []
+    for (dtype, memory_format), layers in _cases(results).items():
+        names = list(next(iter(layers.values())))
+        others = [name for name in ("GroupNorm", "reference") if name in names]
+        header = ["layer", "input", *(f"{name}, ms" for name in names)]
+        header += [*(f"BCN / {other}" for other in others), "BCN, of the floor"]
+        header += [f"{name}, saved MiB" for name in (OURS, *others)]
+        lines = []
+        for layer, rows in layers.items():
+            line = [layer, "×".join(map(str, rows[OURS]["shape"]))]
+            line += [_spread(rows[name]["total"]) for name in names]
+            line += [f"{_ratio(rows, OURS, other):.2f}" for other in others]
+            line.append(f"{_floor_share(results, rows[OURS]):.0%}")
+            line += [f"{rows[name]['saved_bytes'] / 2**20:.2f}" for name in (OURS, *others)]
+            lines.append(line)
+        parts += [f"**{dtype}, {memory_format}**", "", table(header, lines, left=2), ""]
+    return parts
+
+
+def figure(results: Results) -> Figure:
+    """The time of the contenders over that of GroupNorm, a panel for each dtype and format."""
+    grouped = _cases(results)
+    made = Figure(figsize=(11, 3.6 * len(grouped) + 0.8), constrained_layout=True)
+    panels = made.subplots(len(grouped), 1, squeeze=False, sharey=True)[:, 0]
+    for axes, ((dtype, memory_format), layers) in zip(panels, grouped.items()):
+        others = [name for name in next(iter(layers.values())) if name != "GroupNorm"]
+        for name, marker in zip(others, _MARKERS):
+            values = [_ratio(rows, name, "GroupNorm") for rows in layers.values()]
+            axes.plot(range(len(values)), values, marker, label=name)
+        axes.set_yscale("log")
+        axes.grid(True, axis="y", which="both", color="0.9")
+        axes.axhline(1, color="0.4", linewidth=1)
+        axes.set_xticks(range(len(layers)), list(layers), rotation=35, ha="right", fontsize=9)
+        axes.set_ylabel("time / GroupNorm")
+        axes.set_title(f"forward + backward, {results['device']}, {dtype}, {memory_format}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    panels[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False)
+    return made
+
+
+# Training steps
+
+
+def _by_images(results: Results) -> Dict[int, Dict[str, Dict[str, Any]]]:
+    """The rows: by images in a step and contender."""
+    grouped: Dict[int, Dict[str, Dict[str, Any]]] = {}
+    for row in results["rows"]:
+        grouped.setdefault(row["images"], {})[row["contender"]] = row
+    return grouped
+
+
+def _step_title(results: Results, images: int) -> str:
+    """For example ``R-50-FPN, 2×800×1333, float16, channels_last``."""
+    settings = results["settings"]
+    sizes = " and ".join(f"{images}×{height}×{width}" for height, width in settings["sizes"])
+    options = [settings["model"], sizes, settings["amp"] or "float32"]
+    return ", ".join(options + ["channels_last"] * settings["channels_last"])
+
+
+def _train_tables(results: Results) -> List[str]:
+    parts: List[str] = []
+    for images, rows in _by_images(results).items():
+        columns: List[Tuple[str, Callable[[Dict[str, Any]], float], Callable[..., str]]] = [
+            ("step, ms", lambda row: row["step"]["median"], lambda row: _spread(row["step"])),
+            ("peak, GiB", lambda row: row["peak_bytes"], lambda row: _gib(row["peak_bytes"])),
+            ("saved, GiB", lambda row: row["saved_bytes"], lambda row: _gib(row["saved_bytes"])),
+        ]
+        if all("kernels_ms" in row for row in rows.values()):
+            columns.append(
+                ("kernels, ms", lambda r: r["kernels_ms"], lambda r: _three(r["kernels_ms"]))
+            )
+        lines = []
+        for name, row in rows.items():
+            line = [name]
+            for _, value, text in columns:
+                gn = rows.get("GN")
+                line += [text(row), _number(value(row) / value(gn) if gn else None)]
+            lines.append(line)
+        header = ["", *(text for title, _, _ in columns for text in (title, "/ GN"))]
+        parts += [f"**{_step_title(results, images)}**", "", table(header, lines), ""]
+    return parts
+
+
+# Import
+
+
+def _import_tables(results: Results) -> List[str]:
+    rows = [[f"`{row['statement']}`", _spread(row["time"])] for row in results["rows"]]
+    return [table(["", "ms"], rows), ""]
+
+
+_TABLES: Dict[str, Callable[[Results], List[str]]] = {
+    "layers": _layers_tables,
+    "train": _train_tables,
+    "import_time": _import_tables,
+}
+
+
+def _spread(values: Dict[str, float]) -> str:
+    return f"{_three(values['median'])} ({_three(values['q1'])}–{_three(values['q3'])})"
+
+
+def _three(value: float) -> str:
+    """Three significant digits of what is less than 100."""
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def _number(value: Optional[float]) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _gib(value: int) -> str:
+    return f"{value / 2**30:.2f}"
+
+
+# Bars
+
+
+def _of_layers(
+    value: Callable[[Results, Dict[str, Dict[str, Any]]], float],
+    accepts: Callable[[str, str], bool] = lambda dtype, memory_format: True,
+    least_elements: float = 0,
+) -> Callable[[Results], Figures]:
+    def figures(results: Results) -> Figures:
+        if results["kind"] != "layers":
+            return []
+        return [
+            (value(results, rows), f"{layer}, {dtype}, {memory_format}")
+            for (dtype, memory_format), layers in _cases(results).items()
+            if accepts(dtype, memory_format)
+            for layer, rows in layers.items()
+            if math.prod(rows[OURS]["shape"]) >= least_elements
+        ]
+
+    return figures
+
+
+def _over(other: str) -> Callable[[Results, Dict[str, Dict[str, Any]]], float]:
+    return lambda results, rows: _ratio(rows, OURS, other)
+
+
+def _of_steps(
+    value: Callable[[Dict[str, Any]], Optional[float]],
+    model: str = "R-50-FPN",
+    contender: str = "BCN+WS",
+    sizes: Optional[List[List[int]]] = None,
+) -> Callable[[Results], Figures]:
+    """The value of a contender over that of GN."""
+
+    def figures(results: Results) -> Figures:
+        found: Figures = []
+        if results["kind"] != "train" or results["settings"]["model"] != model:
+            return found
+        if sizes is not None and results["settings"]["sizes"] != sizes:
+            return found
+        for images, rows in _by_images(results).items():
+            if {"GN", contender} <= set(rows):
+                ours, group_norm = value(rows[contender]), value(rows["GN"])
+                if ours is not None and group_norm is not None:
+                    found.append((ours / group_norm, _step_title(results, images)))
+        return found
+
+    return figures
+
+
+def _time(row: Dict[str, Any]) -> float:
+    return row["step"]["median"]
+
+
+def _saved(row: Dict[str, Any]) -> float:
+    return row["saved_bytes"]
+
+
+def _peak(row: Dict[str, Any]) -> float:
+    return row["peak_bytes"]
+
+
+def _kernels(row: Dict[str, Any]) -> Optional[float]:
+    return row.get("kernels_ms")
+
+
+def _plain(dtype: str, memory_format: str) -> bool:
+    return (dtype, memory_format) == ("float32", "nchw")
+
+
+def _harder(dtype: str, memory_format: str) -> bool:
+    return dtype == "bfloat16" or (dtype, memory_format) == ("float32", "channels_last")
+
+
+_CHECKPOINTED = "BCN+WS, checkpointed"
+_FULL_SIZE = [[800, 1333]]
+BARS = (
+    Bar(
+        "CPU, layer, BCN / GroupNorm, float32 nchw, 1 M elements or more",
+        "cpu",
+        1.10,
+        _of_layers(_over("GroupNorm"), _plain, 1e6),
+    ),
+    Bar(
+        "CPU, layer, BCN / reference, float32 nchw",
+        "cpu",
+        1 / 3,
+        _of_layers(_over("reference"), _plain),
+    ),
+    Bar(
+        "CPU, layer, BCN / GroupNorm, float32 channels_last, and bfloat16",
+        "cpu",
+        2.0,
+        _of_layers(_over("GroupNorm"), _harder),
+    ),
+    Bar(
+        "CPU, time of a step, BCN+WS / GN, R-18-FPN, 192 pixels, one thread",
+        "cpu",
+        1.10,
+        _of_steps(_time, "R-18-FPN", sizes=[[192, 192]]),
+    ),
+    Bar(
+        "CPU, time of a step, BCN+WS / GN, R-50-FPN, 256 pixels",
+        "cpu",
+        1.00,
+        _of_steps(_time, sizes=[[256, 256]]),
+    ),
+    Bar("CPU, saved for backward, BCN+WS / GN, R-50-FPN", "cpu", 0.86, _of_steps(_saved)),
+    Bar("CPU, peak of a step, BCN+WS / GN, R-50-FPN", "cpu", 0.92, _of_steps(_peak)),
+    Bar(
+        "CPU, peak of a step, BCN+WS checkpointed / GN, R-50-FPN, 1×800×1333",
+        "cpu",
+        0.50,
+        _of_steps(_peak, contender=_CHECKPOINTED, sizes=_FULL_SIZE),
+    ),
+    Bar(
+        "CPU, time of that step",
+        "cpu",
+        1.35,
+        _of_steps(_time, contender=_CHECKPOINTED, sizes=_FULL_SIZE),
+    ),
+    Bar(
+        "GPU, layer, BCN / GroupNorm, nchw, 1 M elements or more",
+        "cuda",
+        1.00,
+        _of_layers(_over("GroupNorm"), lambda dtype, form: form == "nchw", 1e6),
+    ),
+    Bar(
+        "GPU, the same, channels_last",
+        "cuda",
+        0.80,
+        _of_layers(_over("GroupNorm"), lambda dtype, form: form == "channels_last", 1e6),
+    ),
+    Bar(
+        "GPU, layer, BCN, share of the floor, 8 M elements or more",
+        "cuda",
+        0.75,
+        _of_layers(lambda results, rows: _floor_share(results, rows[OURS]), least_elements=8e6),
+        at_least=True,
+    ),
+    Bar("GPU, kernels of a step, BCN+WS / GN, R-50-FPN", "cuda", 1.00, _of_steps(_kernels)),
+    Bar("GPU, time of a step, BCN+WS / GN, R-50-FPN", "cuda", 1.10, _of_steps(_time)),
+    Bar("GPU, peak of a step, BCN+WS / GN, R-50-FPN", "cuda", 0.95, _of_steps(_peak)),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.page", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.parse_args()
+    try:
+        for path in rewrite(PAGE, ROOT / FOR_THE_PAGE):
+            print(path)
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""The page and its tables, from results made by hand."""
+
+import re
+
+import pytest
+
+from benchmarks import page
+from benchmarks.page import FOR_THE_PAGE, PAGE, ROOT, Measured
+from benchmarks.results import write
+
+X = 64 * 400 * 672 * 4  # bytes of the activation
+TEXTS = [bar.text for bar in page.BARS]
+
+
+def spread(median):
+    return {"median": median, "q1": 0.9 * median, "q3": 1.2 * median}
+
+
+def measured(kind, device, rows, old=False, **settings):
+    settings.update(repetitions=15, warmup=3)
+    results = {
+        "kind": kind,
+        "device": device,
+        "machine": {"CPU": "a CPU", "memory": "8 GiB"},
+        "command": f"python -m benchmarks.{kind}",
+        "date": "2026-01-02",
+        "commit": "abc1234",
+        "settings": settings,
+        "rows": rows,
+    }
+    if kind == "layers":
+        results["copy_bandwidth"] = 64e9
+    return Measured(f"{kind}-{device}", old, results)
+
+
+def layers(device="cpu", ours=8.0, shape=(1, 64, 400, 672), form="nchw", dtype="float32", **more):
+    rows = []
+    for contender, total, saved in (
+        ("BCN", ours, X + 5 * 256),
+        ("GroupNorm", 10.0, X),
+        ("reference", 40.0, 3 * X),
+        ("no longer measured", 1.0, X),
+    ):
+        row = {"layer": "stem", "shape": list(shape), "dtype": dtype, "memory_format": form}
+        row.update(contender=contender, total=spread(total), saved_bytes=saved)
+        rows.append(row)
+    return measured("layers", device, rows, **more)
+
+
+def steps(device="cpu", time=95.0, peak=90, kernels=None, model="R-50-FPN", size=256, **more):
+    rows = []
+    for contender, ms, mebibytes in (
+        ("GN", 100.0, 100),
+        ("BCN+WS", time, peak),
+        ("BCN+WS, checkpointed", 1.3 * time, peak / 2),
+    ):
+        row = {"contender": contender, "images": 1, "step": spread(ms)}
+        row.update(peak_bytes=mebibytes * 2**20, saved_bytes=mebibytes * 2**19)
+        if kernels is not None:
+            row["kernels_ms"] = kernels if "BCN" in contender else 50.0
+        rows.append(row)
+    settings = {"model": model, "amp": None, "channels_last": False}
+    sizes = [[800, 1333]] if size == 800 else [[size, size]]
+    return measured("train", device, rows, sizes=sizes, **settings, **more)
+
+
+def cells(markdown, start):
+    """The first table after ``start``: its rows, by the header."""
+    lines = markdown[markdown.index(start) :].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    table = []
+    for line in lines[first:]:
+        if not line.startswith("|"):
+            break
+        table.append([cell.strip() for cell in line[1:-1].split(" | ")])
+    return [list(zip(table[0], row)) for row in table[2:]]
+
+
+def bars(*everything):
+    """By the beginning of the text: figures and verdict."""
+    found = {}
+    for (_, text), _, (_, figures), (_, verdict), _ in cells(page.render(everything, "x"), "## B"):
+        found[text] = (figures, verdict)
+    return lambda *words: next(v for t, v in found.items() if all(word in t for word in words))
+
+
+def test_bars_without_results():
+    rows = cells(page.render([], "x"), "## Bars")
+    assert [row[0][1] for row in rows] == TEXTS
+    assert {(row[2][1], row[3][1], row[4][1]) for row in rows} == {("", "not measured", "")}
+    assert [row[1][1] for row in rows] == [
+        *("≤ 1.10", "≤ 0.33", "≤ 2.00", "≤ 1.10", "≤ 1.00", "≤ 0.86", "≤ 0.92", "≤ 0.50", "≤ 1.35"),
+        *("≤ 1.00", "≤ 0.80", "≥ 0.75", "≤ 1.00", "≤ 1.10", "≤ 0.95"),
+    ]
+
+
+def test_bars_of_layers():
+    of = bars(layers(ours=11.0), layers(ours=12.0, dtype="bfloat16"), layers(ours=21.0, form="l"))
+    assert of("CPU", "float32 nchw, 1 M") == ("1.10 (stem, float32, nchw)", "met")
+    # 11 / 40; the others are of other dtypes and formats
+    assert of("CPU", "reference") == ("0.28 (stem, float32, nchw)", "met")
+    of = bars(layers(ours=14.0), layers(ours=21.0, form="channels_last"))
+    assert of("CPU", "float32 nchw, 1 M") == ("1.40 (stem, float32, nchw)", "**missed**")
+    assert of("CPU", "reference")[1] == "**missed**"
+    assert of("CPU", "and bfloat16") == ("2.10 (stem, float32, channels_last)", "**missed**")
+    assert of("GPU", "nchw")[1] == "not measured"
+
+
+def test_bars_of_layers_on_a_gpu():
+    # 8 passes of 68.8 MB at 64 GB/s are 8.6 ms
+    of = bars(layers("cuda", ours=9.0), layers("cuda", ours=14.0, dtype="float16"))
+    assert of("GPU", "nchw") == (
+        "0.90 to 1.40, worst stem, float16, nchw; 1 of 2 miss it",
+        "**missed**",
+    )
+    assert of("GPU", "floor") == (
+        "0.31 to 0.96, worst stem, float16, nchw; 1 of 2 miss it",
+        "**missed**",
+    )
+    assert bars(layers("cuda", ours=9.0))("floor") == ("0.96 (stem, float32, nchw)", "met")
+    assert bars(layers("cuda", form="channels_last"))("GPU", "channels_last")[1] == "met"  # 0.80
+    assert bars(layers("cuda", shape=(1, 64, 100, 100)))("GPU", "nchw")[1] == "not measured"
+
+
+def test_bars_of_steps():
+    of = bars(
+        steps(),
+        steps(time=120.0, model="R-18-FPN", size=192),
+        steps(size=800, time=96.0, peak=91),
+        steps("cuda", kernels=40.0, time=105.0, size=800),
+    )
+    assert of("CPU", "R-18-FPN") == ("1.20 (R-18-FPN, 1×192×192, float32)", "**missed**")
+    assert of("CPU", "time", "256 pixels") == ("0.95 (R-50-FPN, 1×256×256, float32)", "met")
+    both = "0.90 to 0.91, worst R-50-FPN, 1×800×1333, float32"
+    assert of("CPU", "saved") == (f"{both}; 2 of 2 miss it", "**missed**")
+    assert of("CPU", "peak", "BCN+WS / GN") == (both, "met")
+    assert of("CPU", "checkpointed")[1] == "met" and "0.46" in of("CPU", "checkpointed")[0]
+    assert of("time of that step") == ("1.25 (R-50-FPN, 1×800×1333, float32)", "met")
+    assert [of("GPU", "kernels")[1], of("GPU", "time")[1], of("GPU", "peak")[1]] == ["met"] * 3
+    assert of("GPU", "kernels")[0].startswith("0.80 ")
+
+
+def test_old_results_count_only_where_there_are_no_others():
+    old, new = layers("cuda", ours=5.0, old=True), layers("cuda", ours=9.0)
+    assert bars(old)("GPU", "nchw") == (
+        "0.50 (stem, float32, nchw)",
+        "met, before the present design",
+    )
+    assert bars(new, old)("GPU", "nchw") == ("0.90 (stem, float32, nchw)", "met")
+    text = page.render([old], "x")
+    now, then = text.index("## GPU\n\nNot measured."), text.index("## GPU, before the present")
+    assert now < then < text.index("(x/old/layers-cuda.png)")
+    assert "- 2026-01-02, commit abc1234\n" in text
+    assert "- 2026-01-02, commit abc1234: `python -m benchmarks.layers`\n" in page.render(
+        [new], "x"
+    )
+
+
+def test_table_of_layers():
+    (row,) = cells(page.render([layers()], "x"), "**float32, nchw**")
+    assert row == [
+        ("layer", "stem"),
+        ("input", "1×64×400×672"),
+        ("BCN, ms", "8.00 (7.20–9.60)"),
+        ("GroupNorm, ms", "10.0 (9.00–12.0)"),
+        ("reference, ms", "40.0 (36.0–48.0)"),
+        ("BCN / GroupNorm", "0.80"),
+        ("BCN / reference", "0.20"),
+        ("BCN, of the floor", "108%"),
+        ("BCN, saved MiB", "65.63"),
+        ("GroupNorm, saved MiB", "65.62"),
+        ("reference, saved MiB", "196.88"),
+    ]
+
+
+def test_table_of_steps():
+    gn, ours, _ = cells(
+        page.render([steps("cuda", kernels=40.0, time=125.0, peak=150)], "x"),
+        "**R-50-FPN, 1×256×256, float32**",
+    )
+    assert [value for _, value in gn][::2] == ["GN", "1.00", "1.00", "1.00", "1.00"]
+    assert ours == [
+        ("", "BCN+WS"),
+        ("step, ms", "125.0 (112.5–150.0)"),
+        ("/ GN", "1.25"),
+        ("peak, GiB", "0.15"),
+        ("/ GN", "1.50"),
+        ("saved, GiB", "0.07"),
+        ("/ GN", "1.50"),
+        ("kernels, ms", "40.0"),
+        ("/ GN", "0.80"),
+    ]
+
+
+def test_rewriting_keeps_what_is_written_by_hand(tmp_path):
+    document, folder = tmp_path / "docs" / "page.md", tmp_path / "benchmarks" / "results"
+    document.parent.mkdir()
+    (folder / "old").mkdir(parents=True)
+    document.write_text(f"# Title\n\n{page.BEGIN}\nto go\n{page.END}\n\nText.\n")
+    write(layers().results, str(folder / "layers-a.json"))
+    write(steps("cuda").results, str(folder / "old" / "train-b.json"))
+    (folder / "other.json").write_text("of another program")
+    for _ in range(2):
+        assert page.rewrite(document, folder) == [folder / "layers-a.png", document]
+        assert (folder / "layers-a.png").read_bytes().startswith(b"\x89PNG")
+        text = document.read_text()
+        assert text.startswith(f"# Title\n\n{page.BEGIN}\n")
+        assert text.endswith(f"\n{page.END}\n\nText.\n")
+        assert "to go" not in text and "(../benchmarks/results/layers-a.png)" in text
+        assert [m.old for m in page.load(folder)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "file,content,message",
+    [
+        ("docs/page.md", "no marks", "must have the lines '<!-- begin"),
+        ("results/layers-a.json", "{", "a.json is not the output of a benchmark .JSONDecodeError"),
+        ("results/train-a.json", "[]", "a.json is not the output of a benchmark .TypeError"),
+        (
+            "results/old/layers-a.json",
+            '{"kind": "norms"}',
+            "kind must be of layers, .*, found 'norms'",
+        ),
+    ],
+)
+def test_errors(tmp_path, file, content, message):
+    (tmp_path / "results" / "old").mkdir(parents=True)
+    document = tmp_path / "docs" / "page.md"
+    document.parent.mkdir()
+    document.write_text(f"{page.BEGIN}\n{page.END}\n")
+    (tmp_path / file).write_text(content)
+    before = document.read_text()
+    with pytest.raises(ValueError, match=message):
+        page.rewrite(document, tmp_path / "results")
+    assert document.read_text() == before
+
+
+def test_the_page_shows_the_results_of_the_repository():
+    written = PAGE.read_text().partition(page.BEGIN + "\n")[2].partition(page.END)[0].strip()
+    assert written == page.render(page.load(ROOT / FOR_THE_PAGE), f"../{FOR_THE_PAGE}").strip()
+    for picture in re.findall(r"\]\(([^)]*\.png)\)", written):
+        assert (PAGE.parent / picture).exists()
