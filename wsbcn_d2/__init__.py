@@ -25,6 +25,7 @@ from .conversion import convert
 from .detectron2_hooks import is_registered, register, unregister
 from .export import fold
 from .layers import BatchChannelNorm, ChannelNorm, WSConv2d, WSConvTranspose2d
+from .modeling import checkpoint_activations_
 from .norm_options import get_norm, list_norm_options
 from .ops import standardize_weight
 from .summary import summarize
@@ -36,6 +37,7 @@ __all__ = [
     "WSConvTranspose2d",
     "__version__",
     "add_wsbcn_config",
+    "checkpoint_activations_",
     "convert",
     "fold",
     "get_norm",

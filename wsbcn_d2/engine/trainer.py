@@ -14,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..config import ConfigError
+from ..modeling import checkpoint_activations_
 from .accumulation import accumulate_gradients
 from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator, inference_folder
@@ -28,6 +29,7 @@ class Trainer(DefaultTrainer):
 
     - it takes care of the estimates of BCN layers: see :func:`wsbcn_d2.engine.build_hooks`;
     - ``SOLVER.ACCUMULATE_STEPS`` accumulates gradients;
+    - ``MODEL.WSBCN.CHECKPOINT_ACTIVATIONS`` saves memory, with every backbone and head;
     - a checkpoint is complete or not there, whenever the process is killed;
     - :meth:`build_evaluator` chooses by the type of the dataset;
     - a model with fewer classes than the data is an error that says so;
@@ -46,6 +48,8 @@ class Trainer(DefaultTrainer):
         PathManager.mkdirs(cfg.OUTPUT_DIR)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
+            checkpoint_activations_(model, cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         # DefaultTrainer lets this call choose device_ids, and its choice assumes GPUs.
