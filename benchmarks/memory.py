@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import platform
 import random
 import statistics
@@ -32,7 +33,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 import torch
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -174,11 +175,14 @@ class LiveBytes(TorchDispatchMode):
         return dict(sizes.most_common(most))
 
 
-def make_batch(images: int, size: Tuple[int, int], device: str) -> List[Dict[str, Any]]:
+def make_batch(
+    images: int, size: Tuple[int, int], device: str, bitmasks: bool = False
+) -> List[Dict[str, Any]]:
     """Images of noise with elliptic objects at random places."""
     height, width = size
     generator = torch.Generator().manual_seed(0)
-    y, x = torch.arange(height)[:, None] + 0.5, torch.arange(width)[None, :] + 0.5
+    angles = torch.linspace(0, 2 * math.pi, 33)[:-1]
+    circle = torch.stack([angles.cos(), angles.sin()], dim=1)
     batch = []
     for _ in range(images):
         extent = (1 / 16 + 7 / 16 * torch.rand(_OBJECTS, 2, generator=generator)) * torch.tensor(
@@ -188,11 +192,14 @@ def make_batch(images: int, size: Tuple[int, int], device: str) -> List[Dict[str
             torch.tensor([width, height]) - extent
         )
         center, radius = corner + extent / 2, extent / 2
-        (cx, cy), (rx, ry) = (t[:, :, None, None].unbind(1) for t in (center, radius))
         instances = Instances(size)
         instances.gt_boxes = Boxes(torch.cat([corner, corner + extent], dim=1))
         instances.gt_classes = torch.randint(0, 80, (_OBJECTS,), generator=generator)
-        instances.gt_masks = BitMasks(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1)
+        ellipses = center[:, None] + radius[:, None] * circle
+        masks: Any = PolygonMasks([[ellipse.flatten().double().numpy()] for ellipse in ellipses])
+        if bitmasks:
+            masks = BitMasks.from_polygon_masks(masks, height, width)
+        instances.gt_masks = masks
         image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
         batch.append({"image": image.to(device), "instances": instances.to(device)})
     return batch
@@ -233,7 +240,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
     """The rows: one for each model, norm, dtype, number of images and setting."""
     rows: List[Dict[str, Any]] = []
     for model, dtype, images in itertools.product(args.models, args.dtypes, args.images):
-        batch = make_batch(images, tuple(args.size), args.device)
+        batch = make_batch(images, tuple(args.size), args.device, args.bitmasks)
         steps: Dict[str, Step] = {}
         cases = list(itertools.product(args.norms, args.settings))
         for norm in args.norms:
@@ -285,17 +292,21 @@ def markdown(results: Dict[str, Any]) -> str:
     for (model, dtype, norm, what), rows in groups.items():
         if 1 not in rows:
             continue
-        base = groups[model, dtype, "GN", ""][1]
+        base = groups.get((model, dtype, "GN", ""), {}).get(1)
         peaks = {images: row["peak_bytes"] for images, row in rows.items()}
         cells = [model, dtype, norm, what or "nothing", f"{peaks[1] / _GIB:.2f}"]
         cells.append(f"{peaks[2] / _GIB:.2f}" if 2 in peaks else "")
-        cells.append(f"{peaks[1] / base['peak_bytes']:.2f}")
-        times = [statistics.median(r["seconds"]) for r in (rows[1], base) if r["seconds"]]
-        cells.append(f"{times[0] / times[1]:.2f}" if times else "")
+        cells.append(f"{peaks[1] / base['peak_bytes']:.2f}" if base else "")
+        is_timed = base and base["seconds"]
+        cells.append(f"{_seconds(rows[1]) / _seconds(base):.2f}" if is_timed else "")
         for gib in GPU_GIB:
             cells.append(str(largest_batch(peaks, gib)) if 2 in peaks else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _seconds(row: Dict[str, Any]) -> float:
+    return statistics.median(row["seconds"])
 
 
 def draw(results: Dict[str, Any], path: str) -> None:
@@ -308,10 +319,9 @@ def draw(results: Dict[str, Any], path: str) -> None:
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         own = [r for r in rows if (r["model"], r["dtype"]) == panel]
         base = next(r for r in own if r["norm"] == "GN" and r["what"] == "")
-        unit = statistics.median(base["seconds"])
         for norm, marker in zip(dict.fromkeys(r["norm"] for r in own), "os^Dv"):
             line = [r for r in own if r["norm"] == norm]
-            x = [statistics.median(r["seconds"]) / unit for r in line]
+            x = [_seconds(r) / _seconds(base) for r in line]
             y = [r["peak_bytes"] / _GIB for r in line]
             axes.plot(x, y, marker=marker, label=norm)
             for row, at in zip(line, zip(x, y)):
@@ -336,6 +346,9 @@ def main() -> None:
     )
     parser.add_argument("--images", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--size", nargs=2, type=int, default=[800, 1333], metavar="PIXELS")
+    parser.add_argument(
+        "--bitmasks", action="store_true", help="masks as INPUT.MASK_FORMAT 'bitmask' has them"
+    )
     parser.add_argument("--repetitions", type=int, default=5, help="of times; 0: peaks only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", help="file for the results")

@@ -25,15 +25,22 @@ from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.keypoint_head import BaseKeypointRCNNHead
-from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
+from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead, MaskRCNNConvUpsampleHead
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.checkpoint import checkpoint
+
+from .heads import FusedConvUpsampleHead, run_layers
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
 # From the one that needs most memory to the one that needs least.
 CHECKPOINTED = ("", "backbone", "all")
+
+# How many regions the last layers of the mask head take at a time.
+_REGIONS = 32
+# The methods that are known to treat regions one by one after the convolutions.
+_MASK_LAYERS = (MaskRCNNConvUpsampleHead.layers, FusedConvUpsampleHead.layers)
 
 
 def checkpoint_activations_(model: nn.Module, what: str = "all") -> None:
@@ -139,6 +146,24 @@ class _CheckpointedLayers(_Part):
             return _run(self, super().layers, x)
 
 
+class _CheckpointedMaskHead(_Part):
+    """Of Detectron2's mask head: the convolutions, and then, for some regions at a time, what makes
+    the maps four times as large, and needs most."""
+
+    METHOD = "layers"
+
+    def layers(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.computed(x)
+        else:
+            if not self.training:
+                return super().layers(x)
+            layers, count = list(self), len(self.conv_norm_relus)
+            x = _run(self, functools.partial(run_layers, layers[:count]), x)
+            upsample = functools.partial(run_layers, layers[count:])
+            return torch.cat([_run(self, upsample, regions) for regions in x.split(_REGIONS)])
+
+
 class _CheckpointedLevels(_Part):
     """Of a head whose outputs are lists with an element for each feature map."""
 
@@ -152,19 +177,19 @@ class _CheckpointedLevels(_Part):
 
 
 class _CheckpointedFPN(_Part):
-    """Of an FPN, without the backbone below it."""
+    """Of an FPN: convolution by convolution, so that one map of the highest resolution is made again
+    at a time."""
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
         if torch.jit.is_scripting():
             return self.computed(x)
         else:
-            features = self.bottom_up(x)
-            top_down = copy.copy(self)  # with the same layers
-            top_down._modules = {**self._modules, "bottom_up": nn.Identity()}
-            forward = super(_CheckpointedFPN, top_down).forward
-            return _run(
-                top_down, lambda *maps: forward(dict(zip(features, maps))), *features.values()
-            )
+            # Its forward takes the convolutions from plain lists. They cannot be parts themselves:
+            # their class tells whether they can be standardized.
+            fpn = copy.copy(self)
+            for name in ("lateral_convs", "output_convs"):
+                setattr(fpn, name, [functools.partial(_run, c, c) for c in getattr(self, name)])
+            return super(_CheckpointedFPN, fpn).forward(x)
 
 
 @functools.lru_cache(maxsize=None)
@@ -202,6 +227,8 @@ def _parts_of(model: nn.Module, what: str) -> Iterator[Tuple[nn.Module, Type[_Pa
             yield module.bbox_subnet, _CheckpointedForward
         elif isinstance(module, FastRCNNConvFCHead):
             yield module, _CheckpointedForward
+        elif isinstance(module, MaskRCNNConvUpsampleHead) and type(module).layers in _MASK_LAYERS:
+            yield module, _CheckpointedMaskHead
         elif isinstance(module, (BaseMaskRCNNHead, BaseKeypointRCNNHead)):
             yield module, _CheckpointedLayers
         elif isinstance(module, SemSegFPNHead):
