@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 from .detectron2_hooks import CYCLED, feeding_convolution, restart_levels_before_forward
 from .layers import BatchChannelNorm, ChannelNorm, WeightStandardized, become, standardize_
-from .modeling import fuse_
+from .modeling import fuse_, without_checkpointing
 from .norm_options import NormOption, weight_standardization_request
 from .summary import summarize
 
@@ -134,8 +134,9 @@ def convert(model: nn.Module, norm: str = "BCN+WS", *, keep_function: bool = Fal
             "seems to have been trained without that, and no longer computes what it did: rather "
             "use convert(..., keep_function=True), or load weights that were trained with it."
         )
-    for module in model.modules():
-        fuse_(module)
+    with without_checkpointing(model):  # whose classes hide those that are exchanged
+        for module in model.modules():
+            fuse_(module)
     logger.info(f"{type(model).__name__}: {summarize(model)}")
     return model
 

@@ -25,7 +25,7 @@ def trainee(norm, checkpointed=False):
     cfg = small_config(BASE, norm, **{"RESNETS__DEPTH": 50, "ROI_HEADS__NUM_CLASSES": 80})
     add_wsbcn_config(cfg)
     cfg.MODEL.BACKBONE.NAME = "build_wsbcn_resnet_fpn_backbone"
-    cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS = checkpointed
+    cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS = "backbone" if checkpointed else ""
     cfg.SOLVER.BASE_LR = 0.0
     return Trainee(cfg, CPU)
 

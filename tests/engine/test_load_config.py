@@ -41,8 +41,15 @@ def test_device_follows_the_machine(config_file):
         (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no file 'nowhere.pth'"),
         (["DATASETS.TRAIN", "('digit_train',)"], "'digit_train'.*digits_train"),
         (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
-        (["MODEL.WSBCN.UPDATE_RATE_SCHEDULE", "cosine"], "'cosine' is not one of constant, lr"),
-        (["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True"], "build_resnet_backbone cannot do it"),
+        (["MODEL.WSBCN.UPDATE_RATE_SCHEDULE", "cosine"], "'cosine' is not one of 'constant', 'lr'"),
+        (
+            ["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True"],
+            "CHECKPOINT_ACTIVATIONS; allowed are '', 'backbone', 'all'$",
+        ),
+        (
+            ["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "heads"],
+            "CHECKPOINT_ACTIVATIONS: 'heads' is not one of '', 'backbone', 'all'$",
+        ),
         (
             ["MODEL.WSBCN.ZERO_INIT_RESIDUAL", "True"],
             "RESIDUAL: build_resnet_backbone cannot do it",

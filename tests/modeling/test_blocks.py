@@ -166,9 +166,9 @@ def test_another_module_in_place_of_a_convolution(name):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-def test_checkpointed_stages():
+def test_checkpointed_blocks():
     """With ReLU fused and filters shared; see test_backbone.py for the whole."""
-    ours, stock = pair(50, "BCN+WS", "MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True")
+    ours, stock = pair(50, "BCN+WS", "MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "backbone")
     standardize_together(m for m in ours.modules() if isinstance(m, WeightStandardized))
     for _ in range(2):
         x = torch.randn(1, 3, 32, 32, dtype=torch.float64)

@@ -70,7 +70,7 @@ def benchmark_train(
         images: batch sizes.
         amp: key of AMP_DTYPES for training and inference under autocast.
         channels_last: memory format of models and activations.
-        checkpoint_activations: measure BCN+WS with ``MODEL.WSBCN.CHECKPOINT_ACTIVATIONS`` too.
+        checkpoint_activations: measure BCN+WS with that of the backbone too.
         memory_gib: find the largest batch that trains in so much memory of the GPU.
         repetitions, warmup: rounds, see :func:`~wsbcn_d2.benchmark.measure.interleaved`.
         opts: alternating config keys and values for all models.
@@ -339,7 +339,7 @@ def _configs(
 ) -> Dict[str, CfgNode]:
     fixed = ["MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", "0", "SOLVER.BASE_LR", "0.0"]
     fixed += ["MODEL.DEVICE", str(device)]
-    checkpointed = ["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True"]
+    checkpointed = ["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "backbone"]
 
     def load(norm: str, *more: str) -> CfgNode:
         path = CONFIGS / f"mask_rcnn_R_50_FPN_{NORMS[norm]}_1x_1img.yaml"

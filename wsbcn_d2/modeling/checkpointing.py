@@ -27,7 +27,7 @@ from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.keypoint_head import BaseKeypointRCNNHead
 from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead, MaskRCNNConvUpsampleHead
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from .heads import FusedConvUpsampleHead, run_layers
@@ -61,9 +61,7 @@ def checkpoint_activations_(model: nn.Module, what: str = "all") -> None:
         what: one of :data:`CHECKPOINTED`.
 
     Raises:
-        ValueError: if ``what`` is another word, if the model has no such part, or if the statistics
-            of a layer in one would move twice (Detectron2's NaiveSyncBatchNorm). The model is
-            unchanged.
+        ValueError: if ``what`` is another word, or the model has no such part. It is unchanged.
     """
     if what not in CHECKPOINTED:
         allowed = ", ".join(map(repr, CHECKPOINTED))
@@ -74,7 +72,6 @@ def checkpoint_activations_(model: nn.Module, what: str = "all") -> None:
             f"{type(model).__name__} has no part that can be checkpointed for {what!r}: no ResNet"
             + (", and none of Detectron2's FPN and heads" if what == "all" else "")
         )
-    _refuse_layers_that_learn_twice(model, parts)
     for module in model.modules():
         if isinstance(module, _Part):
             module.__class__ = module.computed_class
@@ -110,13 +107,10 @@ class _Part:
     Attributes:
         computed_class: the class without checkpointing.
         kind: the class derived from this one.
-        computed: the method of ``computed_class``, for TorchScript, which has no ``super``.
     """
 
-    METHOD = "forward"
     computed_class: Type[nn.Module]
     kind: "Type[_Part]"
-    computed: Callable[..., Any]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes that are made at run time have no place where pickle could find them.
@@ -128,52 +122,36 @@ class _CheckpointedForward(_Part):
     """Of one tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.computed(x)
-        else:  # TorchScript does not compile what is in the branch not taken
-            return _run(self, super().forward, x)
+        return _run(self, super().forward, x)
 
 
 class _CheckpointedLayers(_Part):
     """Of a mask or keypoint head, whose ``forward`` computes the loss, too."""
 
-    METHOD = "layers"
-
     def layers(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.computed(x)
-        else:
-            return _run(self, super().layers, x)
+        return _run(self, super().layers, x)
 
 
 class _CheckpointedMaskHead(_Part):
     """Of Detectron2's mask head: the convolutions, and then, for some regions at a time, what makes
     the maps four times as large, and needs most."""
 
-    METHOD = "layers"
-
     def layers(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.computed(x)
-        else:
-            if not self.training:
-                return super().layers(x)
-            layers, count = list(self), len(self.conv_norm_relus)
-            x = _run(self, functools.partial(run_layers, layers[:count]), x)
-            upsample = functools.partial(run_layers, layers[count:])
-            return torch.cat([_run(self, upsample, regions) for regions in x.split(_REGIONS)])
+        if not self.training:
+            return super().layers(x)
+        layers, count = list(self), len(self.conv_norm_relus)
+        x = _run(self, functools.partial(run_layers, layers[:count]), x)
+        upsample = functools.partial(run_layers, layers[count:])
+        return torch.cat([_run(self, upsample, regions) for regions in x.split(_REGIONS)])
 
 
 class _CheckpointedLevels(_Part):
     """Of a head whose outputs are lists with an element for each feature map."""
 
     def forward(self, features: List[Tensor]) -> Tuple[List[Tensor], List[Tensor]]:
-        if torch.jit.is_scripting():
-            return self.computed(features)
-        else:
-            of_levels, forward = super().forward, lambda x: of_levels([x])
-            levels = [_run(self, forward, x) for x in features]
-            return tuple(list(chain(*outputs)) for outputs in zip(*levels))
+        of_levels, forward = super().forward, lambda x: of_levels([x])
+        levels = [_run(self, forward, x) for x in features]
+        return tuple(list(chain(*outputs)) for outputs in zip(*levels))
 
 
 class _CheckpointedFPN(_Part):
@@ -181,25 +159,17 @@ class _CheckpointedFPN(_Part):
     at a time."""
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
-        if torch.jit.is_scripting():
-            return self.computed(x)
-        else:
-            # Its forward takes the convolutions from plain lists. They cannot be parts themselves:
-            # their class tells whether they can be standardized.
-            fpn = copy.copy(self)
-            for name in ("lateral_convs", "output_convs"):
-                setattr(fpn, name, [functools.partial(_run, c, c) for c in getattr(self, name)])
-            return super(_CheckpointedFPN, fpn).forward(x)
+        # Its forward takes the convolutions from plain lists. They cannot be parts themselves:
+        # their class tells whether they can be standardized.
+        fpn = copy.copy(self)
+        for name in ("lateral_convs", "output_convs"):
+            setattr(fpn, name, [functools.partial(_run, c, c) for c in getattr(self, name)])
+        return super(_CheckpointedFPN, fpn).forward(x)
 
 
 @functools.lru_cache(maxsize=None)
 def _checkpointed_class(computed: Type[nn.Module], kind: Type[_Part]) -> Type[nn.Module]:
-    own = {
-        "__module__": __name__,
-        "computed_class": computed,
-        "kind": kind,
-        "computed": getattr(computed, kind.METHOD),
-    }
+    own = {"__module__": __name__, "computed_class": computed, "kind": kind}
     return type(f"Checkpointed{computed.__name__}", (kind, computed), own)
 
 
@@ -253,55 +223,34 @@ def _run(part: nn.Module, function: Callable[..., Any], *inputs: Tensor) -> Any:
 
 
 class _Repetition:
-    """The context in which a call of a part is repeated: its BatchNorm layers normalize by the
-    batch, as they did in the call, and learn nothing from it a second time, and those that cycle
-    through feature levels are at the level of the call."""
+    """The context in which a call of a part is repeated: what its BatchNorm layers learn is thrown
+    away, and those that cycle through feature levels are at the level of the call."""
 
     def __init__(self, part: nn.Module) -> None:
         """
         Args:
             part: which is about to be called.
         """
-        self._norms: List[_NormBase] = []
-        self._levels: Dict[CycleBatchNormList, int] = {}
-        for module in part.modules():
-            if isinstance(module, _NormBase) and module.training and module.track_running_stats:
-                self._norms.append(module)
-            elif isinstance(module, CycleBatchNormList):
-                self._levels[module] = module._pos
+        norms = (m for m in part.modules() if isinstance(m, _NormBase))
+        self._learning = [m for m in norms if m.training and m.running_mean is not None]
+        cycles = (m for m in part.modules() if isinstance(m, CycleBatchNormList))
+        self._levels = {cycle: cycle._pos for cycle in cycles}
 
     @property
     def needed(self) -> bool:
         """Whether there is such a layer."""
-        return bool(self._norms or self._levels)
+        return bool(self._learning or self._levels)
 
     def __enter__(self) -> None:
+        self._statistics = [dict(norm._buffers) for norm in self._learning]
         self._present = {cycle: cycle._pos for cycle in self._levels}
+        for norm, statistics in zip(self._learning, self._statistics):
+            norm._buffers.update({name: value.clone() for name, value in statistics.items()})
         for cycle, level in self._levels.items():
             cycle._pos = level
-        for norm in self._norms:
-            norm.track_running_stats = False
 
     def __exit__(self, *_: Any) -> None:
-        for norm in self._norms:
-            norm.track_running_stats = True
+        for norm, statistics in zip(self._learning, self._statistics):
+            norm._buffers.update(statistics)
         for cycle, level in self._present.items():
             cycle._pos = level
-
-
-def _refuse_layers_that_learn_twice(model: nn.Module, parts: Dict[nn.Module, Any]) -> None:
-    learning = {
-        layer
-        for part in parts
-        for layer in part.modules()
-        if isinstance(layer, _NormBase)
-        and layer.track_running_stats
-        and type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    }
-    for name, layer in model.named_modules():
-        if layer in learning:
-            raise ValueError(
-                f"{name or 'the model'} is a {type(layer).__name__}, whose running statistics would "
-                "move twice for each batch under activation checkpointing: use BN, SyncBN or BCN "
-                "there, or checkpoint nothing (MODEL.WSBCN.CHECKPOINT_ACTIVATIONS '')"
-            )
