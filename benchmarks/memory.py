@@ -354,6 +354,8 @@ def main() -> None:
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--picture", help="PNG file of GiB against time")
     args = parser.parse_args()
+    if args.picture and not args.repetitions:
+        parser.error("--picture shows times: --repetitions must be at least 1")
     on_gpu = args.device.startswith("cuda")
     results = {
         "machine": torch.cuda.get_device_name() if on_gpu else platform.processor(),
