@@ -175,10 +175,10 @@ def test_frozen_parts_run_once():
     assert [calls.count(name) for name in ("res2", "res3", "res4")] == [1, 1, 2]
 
 
-class LiveValues(TorchDispatchMode):
-    """The most values that tensors made in the context hold at once."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made in the context and still there."""
 
-    live = most = 0
+    live = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -189,25 +189,24 @@ class LiveValues(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self.free, storage.nbytes())
-        self.most = max(self.most, self.live)
         return result
 
     def free(self, size):
         self.live -= size
 
 
-def test_each_setting_needs_less():
-    """Compare benchmarks/memory.py, at full width."""
+def test_each_setting_keeps_less():
+    """When the backward pass begins. benchmarks/memory.py has the peaks at full width."""
     model = model_of(MASK, "BCN+WS")
-    peaks = []
+    kept = []
     for what in ("", "backbone", "all"):
         checkpoint_activations_(model, what)
         images = images_of(1, model)
-        with LiveValues() as values, EventStorage():
-            sum(model(images).values()).backward()
-        model.zero_grad()
-        peaks.append(values.most)
-    assert peaks[1] < 0.95 * peaks[0] and peaks[2] < 0.95 * peaks[1], peaks
+        with LiveBytes() as tensors, EventStorage():
+            losses = model(images)
+        kept.append(tensors.live)
+        del losses
+    assert kept[1] < 0.8 * kept[0] and kept[2] < 0.8 * kept[1], kept
 
 
 def test_choosing_again_replaces():

@@ -1,5 +1,5 @@
-"""Activation checkpointing: parts of a model keep only their input for the backward pass, which runs
-them again. Less memory, more time, the same gradients.
+"""Activation checkpointing: parts of a model keep only their input for the backward pass, and run
+there again. Less memory, more time, the same gradients.
 
 It is PyTorch's, ``torch.utils.checkpoint``. What is added here is which parts of Detectron2's
 models it is good for, and that nothing is learned twice: :class:`BatchChannelNorm` sees to that
@@ -155,8 +155,8 @@ class _CheckpointedLevels(_Part):
 
 
 class _CheckpointedFPN(_Part):
-    """Of an FPN: convolution by convolution, so that one map of the highest resolution is made again
-    at a time."""
+    """Of an FPN: convolution by convolution, so that one map of the highest resolution is made
+    again at a time."""
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
         # Its forward takes the convolutions from plain lists. They cannot be parts themselves:
