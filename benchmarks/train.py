@@ -20,7 +20,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from wsbcn_d2 import model_zoo
+from wsbcn_d2 import checkpoint_activations_, model_zoo
 from wsbcn_d2.engine import load_config
 
 from . import results
@@ -56,7 +56,7 @@ CONTENDERS: Dict[str, Tuple[str, Sequence[str]]] = {
     "GN+WS": ("gn_ws", ()),
     "BCN": ("bcn", ()),
     "BCN+WS": ("bcn_ws", ()),
-    "BCN+WS, checkpointed": ("bcn_ws", ("MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True")),
+    "BCN+WS, checkpointed": ("bcn_ws", ("MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "all")),
 }
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -165,6 +165,8 @@ class Trainee:
         """
         torch.manual_seed(0)
         self.model = build_model(cfg)
+        if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
+            checkpoint_activations_(self.model, cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(cfg, self.model)

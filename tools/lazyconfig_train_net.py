@@ -4,8 +4,8 @@
     tools/lazyconfig_train_net.py --config-file CONFIG.py [--num-gpus N] [--resume] [--eval-only]
                                   [KEY=VALUE ...]
 
-The keys of wsbcn_d2/config.py below MODEL.WSBCN by which the estimates of BCN are treated are those
-of ``train.wsbcn``, where the config has them: ``train.wsbcn.UPDATE_RATE_WARMUP=True``.
+The keys of wsbcn_d2/config.py below MODEL.WSBCN that are about training are those of
+``train.wsbcn``, where the config has them: ``train.wsbcn.CHECKPOINT_ACTIVATIONS=all``.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from wsbcn_d2 import add_wsbcn_config
+from wsbcn_d2 import add_wsbcn_config, checkpoint_activations_
 from wsbcn_d2.data import annotation_facts, check_datasets, check_same_classes
 from wsbcn_d2.engine import AtomicCheckpointer, ConfigError, build_hooks
 from wsbcn_d2.engine.checkpoint import CompleteCheckpointer
@@ -53,7 +53,13 @@ NEW_KEYS = ("+", "~", "train.seed", "train.cudnn_benchmark", "train.wsbcn")
 # Whose keys are the arguments of a call, as those of a node with a _target_ are.
 ARGUMENTS = ("train.ddp", "train.checkpointer")
 # Of MODEL.WSBCN; the others are for the backbones that YAML configs name.
-HOOK_KEYS = ("UPDATE_RATE_SCHEDULE", "UPDATE_RATE_WARMUP", "SYNC_PERIOD", "MAX_SKIPPED_UPDATES")
+WSBCN_KEYS = (
+    "CHECKPOINT_ACTIVATIONS",
+    "UPDATE_RATE_SCHEDULE",
+    "UPDATE_RATE_WARMUP",
+    "SYNC_PERIOD",
+    "MAX_SKIPPED_UPDATES",
+)
 
 
 def test(cfg: DictConfig, model: nn.Module) -> Optional[Dict[str, Any]]:
@@ -68,8 +74,8 @@ def test(cfg: DictConfig, model: nn.Module) -> Optional[Dict[str, Any]]:
     return results
 
 
-def hooks_config(cfg: DictConfig) -> CfgNode:
-    """What :func:`wsbcn_d2.engine.build_hooks` has to know.
+def yaml_config(cfg: DictConfig) -> CfgNode:
+    """What :func:`wsbcn_d2.engine.build_hooks` has to know, and MODEL.WSBCN.
 
     Raises:
         ConfigError: if a key of ``train.wsbcn`` is none, or has a value that is not allowed.
@@ -77,8 +83,8 @@ def hooks_config(cfg: DictConfig) -> CfgNode:
     keys = get_cfg()
     add_wsbcn_config(keys)
     for key, value in cfg.train.get("wsbcn", {}).items():
-        if key not in HOOK_KEYS:
-            raise ConfigError(f"there is no train.wsbcn.{key}; allowed are {', '.join(HOOK_KEYS)}")
+        if key not in WSBCN_KEYS:
+            raise ConfigError(f"there is no train.wsbcn.{key}; allowed are {', '.join(WSBCN_KEYS)}")
         try:
             keys.merge_from_list([f"MODEL.WSBCN.{key}", value])
         except ValueError as error:
@@ -92,7 +98,10 @@ def hooks_config(cfg: DictConfig) -> CfgNode:
 
 def train(cfg: DictConfig, resume: bool) -> None:
     """Trains the model; see ``configs/common/train.py`` of Detectron2 for the keys of ``train``."""
+    keys = yaml_config(cfg)
     model = instantiate(cfg.model).to(cfg.train.device)
+    if keys.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
+        checkpoint_activations_(model, keys.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     loader = instantiate(cfg.dataloader.train)
@@ -101,7 +110,7 @@ def train(cfg: DictConfig, resume: bool) -> None:
     model = create_ddp_model(model, device_ids=device_ids, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
     checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=trainer)
-    trainer.register_hooks(build_hooks(hooks_config(cfg), trainer))
+    trainer.register_hooks(build_hooks(keys, trainer))
     trainer.register_hooks(
         [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
     )
@@ -208,10 +217,9 @@ def check(cfg: DictConfig, eval_only: bool, resume: bool) -> None:
     key, output = "train.init_checkpoint", cfg.train.output_dir
     check_folder("train.output_dir", output)
     check_weights(key, cfg.train.init_checkpoint, output, needed=eval_only, resume=resume)
-    if not eval_only:
-        hooks_config(cfg)
+    what = "" if eval_only else yaml_config(cfg).MODEL.WSBCN.CHECKPOINT_ACTIVATIONS
     try:
-        instantiate(cfg.model)
+        checkpoint_activations_(instantiate(cfg.model), what)
     except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"the model of the config cannot be built: {error}") from error
     check_data(cfg, ("test",) if eval_only else ("train", "test"))

@@ -26,6 +26,7 @@ from .detectron2_hooks import is_registered, register, unregister
 from .export import fold
 from .layers import BatchChannelNorm, ChannelNorm, WSConv2d, WSConvTranspose2d
 from .levels import separate_levels
+from .modeling import checkpoint_activations_
 from .norm_options import get_norm, list_norm_options
 from .ops import standardize_weight
 from .summary import summarize
@@ -37,6 +38,7 @@ __all__ = [
     "WSConvTranspose2d",
     "__version__",
     "add_wsbcn_config",
+    "checkpoint_activations_",
     "convert",
     "fold",
     "get_norm",

@@ -16,10 +16,12 @@ def add_wsbcn_config(cfg: CN) -> None:
     ``NORM`` keys.
     """
     cfg.MODEL.WSBCN = CN()
-    # Whether the trainable blocks of the wsbcn backbones keep only their inputs in training and
-    # are computed again in the backward pass: less memory, more time, the same result (but for the
-    # running statistics of Detectron2's own BN, which move twice).
-    cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS = False
+    # Which parts keep only their inputs in training, and are computed again in the backward pass:
+    # "" (none), "backbone" (its residual blocks) or "all" (FPN and heads, too). Less memory, more
+    # time, the same result, whatever the norm; docs/memory.md has how much. Trainers other than
+    # that of this package heed it in the wsbcn backbones only, and call
+    # wsbcn_d2.checkpoint_activations_(model, "all") for the rest.
+    cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS = ""
     # Whether the residual blocks of the wsbcn backbones begin as the identity: the last
     # normalization of each, and so its branch, is multiplied by 0. For training from random
     # weights; pretrained weights replace it. Norms must have a trainable weight.

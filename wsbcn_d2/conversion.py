@@ -34,7 +34,7 @@ from .layers import (
     weights_per_filter,
 )
 from .levels import levels_of, restart_levels_before_forward
-from .modeling import fuse_
+from .modeling import fuse_, without_checkpointing
 from .norm_options import NormOption, weight_standardization_request
 from .observation import Observation, observe
 from .summary import summarize
@@ -205,8 +205,9 @@ def convert(
             "seems to have been trained without that, and no longer computes what it did: rather "
             "use convert(..., keep_function=True), or load weights that were trained with it."
         )
-    for module in model.modules():
-        fuse_(module)
+    with without_checkpointing(model):  # whose classes hide those that are exchanged
+        for module in model.modules():
+            fuse_(module)
     logger.info(f"{type(model).__name__}: {summarize(model)}")
     return model
 

@@ -46,8 +46,15 @@ def test_device_follows_the_machine(config_file):
         (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no file 'nowhere.pth'"),
         (["DATASETS.TRAIN", "('coco_2017_trian',)"], "'coco_2017_trian'.*coco_2017_train"),
         (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
-        (["MODEL.WSBCN.UPDATE_RATE_SCHEDULE", "cosine"], "'cosine' is not one of constant, lr"),
-        (["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True"], "build_resnet_backbone cannot do it"),
+        (["MODEL.WSBCN.UPDATE_RATE_SCHEDULE", "cosine"], "'cosine' is not one of 'constant', 'lr'"),
+        (
+            ["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True"],
+            "CHECKPOINT_ACTIVATIONS; allowed are '', 'backbone', 'all'$",
+        ),
+        (
+            ["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "heads"],
+            "CHECKPOINT_ACTIVATIONS: 'heads' is not one of '', 'backbone', 'all'$",
+        ),
         (
             ["MODEL.WSBCN.ZERO_INIT_RESIDUAL", "True"],
             "RESIDUAL: build_resnet_backbone cannot do it",

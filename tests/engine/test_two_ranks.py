@@ -10,6 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from engine.small_models import TwoLayers, estimates, moved, recalibrated
 from engine.two_ranks import run_two_ranks
 from oracles import channel_norm
@@ -288,6 +289,22 @@ def ranks_trainer_keeps_estimates_equal(rank):
         outputs.append({"boxes": instances.pred_boxes.tensor, "masks": instances.pred_masks})
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
     assert equal_on_all_ranks(outputs[0])
+
+
+def ranks_trainer_checkpoints_activations(rank):
+    """The estimates and weights are those without it."""
+    results = []
+    for what in ("", "all"):
+        opts = ["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", what, "SOLVER.MAX_ITER", "2"]
+        cfg = load_config(str(CONFIG), [*SMALL, "OUTPUT_DIR", f"out{what}", "SEED", "1", *opts])
+        seed_all_rng(1)
+        trainer = Trainer(cfg)
+        model = trainer.model.module
+        assert (type(model.backbone).__name__ == "CheckpointedFPN") == bool(what)
+        trainer.train()
+        results.append({**estimates(model), **dict(model.named_parameters())})
+    assert equal_on_all_ranks({k: v.detach() for k, v in results[1].items()})
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)
 
 
 def ranks_trainer_period(rank):

@@ -260,17 +260,16 @@ def test_levels():
         assert not torch.allclose(found[5], expected[5], rtol=0.01)  # the levels do differ
 
 
-def test_checkpointed_stages():
+def test_checkpointed_blocks():
     cfg = get_cfg()
     wsbcn_d2.add_wsbcn_config(cfg)
     cfg.MODEL.BACKBONE.NAME = "build_wsbcn_resnet_backbone"
-    cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS = True
+    cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS = "backbone"
     cfg.MODEL.RESNETS.NORM, cfg.MODEL.RESNETS.DEPTH = "BCN+WS", 18
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2"]
     backbone = randomize_norms(build_backbone(cfg)).eval()
     folded = fold(backbone)
-    assert type(folded.stages[0]) is nn.Sequential and folded.stages[0] is folded.res2
     assert type(folded.res2[0]) is BasicBlock
     assert_stock(folded)
     x = noise(1, 3, 32, 32)

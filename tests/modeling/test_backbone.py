@@ -1,4 +1,4 @@
-"""The backbones under activation checkpointing and PyTorch's and fvcore's tools."""
+"""The backbones under PyTorch's and fvcore's tools."""
 
 import copy
 
@@ -13,7 +13,6 @@ from torch._dynamo.testing import CompileCounter
 from versions import needs_compile
 
 from wsbcn_d2 import WSConv2d, add_wsbcn_config
-from wsbcn_d2.modeling.backbone import CheckpointedStage
 
 
 def resnet18_fpn(norm, *opts):
@@ -31,55 +30,6 @@ def resnet18_fpn(norm, *opts):
     )
     torch.manual_seed(0)
     return build_backbone(cfg, ShapeSpec(channels=3))
-
-
-@pytest.mark.parametrize("freeze_at", [0, 2, 5])
-def test_activation_checkpointing_changes_nothing(freeze_at):
-    """Outputs, gradients, and estimates, which are updated once in each iteration."""
-    freeze = ["MODEL.BACKBONE.FREEZE_AT", str(freeze_at)]
-    plain = resnet18_fpn("BCN+WS", *freeze).double()
-    model = resnet18_fpn("BCN+WS", *freeze, "MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True").double()
-    assert sum(isinstance(m, CheckpointedStage) for m in model.modules()) == 4
-    model.load_state_dict(plain.state_dict())
-    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (plain, model)]
-    for _ in range(2):
-        x = torch.randn(1, 3, 32, 64).double()
-        losses = []
-        for m, optimizer in zip((plain, model), optimizers):
-            optimizer.zero_grad()
-            losses.append(sum(y.square().mean() for y in m(x).values()))
-            losses[-1].backward()
-            optimizer.step()
-        torch.testing.assert_close(losses[0], losses[1])
-        ours, theirs = dict(model.named_parameters()), dict(plain.named_parameters())
-        assert ours.keys() == theirs.keys()
-        for name, p in theirs.items():
-            torch.testing.assert_close(ours[name].grad, p.grad, msg=name)
-    # with the counts of values and skipped batches
-    torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()))
-    frozen = freeze_at >= 2
-    first = model.bottom_up.res2[0].conv1
-    assert (first.weight.grad is None) == frozen
-    assert len(list(first.norm.parameters())) in (0, 4)
-
-
-def test_activation_checkpointing_saves_memory():
-    """Measured as what autograd keeps."""
-    sizes = {}
-    for on in ("False", "True"):
-        model = resnet18_fpn("BCN+WS", "MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", on)
-        kept = {}
-
-        def pack(t):
-            kept[t.data_ptr()] = t.numel()
-            return t
-
-        parameters = {p.data_ptr() for p in model.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = model.bottom_up(torch.randn(1, 3, 64, 64))
-        sizes[on] = sum(n for address, n in kept.items() if address not in parameters)
-        del out
-    assert sizes["True"] < 0.6 * sizes["False"]
 
 
 def test_fvcore_counts():

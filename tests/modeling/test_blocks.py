@@ -167,9 +167,9 @@ def test_another_module_in_place_of_a_convolution(name):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-def test_checkpointed_stages():
-    """See test_backbone.py for the whole."""
-    ours, stock = pair(50, "BCN+WS", "MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True")
+def test_checkpointed_blocks():
+    """See test_checkpointing.py for the whole."""
+    ours, stock = pair(50, "BCN+WS", "MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "backbone")
     for _ in range(2):
         x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
         torch.testing.assert_close(results(ours, x), results(stock, x), rtol=1e-6, atol=1e-8)

@@ -12,7 +12,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
 
 from ..config import ConfigError, add_wsbcn_config, flatten_config
 from ..data import register_coco_format
-from ..modeling import BACKBONES
+from ..modeling import BACKBONES, CHECKPOINTED, checkpoint_activations_
 from ..norm_options import NormOption
 from .checkpoint import check_output
 from .data import check_data
@@ -73,7 +73,10 @@ def load_config(
             "those projects, as docs/in_your_project.md shows"
         ) from error
     except (AssertionError, OSError, ValueError) as error:
-        raise ConfigError(_unknown_key(cfg, str(error))) from error
+        message = _unknown_key(cfg, str(error))
+        if "MODEL.WSBCN.CHECKPOINT_ACTIVATIONS" in message:  # as of a bool, which it was once
+            message += f"; allowed are {', '.join(map(repr, CHECKPOINTED))}"
+        raise ConfigError(message) from error
     except (AttributeError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{config_file} is not a YAML config of keys and values: {error}"
@@ -109,7 +112,7 @@ def check_model(cfg: CfgNode) -> None:
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     try:
-        build_model(cfg)
+        checkpoint_activations_(build_model(cfg), cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)
     except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"the model of the config cannot be built: {error}") from error
 
@@ -155,19 +158,21 @@ def check_values(cfg: CfgNode) -> None:
     Raises:
         ConfigError: naming the key, its value and what is allowed.
     """
-    allowed = UPDATE_RATE_SCHEDULES
-    if cfg.MODEL.WSBCN.UPDATE_RATE_SCHEDULE not in allowed:
-        raise ConfigError(
-            f"MODEL.WSBCN.UPDATE_RATE_SCHEDULE: {cfg.MODEL.WSBCN.UPDATE_RATE_SCHEDULE!r} is not "
-            f"one of {', '.join(allowed)}"
-        )
-    names = [backbone.__name__ for backbone in BACKBONES]
-    for key in ("CHECKPOINT_ACTIVATIONS", "ZERO_INIT_RESIDUAL"):
-        if cfg.MODEL.WSBCN[key] and cfg.MODEL.BACKBONE.NAME not in names:
+    for key, allowed in (
+        ("UPDATE_RATE_SCHEDULE", UPDATE_RATE_SCHEDULES),
+        ("CHECKPOINT_ACTIVATIONS", CHECKPOINTED),
+    ):
+        if cfg.MODEL.WSBCN[key] not in allowed:
             raise ConfigError(
-                f"MODEL.WSBCN.{key}: {cfg.MODEL.BACKBONE.NAME} cannot do it; "
-                f"MODEL.BACKBONE.NAME must be one of {', '.join(names)}"
+                f"MODEL.WSBCN.{key}: {cfg.MODEL.WSBCN[key]!r} is not one of "
+                + ", ".join(map(repr, allowed))
             )
+    names = [backbone.__name__ for backbone in BACKBONES]
+    if cfg.MODEL.WSBCN.ZERO_INIT_RESIDUAL and cfg.MODEL.BACKBONE.NAME not in names:
+        raise ConfigError(
+            f"MODEL.WSBCN.ZERO_INIT_RESIDUAL: {cfg.MODEL.BACKBONE.NAME} cannot do it; "
+            f"MODEL.BACKBONE.NAME must be one of {', '.join(names)}"
+        )
     head = cfg.MODEL.ROI_BOX_HEAD
     if head.NAME == "FastRCNNConvFCHead" and head.NORM and not head.NUM_CONV:
         raise ConfigError(

@@ -15,6 +15,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..config import ConfigError
+from ..modeling import checkpoint_activations_
 from ..summary import summarize
 from .accumulation import accumulate_gradients
 from .checkpoint import AtomicCheckpointer
@@ -32,6 +33,7 @@ class Trainer(DefaultTrainer):
 
     - it takes care of the estimates of BCN layers: see :func:`wsbcn_d2.engine.build_hooks`;
     - ``SOLVER.ACCUMULATE_STEPS`` accumulates gradients;
+    - ``MODEL.WSBCN.CHECKPOINT_ACTIVATIONS`` saves memory, with every backbone and head;
     - a checkpoint is complete or not there, whenever the process is killed;
     - :meth:`build_evaluator` chooses by the type of the dataset;
     - data that does not fit the model, or test data that does not fit the training data, is an
@@ -59,6 +61,8 @@ class Trainer(DefaultTrainer):
         PathManager.mkdirs(cfg.OUTPUT_DIR)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
+            checkpoint_activations_(model, cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         # DefaultTrainer lets this call choose device_ids, and its choice assumes GPUs.

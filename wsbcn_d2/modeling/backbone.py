@@ -10,35 +10,18 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import FPN, Backbone, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from ..config import require_wsbcn_config
 from .blocks import zero_init_residual_
-
-
-class CheckpointedStage(nn.Sequential):
-    """A stage whose blocks keep only their input in training and run again in the backward pass."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """
-        Args:
-            x: (N, C, H, W)
-
-        Returns:
-            Output of the last block.
-        """
-        for block in self:
-            trainable = self.training and any(p.requires_grad for p in block.parameters())
-            x = checkpoint(block, x, use_reentrant=False) if trainable else block(x)
-        return x
+from .checkpointing import checkpoint_activations_
 
 
 def build_wsbcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Detectron2's ResNet (depths 18 to 152, ResNeXt, deformable blocks).
 
     Its blocks need fewer passes over their activations with BCN; see :mod:`.blocks`. With
-    ``MODEL.WSBCN.CHECKPOINT_ACTIVATIONS``, its stages trade time for memory; with
+    ``MODEL.WSBCN.CHECKPOINT_ACTIVATIONS``, its blocks trade time for memory; with
     ``MODEL.WSBCN.ZERO_INIT_RESIDUAL`` they begin as the identity.
 
     Raises:
@@ -50,9 +33,8 @@ def build_wsbcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     if cfg.MODEL.WSBCN.ZERO_INIT_RESIDUAL:
         zero_init_residual_(resnet)
     if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
-        # ResNet keeps its stages in a plain list too, so the objects must remain the same.
-        for stage in resnet.stages:
-            stage.__class__ = CheckpointedStage
+        # So that it works in any trainer, which can do the same for the rest of the model.
+        checkpoint_activations_(resnet, "backbone")
     return resnet
 
 

@@ -4,6 +4,8 @@ Parameters, names and results are those of the stock heads. With :class:`BatchCh
 they save little more than half as much for the backward pass; see :mod:`wsbcn_d2.ops.branch`.
 """
 
+from typing import Sequence
+
 import torch
 from detectron2.layers import Conv2d
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
@@ -35,7 +37,7 @@ class FusedConvFCHead(FastRCNNConvFCHead):
         else:  # TorchScript does not compile what is in the branch not taken
             if FastRCNNConvFCHead.forward is not _FORWARD:
                 return super().forward(x)
-            return _run_head(self, x)
+            return run_layers(list(self), x)
 
 
 class FusedConvUpsampleHead(MaskRCNNConvUpsampleHead):
@@ -56,11 +58,11 @@ class FusedConvUpsampleHead(MaskRCNNConvUpsampleHead):
         else:
             if MaskRCNNConvUpsampleHead.layers is not _LAYERS:
                 return super().layers(x)
-            return _run_head(self, x)
+            return run_layers(list(self), x)
 
 
-def _run_head(head: nn.Sequential, x: Tensor) -> Tensor:
-    layers = list(head)
+def run_layers(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """``layers`` one after the other; the convolutions that they begin with as one operation."""
     count = 0
     while (
         count < len(layers)
