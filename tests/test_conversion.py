@@ -13,6 +13,7 @@ from detectron2.utils.events import EventStorage
 from detectron2_models import a_training_image, logged, modules_of_type, small_model
 from oracles import channel_norm, estimated_bcn, standardized_weight
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from wsbcn_d2 import BatchChannelNorm, ChannelNorm, WSConv2d, WSConvTranspose2d, fold
 from wsbcn_d2.conversion import convert
@@ -327,6 +328,31 @@ def test_model_of_another_library():
     unchanged = {k for k, v in values(model).items() if torch.equal(v, start[k])}
     without = ("ws_eps", "skipped_updates", "group_weight", "group_bias")
     assert unchanged == {k for k in start if k.endswith(without)}
+
+
+@pytest.mark.parametrize("norm", ["BCN+WS", "CN+WS", "GN+WS"])
+@torch.no_grad()
+def test_fx_traces_what_it_traces_unconverted(norm):
+    model = torchvision.models.resnet18(num_classes=4).eval()
+    model.conv1 = nn.Sequential(nn.ConvTranspose2d(3, 64, 2), nn.Conv2d(64, 64, 7, 4))
+    stock = [(node.op, node.target) for node in torch.fx.symbolic_trace(model).graph.nodes]
+    convert(model, norm)
+    as_if_trained(model)
+    x = torch.randn(2, 3, 64, 64)
+    outputs = {}
+    for name in ("layer2.0.conv1", "layer3"):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: outputs.update({name: output})
+        )
+    logits, expected = model(x), dict(outputs)
+
+    traced = torch.fx.symbolic_trace(model)
+    assert [(node.op, node.target) for node in traced.graph.nodes] == stock
+    assert torch.equal(traced(x), logits)
+    assert traced.state_dict().keys() == model.state_dict().keys()
+    features = create_feature_extractor(model, list(expected))(x)
+    assert features.keys() == expected.keys()
+    assert all(torch.equal(features[name], expected[name]) for name in expected)
 
 
 # --------------------------------------------------------------------------------- keep_function

@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..ops import (
     Normalization,
@@ -20,6 +21,7 @@ from ..ops import (
     several_ranks,
 )
 from .folded import refuse_folded
+from .tracing import node_of
 
 MODES = ("estimate", "batch", "sync")
 _ESTIMATES = ("running_mean", "running_var", "seen_elements")
@@ -80,6 +82,9 @@ class ChannelNorm(nn.GroupNorm):
         Returns:
             Tensor of the same shape.
         """
+        if not torch.jit.is_scripting():
+            if isinstance(x, Proxy):
+                return node_of(self, x)
         if not torch.jit.is_tracing():
             check_input(x, self.num_channels)
         return channel_norm(x, self.weight, self.bias, self.eps)
@@ -229,6 +234,8 @@ class BatchChannelNorm(nn.GroupNorm):
         if torch.jit.is_scripting():
             return self._exported(x, residual, activation)
         else:  # TorchScript does not compile what is in the branch not taken
+            if isinstance(x, Proxy):
+                return node_of(self, x, residual, activation)
             if not self.training and torch.jit.is_tracing():
                 return self._exported(x, residual, activation)
             return self._normalized(x, residual, activation)

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..ops import Geometry, standardize_weight, standardized_conv2d
 from .folded import refuse_folded
 from .fusion import normalize
+from .tracing import node_of
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
@@ -195,6 +197,8 @@ class WSConv2d(WeightStandardized, Conv2d):
                 x = self.activation(x)
             return x
         else:
+            if isinstance(x, Proxy):
+                return node_of(self, x)
             return normalize(self.convolve(x), self.norm, activation=self.activation)
 
     @torch.jit.unused
@@ -237,6 +241,9 @@ class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
         Returns:
             (N, C_out, H_out, W_out)
         """
+        if not torch.jit.is_scripting():
+            if isinstance(x, Proxy):
+                return node_of(self, x, output_size)
         output_padding = self._output_padding(
             x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
         )
