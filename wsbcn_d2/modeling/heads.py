@@ -4,6 +4,8 @@ Parameters, names and results are those of the stock heads. With :class:`BatchCh
 they save little more than half as much for the backward pass; see :mod:`wsbcn_d2.ops.branch`.
 """
 
+from typing import Any, Dict, List, Type
+
 import torch
 from detectron2.layers import Conv2d
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
@@ -60,7 +62,7 @@ class FusedConvUpsampleHead(MaskRCNNConvUpsampleHead):
 
 
 def _run_head(head: nn.Sequential, x: Tensor) -> Tensor:
-    layers = list(head)
+    layers: List[Any] = list(head)
     count = 0
     while (
         count < len(layers)
@@ -75,7 +77,7 @@ def _run_head(head: nn.Sequential, x: Tensor) -> Tensor:
     return x
 
 
-HEADS = {
+HEADS: Dict[Type[nn.Module], Type[nn.Module]] = {
     FastRCNNConvFCHead: FusedConvFCHead,
     MaskRCNNConvUpsampleHead: FusedConvUpsampleHead,
 }
