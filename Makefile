@@ -48,7 +48,7 @@ lint: setup  ## check format, imports and style
 	@$(RUN) -m isort --check --diff $(SOURCES)
 	@$(RUN) -m flake8 $(SOURCES)
 
-types: setup  ## check the types of the public API; setup.cfg says of which files
+types: setup  ## check the types; setup.cfg says of which files
 	@$(RUN) -m mypy
 
 format: setup  ## format the code

@@ -41,7 +41,7 @@ def main() -> None:
         for test in without.keys() | present.keys()
         if without.get(test) != present.get(test)
     )
-    print(f"{len(without)} tests without wsbcn_d2, {len(present)} with; different: {len(different)}")
+    print(f"{len(without)} tests without wsbcn_d2, {len(present)} with; differ: {len(different)}")
     if different:
         sys.exit("\n".join(different))
 

@@ -18,7 +18,7 @@
 
 import logging
 from types import CodeType, FrameType
-from typing import Any, Iterator, List, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Tuple, cast
 
 from detectron2.layers import CycleBatchNormList
 from detectron2.layers import get_norm as detectron2_get_norm
@@ -33,7 +33,12 @@ from .feeding import ONE_WEIGHT, NotFedYet, Path, feeding_convolution
 from .layers import BatchChannelNorm, standardize_, weights_per_filter
 from .levels import levels_of, restart_levels_before_forward, separate_levels
 from .modeling import BACKBONES, fuse_
-from .norm_options import NormOption, get_norm, weight_standardization_request
+from .norm_options import (
+    NormOption,
+    WeightStandardizationRequest,
+    get_norm,
+    weight_standardization_request,
+)
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
@@ -62,7 +67,7 @@ def register() -> None:
 def unregister() -> None:
     """Undoes :func:`register`. Models that have been built remain as they are."""
     global _stock_code, _handle
-    if not is_registered():
+    if _handle is None:
         return
     detectron2_get_norm.__code__ = _stock_code
     _stock_code = None
@@ -155,16 +160,16 @@ def _waiting(module: nn.Module) -> Iterator[_Waiting]:
 
 
 def _attach(norm: nn.Module, path: Path, following: Optional[nn.Module] = None) -> None:
-    request = weight_standardization_request(norm)
+    channels = _channels_of(norm)
     place = f"{type(path[0][0]).__name__}.{path[0][1]}"
     try:
-        conv = feeding_convolution(path, request.channels, following)
+        conv = feeding_convolution(path, channels, following)
     except NotFedYet:
         if _refuse_to_run not in norm._forward_pre_hooks.values():
             norm.register_forward_pre_hook(_refuse_to_run)
         return
     except ValueError as error:
-        raise ValueError(_not_found(place, str(error), request.channels)) from error
+        raise ValueError(_not_found(place, str(error), channels)) from error
     if weights_per_filter(conv) == 1:
         logger.warning(f"{place}: {ONE_WEIGHT}")
     else:
@@ -182,8 +187,12 @@ def _not_found(place: str, found: str, channels: int) -> str:
 
 
 def _refuse_to_run(norm: nn.Module, inputs: Any) -> None:
-    channels = weight_standardization_request(norm).channels
-    raise ValueError(_not_found(type(norm).__name__, "follows no module", channels))
+    raise ValueError(_not_found(type(norm).__name__, "follows no module", _channels_of(norm)))
+
+
+def _channels_of(norm: nn.Module) -> int:
+    """Those of a layer that asks for weight standardization."""
+    return cast(WeightStandardizationRequest, weight_standardization_request(norm)).channels
 
 
 def settle(norm: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Which convolution feeds a normalization layer: by the structure of the model, or by a pass
 through it."""
 
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def path_of(model: nn.Module, name: str) -> Path:
     path: List[Tuple[nn.Module, str]] = []
     for child in name.split("."):
         path.insert(0, (model, child))
-        model = model._modules[child]
+        model = model.get_submodule(child)
     return path
 
 
@@ -72,13 +72,14 @@ def _siblings(parent: nn.Module, name: str) -> Tuple[List[nn.Module], List[nn.Mo
     """The modules before and behind a place; all are before one that does not exist yet."""
     names = list(parent._modules)
     place = names.index(name) if name in names else len(names)
-    return tuple(
+    before, behind = (
         [m for m in map(parent._modules.get, part) if m is not None]
         for part in (names[:place], names[place + 1 :])
     )
+    return before, behind
 
 
-def _is_sequence(module: nn.Module) -> bool:
+def _is_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
@@ -205,7 +206,8 @@ def followed_convolutions(
                 "(N, C, H, W). Other parts of the model can be converted one by one."
             )
     convolutions = {
-        norm: [] if None in convs else list(dict.fromkeys(convs)) for norm, convs in found.items()
+        norm: [] if None in convs else [conv for conv in dict.fromkeys(convs) if conv is not None]
+        for norm, convs in found.items()
     }
     levels = {norm: len(sizes) for norm, sizes in shapes.items() if len(set(sizes)) > 1}
     return convolutions, levels

@@ -49,7 +49,7 @@ def run(checkout, *tests, **env):
 
 def test_differences(checkout):
     result = run(checkout)
-    assert result.stdout.endswith("5 tests without wsbcn_d2, 5 with; different: 2\n"), result.stdout
+    assert result.stdout.endswith("5 tests without wsbcn_d2, 5 with; differ: 2\n"), result.stdout
     assert result.stderr.splitlines() == [
         "tests.layers.test_norms.TestNorm::test_option: failure without, passed with",
         "tests.layers.test_norms::test_skipped: passed without, skipped with",
@@ -61,7 +61,7 @@ def test_no_difference(checkout):
     for package in ("detectron2", "wsbcn_d2"):  # in the place of those that take long to import
         (checkout / f"{package}.py").touch()
     result = run(checkout, "tests/test_here.py", PYTHONPATH=str(checkout))
-    assert result.stdout.endswith("1 tests without wsbcn_d2, 1 with; different: 0\n"), result.stdout
+    assert result.stdout.endswith("1 tests without wsbcn_d2, 1 with; differ: 0\n"), result.stdout
     assert (result.returncode, result.stderr) == (0, "")
 
 

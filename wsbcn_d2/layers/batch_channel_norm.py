@@ -134,6 +134,11 @@ class BatchChannelNorm(nn.GroupNorm):
         level: index of the estimates that the next call uses; see :meth:`set_num_levels`.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    skipped_updates: Tensor
+    seen_elements: Tensor
+
     __jit_unused_properties__ = ["frozen", "num_levels"]
 
     def __init__(
@@ -308,10 +313,10 @@ class BatchChannelNorm(nn.GroupNorm):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
         # Half precision cannot hold the variances that occur (a stem's exceeded its range after
         # one step), so a change of dtype may only raise that of the estimates.
-        estimates = {name: self._buffers[name] for name in _ESTIMATES}
+        estimates = {name: getattr(self, name) for name in _ESTIMATES}
         super()._apply(fn, *args, **kwargs)
         for name, old in estimates.items():
-            new = self._buffers[name]
+            new = getattr(self, name)
             if torch.finfo(new.dtype).bits < 32:
                 self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
         return self
@@ -336,12 +341,13 @@ class BatchChannelNorm(nn.GroupNorm):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         for name in _ESTIMATES:  # with assign=True they are those given
-            self._buffers[name] = _at_least_float32(self._buffers[name])
+            self._buffers[name] = _at_least_float32(getattr(self, name))
 
     def _load_levels(self, state_dict: Dict[str, Tensor], prefix: str, name: str) -> None:
         """Takes the estimates of the levels from the layers of a CycleBatchNormList."""
-        levels = [state_dict.pop(f"{prefix}{i}.{name}", None) for i in range(self.num_levels)]
+        levels: List[Any] = []
         for i in range(self.num_levels):
+            levels.append(state_dict.pop(f"{prefix}{i}.{name}", None))
             state_dict.pop(f"{prefix}{i}.num_batches_tracked", None)
         if all(level is not None for level in levels):
             state_dict[prefix + name] = torch.stack(levels)

@@ -1,7 +1,7 @@
 """The branch of a residual block, or the convolutions of a head, as one operation where its layers
 allow it."""
 
-from typing import List, Optional, Sequence
+from typing import Any, List, Optional, Sequence
 
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
@@ -46,9 +46,9 @@ def run_branch(
     return _one_by_one(convs[-1], x, residual, activation)
 
 
-def _links(convs: Sequence[nn.Module], x: Tensor) -> Optional[List[Link]]:
+def _links(convs: Sequence[Any], x: Tensor) -> Optional[List[Link]]:
     """The convolutions for :func:`branch`; None if one is not for it, or the input."""
-    norms = [_norm_of(conv) for conv in convs]
+    norms: List[Any] = [_norm_of(conv) for conv in convs]
     if None in norms or x.dim() != 4 or not is_plain(x, *(conv.weight for conv in convs)):
         return None
     if len({conv.weight.dtype for conv in convs}) > 1:
@@ -64,7 +64,7 @@ def _links(convs: Sequence[nn.Module], x: Tensor) -> Optional[List[Link]]:
     return links
 
 
-def _norm_of(conv: nn.Module) -> Optional[BatchChannelNorm]:
+def _norm_of(conv: Any) -> Optional[BatchChannelNorm]:
     """The normalization of a convolution for :func:`branch`; None if it is not for it."""
     if type(conv) not in (Conv2d, WSConv2d):
         return None
@@ -83,7 +83,7 @@ def _norm_of(conv: nn.Module) -> Optional[BatchChannelNorm]:
     return None
 
 
-def _one_by_one(conv: nn.Module, x: Tensor, residual: Optional[Tensor], activation: str) -> Tensor:
+def _one_by_one(conv: Any, x: Tensor, residual: Optional[Tensor], activation: str) -> Tensor:
     own = getattr(conv, "activation", None)  # someone may have put another module there
     function = F.relu if activation == "relu" else None
     if type(conv) in (Conv2d, WSConv2d) and own is None and not is_hooked(conv):
@@ -96,7 +96,7 @@ def _one_by_one(conv: nn.Module, x: Tensor, residual: Optional[Tensor], activati
     return out if function is None else function(out)
 
 
-def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
+def _convolve(conv: Any, x: Tensor) -> Tensor:
     if isinstance(conv, WSConv2d):
         return conv.convolve(x)
     # With zeros, whatever its padding_mode: as Detectron2's own `forward`.

@@ -21,11 +21,11 @@ def normalize(
     a hook listens to its output.
     """
     name = fusible_activation(activation)
-    # A subclass may take the input alone.
-    ours = norm is not None and type(norm).forward is BatchChannelNorm.forward
-    if ours and not is_hooked(norm) and name is not None:
-        return norm(x, residual=residual, activation=name)
     if norm is not None:
+        # A subclass may take the input alone.
+        ours = type(norm).forward is BatchChannelNorm.forward
+        if ours and not is_hooked(norm) and name is not None:
+            return norm(x, residual=residual, activation=name)
         x = norm(x)
     if residual is not None:
         x = x + residual

@@ -4,10 +4,10 @@ FX looks inside all modules that are not PyTorch's. There it would find operatio
 by values, and lose what a state dict says of a layer.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
-from torch.fx import Proxy
+from torch.fx import Proxy, Tracer
 
 
 def node_of(module: nn.Module, x: Proxy, *args: Any) -> Any:
@@ -17,5 +17,5 @@ def node_of(module: nn.Module, x: Proxy, *args: Any) -> Any:
         module: a part of the model that is traced.
         x, args: what it was called with.
     """
-    name = x.tracer.path_of_module(module)  # type: ignore[attr-defined]  # it is a Tracer
-    return x.tracer.create_proxy("call_module", name, (x, *args), {})
+    tracer = cast(Tracer, x.tracer)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x, *args), {})

@@ -8,7 +8,7 @@ layer should follow; the layers that predict must not be standardized.
 """
 
 import logging
-from typing import Any, Callable, Dict, List, Optional, Type
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Type
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,7 @@ class WeightStandardized(nn.Module):
         ws_scale, ws_shift: buffers, None unless a checkpoint brought them.
     """
 
+    out_channels: int
     weight: Tensor
     eps: float
     ws_scale: Optional[Tensor]
@@ -74,11 +75,11 @@ class WeightStandardized(nn.Module):
         if old is None or new is None or old.shape != new.shape or old.is_meta or new.is_meta:
             return False
         outputs = 1 if isinstance(self, nn.ConvTranspose2d) else 0
-        old, new = (w.detach().float().transpose(0, outputs).flatten(1) for w in (old, new))
-        new = new.to(old.device)
-        factors = ((old * new).sum(1, True) / old.square().sum(1, True)).nan_to_num(1.0)
+        a, b = (w.detach().float().transpose(0, outputs).flatten(1) for w in (old, new))
+        b = b.to(a.device)
+        factors = ((a * b).sum(1, True) / a.square().sum(1, True)).nan_to_num(1.0)
         changed = (factors - 1).abs().max() > 1e-4
-        return bool(changed) and torch.allclose(new, factors * old, 1e-4)
+        return bool(changed) and torch.allclose(b, factors * a, 1e-4)
 
     def standardized_weight(self) -> Tensor:
         """The filters that the convolution uses, of the shape and dtype of ``weight``."""
@@ -155,13 +156,19 @@ class WeightStandardized(nn.Module):
 
 def geometry_of(conv: nn.Conv2d) -> Geometry:
     """``stride, padding, dilation, groups`` of a convolution whose padding is in numbers."""
-    pairs = [conv.stride, conv.padding, conv.dilation]
+    pairs: List[Any] = [conv.stride, conv.padding, conv.dilation]
     stride, padding, dilation = ((p, p) if isinstance(p, int) else p for p in pairs)
     return stride, padding, dilation, conv.groups
 
 
 class WSConv2d(WeightStandardized, Conv2d):
     """A :class:`detectron2.layers.Conv2d` whose filters are standardized before use."""
+
+    if TYPE_CHECKING:  # Detectron2 has no types, and TorchScript would take these for its own
+        norm: Optional[nn.Module]
+        activation: Optional[Callable[[Tensor], Tensor]]
+        bias: Optional[Tensor]
+        _conv_forward: Callable[[Tensor, Tensor, Optional[Tensor]], Tensor]
 
     def __init__(
         self,
@@ -245,14 +252,20 @@ class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
             if isinstance(x, Proxy):
                 return node_of(self, x, output_size)
         output_padding = self._output_padding(
-            x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+            x,
+            output_size,
+            self.stride,  # type: ignore[arg-type]  # lists are what TorchScript calls tuples
+            self.padding,  # type: ignore[arg-type]
+            self.kernel_size,  # type: ignore[arg-type]
+            2,
+            self.dilation,  # type: ignore[arg-type]
         )
         return F.conv_transpose2d(
             x,
             self.standardized_weight(),
             self.bias,
             self.stride,
-            self.padding,
+            self.padding,  # type: ignore[arg-type]  # never a word, as for other convolutions
             output_padding,
             self.groups,
             self.dilation,
@@ -272,7 +285,7 @@ _STANDARDIZED: Dict[Type[nn.Module], Type[WeightStandardized]] = {
 if issubclass(DeformConv, nn.Module):
 
     def _convolve(
-        module: nn.Module, filters: Tensor, forward: Callable[..., Tensor], *args: Any
+        module: Any, filters: Tensor, forward: Callable[..., Tensor], *args: Any
     ) -> Tensor:
         """``forward(*args)`` of a module with other filters, and without its norm and activation.
 
@@ -289,7 +302,7 @@ if issubclass(DeformConv, nn.Module):
             object.__delattr__(module, "norm")
             module.activation = activation
 
-    def _normalized(module: nn.Module, x: Tensor) -> Tensor:
+    def _normalized(module: Any, x: Tensor) -> Tensor:
         if module.norm is not None:
             x = module.norm(x)
         return x if module.activation is None else module.activation(x)
@@ -314,8 +327,8 @@ if issubclass(DeformConv, nn.Module):
     _STANDARDIZED[ModulatedDeformConv] = WSModulatedDeformConv
 
 
-def weights_per_filter(conv: nn.Module) -> int:
-    """How many weights the filter of one output channel has."""
+def weights_per_filter(conv: Any) -> int:
+    """How many weights the filter of one output channel of a convolution has."""
     return conv.weight.numel() // conv.out_channels
 
 
@@ -359,8 +372,9 @@ def standardize_(conv: nn.Module, eps: float = _EPS) -> nn.Module:
             f"allowed are {', '.join(sorted({c.__name__ for c in _STANDARDIZED}))}"
         )
     _check_filters(conv)
+    changing: Any = conv
     if type(conv) is nn.Conv2d:
-        conv.norm, conv.activation = None, None
-    conv.__class__ = _STANDARDIZED[type(conv)]
-    conv._init_standardization(eps)
+        changing.norm, changing.activation = None, None
+    changing.__class__ = _STANDARDIZED[type(conv)]
+    changing._init_standardization(eps)
     return conv

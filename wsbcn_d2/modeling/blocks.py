@@ -5,7 +5,7 @@ block makes one pass over an activation where the stock block makes two or three
 between two of its convolutions but what the first of them computed.
 """
 
-from typing import List, Optional
+from typing import Dict, List, Optional, Type
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ def _run_block(convs: List[nn.Module], x: Tensor, shortcut: Optional[nn.Module])
     return run_branch(convs, x, residual)
 
 
-BLOCKS = {
+BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {
     BasicStem: FusedBasicStem,
     BasicBlock: FusedBasicBlock,
     BottleneckBlock: FusedBottleneckBlock,

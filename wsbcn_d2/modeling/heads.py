@@ -4,7 +4,7 @@ Parameters, names and results are those of the stock heads. With :class:`BatchCh
 they save little more than half as much for the backward pass; see :mod:`wsbcn_d2.ops.branch`.
 """
 
-from typing import Sequence
+from typing import Any, Dict, Sequence, Type
 
 import torch
 from detectron2.layers import Conv2d
@@ -61,7 +61,7 @@ class FusedConvUpsampleHead(MaskRCNNConvUpsampleHead):
             return run_layers(list(self), x)
 
 
-def run_layers(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+def run_layers(layers: Sequence[Any], x: Tensor) -> Tensor:
     """``layers`` one after the other; the convolutions that they begin with as one operation."""
     count = 0
     while (
@@ -77,7 +77,7 @@ def run_layers(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-HEADS = {
+HEADS: Dict[Type[nn.Module], Type[nn.Module]] = {
     FastRCNNConvFCHead: FusedConvFCHead,
     MaskRCNNConvUpsampleHead: FusedConvUpsampleHead,
 }

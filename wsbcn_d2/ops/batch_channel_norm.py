@@ -159,8 +159,9 @@ class _BatchChannelNorm(torch.autograd.Function):
         needed = [ctx.needs_input_grad[3], *ctx.needs_input_grad[5:]]
         with torch.enable_grad():
             x, *parameters = inputs = aliases(x, *parameters)
-            statistics = statistics_of_call(x, tables, parameters, eps, synchronize)
-            z = batch_channel_norm_by(x, *statistics, *parameters, eps)
+            weight, bias, group_weight, group_bias = parameters
+            mean, rstd = statistics_of_call(x, tables, parameters, eps, synchronize)
+            z = batch_channel_norm_by(x, mean, rstd, weight, bias, group_weight, group_bias, eps)
             if activation:
                 grad = grad * ((z if y is None else y) > 0)
             grad_x, *others = gradients_of(z, inputs, needed, grad, create_graph)
@@ -239,7 +240,7 @@ def _by_formula(
             v, m = torch.var_mean(x.to(dtype), (2, 3), correction=0)
             if norm.use_batch_statistics:
                 use_batch(norm, *pool_images(m, v), values, mean.new_empty(1))
-            elif values:
+            elif values and norm.update_rate is not None:
                 around_old = v + (m - mean).square()
                 update_estimates(norm, m.mean(0), around_old.mean(0), norm.update_rate, values)
     if norm.use_batch_statistics:

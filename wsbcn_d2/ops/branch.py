@@ -142,7 +142,7 @@ class _Branch(torch.autograd.Function):
 
 
 def _gradients(
-    ctx: Any, kernels: ModuleType, grad: Tensor, saved: List[Any]
+    ctx: Any, kernels: ModuleType, grad: Any, saved: List[Any]
 ) -> Tuple[Optional[Tensor], ...]:
     """Of x, the residual, and weight and parameters of each link."""
     x, y = saved[:2]
@@ -197,13 +197,14 @@ def _differentiable_gradients(
         for index, step in enumerate(ctx.steps):
             _, tables, *tensors = saved[2 + _SAVED * index :][:_SAVED]
             weight, *parameters = tensors = aliases(*tensors)
+            gamma, beta, group_weight, group_bias = parameters
             inputs += tensors
             filters = weight if step.eps is None else standardize_weight(weight, step.eps)
             z = torch.conv2d(out, filters.to(step.dtype), None, *step.geometry)
             mean, rstd = statistics_of_call(z, tables, parameters, step.norm_eps, step.synchronize)
             between = "relu" if index < len(ctx.steps) - 1 else ""
             out = batch_channel_norm_by(
-                z, mean, rstd, *parameters, step.norm_eps, activation=between
+                z, mean, rstd, gamma, beta, group_weight, group_bias, step.norm_eps, None, between
             )
         if ctx.activation:
             grad = grad * ((out if y is None else y) > 0)

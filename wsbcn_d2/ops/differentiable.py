@@ -1,15 +1,15 @@
 """Gradients by differentiable operations, in the backward pass of an operation: for second
 derivatives, and for many gradients at once (``is_grads_batched``)."""
 
-from typing import List, Optional, Sequence
+from typing import Any, List, Optional, Sequence, cast
 
 import torch
 from torch import Tensor
 
 
-def aliases(*tensors: Optional[Tensor]) -> List[Optional[Tensor]]:
+def aliases(*tensors: Optional[Tensor]) -> List[Any]:
     """The same tensors as places in the graph of their own, so that gradients end there even where
-    one has been made of another."""
+    one has been made of another; None for None."""
     return [None if t is None else t.view_as(t) for t in tensors]
 
 
@@ -21,6 +21,6 @@ def gradients_of(
     create_graph: bool,
 ) -> List[Optional[Tensor]]:
     """Gradients of those inputs of ``y`` that need one, by the graph of ``y``; None for others."""
-    wanted = [t for t, is_needed in zip(inputs, needed) if is_needed]
+    wanted = [cast(Tensor, t) for t, is_needed in zip(inputs, needed) if is_needed]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph))
     return [next(found) if is_needed else None for is_needed in needed]

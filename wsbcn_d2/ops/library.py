@@ -21,11 +21,11 @@ def batch_channel_norm_compiled(
     x: Tensor, norm: Normalization, residual: Optional[Tensor], activation: str
 ) -> Tensor:
     """:func:`.batch_channel_norm.batch_channel_norm` while ``torch.compile`` traces."""
-    rate = norm.update_rate
-    if rate is not None:
+    rate = None
+    if norm.update_rate is not None:
         # A tensor, but on the CPU, where reading it stalls nothing: torch.compile would take a
         # number for a constant and compile again whenever a schedule changes it.
-        rate = torch.tensor(rate, dtype=torch.float64, device="cpu")
+        rate = torch.tensor(norm.update_rate, dtype=torch.float64, device="cpu")
     y, _, mean, var, skipped, seen = _operation(
         x,
         residual,

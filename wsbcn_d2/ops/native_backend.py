@@ -10,7 +10,7 @@ import ctypes
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple, cast
 
 import torch
 from torch import Tensor
@@ -155,9 +155,9 @@ def backward(
     reads_y = bool(activation) and has_residual
     of_batch = uses_batch_statistics(tables, x, groups)
     grad_residual = torch.empty_like(x) if reads_y else None
-    arguments = {
+    arguments: Dict[str, Any] = {
         "grad": in_format_of(x, grad.to(x.dtype)),
-        "y": in_format_of(x, y) if reads_y else None,
+        "y": in_format_of(x, cast(Tensor, y)) if reads_y else None,
         "grad_x": torch.empty_like(x),
         "grad_residual": grad_residual,
         "tables": tables,
@@ -187,7 +187,7 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
     tables = new_tables(x, 1, False)
     _call("moments", x, 1, tables=tables)
-    split = split_tables(tables, *x.shape[:2], 1)
+    split = split_tables(tables, x.shape[0], x.shape[1], 1)
     return split.m, split.v
 
 

@@ -5,6 +5,8 @@ is no public one: ``tests/ops/test_state.py`` fails where one of them is gone or
 else.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -26,7 +28,7 @@ def may_be_repeated() -> bool:
     gradients (reentrant), or something decides what autograd saves (not reentrant)."""
     if not torch.is_grad_enabled():
         return True
-    hooks = torch._C._autograd
+    hooks: Any = torch._C._autograd  # its types lack one
     # While hooks are disabled there are none, and asking for them is an error.
     if not hooks._saved_tensors_hooks_is_enabled():
         return False

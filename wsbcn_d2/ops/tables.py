@@ -30,7 +30,7 @@ class Tables(NamedTuple):
     scale: Tensor
     shift: Tensor
     r: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # instead of the method of tuples
 
 
 def new_tables(x: Tensor, groups: int, use_batch_statistics: bool) -> Tensor:

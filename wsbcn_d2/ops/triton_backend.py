@@ -494,7 +494,8 @@ def forward(
     plan.moments(x, scratch, *running, flags)
     if plan.pool is not None:
         pooled = scratch[-2 * shape[1] :].view(2, shape[1])
-        statistics = pooled.unbind()
+        mean, var = pooled.unbind()
+        statistics = (mean, var)
         plan.pool(scratch, *running, statistics[0], numbers[0])
     if norm.use_batch_statistics:
         values = shape[0] * shape[2] * shape[3]
@@ -525,7 +526,8 @@ def _tables_of_nothing(tables: Tensor, x: Tensor, norm: Normalization) -> Tensor
     images, channels = x.shape[:2]
     mean, var = norm.running_mean, norm.running_var
     if norm.use_batch_statistics:
-        mean, var = use_batch(norm, *tables.new_zeros(2, channels), 0, tables[-1:])
+        nothing = tables.new_zeros(channels)
+        mean, var = use_batch(norm, nothing, nothing, 0, tables[-1:])
     split = split_tables(tables, images, channels, norm.group_weight.shape[0])
     split.mu.copy_(mean)
     split.rstd.copy_(torch.rsqrt(var + norm.eps))
@@ -587,7 +589,7 @@ def backward(
     )
     weights = (weight.contiguous(), group_weight.contiguous())
     scratch = tables.new_empty(plan.scratch)
-    coefficients = None
+    coefficients: Any = None
     plan.sums(grad, x, y, tables, scratch)
     if plan.tables is not None:
         coefficients = tables.new_empty(images, 2, channels)
@@ -625,8 +627,8 @@ def _add_gradient_of_statistics(
     images, _, channels = coefficients.shape
     split = split_tables(tables, images, channels, groups)
     a = weight.to(tables.dtype) * split.rstd
-    gradients = parameters[: 2 * channels].split(channels)
-    q, c = gradient_of_statistics(a, split.rstd, *gradients, split.count, synchronize)
+    of_weight, of_bias = parameters[: 2 * channels].split(channels)
+    q, c = gradient_of_statistics(a, split.rstd, of_weight, of_bias, split.count, synchronize)
     coefficients[:, 0] -= q
     coefficients[:, 1] -= c + (split.m - split.mu) * q
 
@@ -638,7 +640,8 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     images, channels, height, width = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not x.numel():
-        return x.new_zeros(2, images, channels, dtype=dtype).unbind()
+        mean, var = x.new_zeros(2, images, channels, dtype=dtype).unbind()
+        return mean, var
     tiling = _Tiling.of(x.shape, x.is_contiguous(), x.device)
     found = x.new_empty(images, tiling.parts, 2, channels, dtype=dtype)
     _moments_launch(tiling, x.shape, dtype, update=False)(x, found, None, None, None)
