@@ -358,7 +358,7 @@ def main() -> None:
         parser.error("--picture shows times: --repetitions must be at least 1")
     on_gpu = args.device.startswith("cuda")
     results = {
-        "machine": torch.cuda.get_device_name() if on_gpu else platform.processor(),
+        "machine": torch.cuda.get_device_name() if on_gpu else platform.platform(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "settings": vars(args),

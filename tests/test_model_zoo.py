@@ -407,6 +407,7 @@ def test_training_from_a_lazy_config(tmp_path):
         "train.max_iter=2",
         "train.log_period=1",
         "train.wsbcn.UPDATE_RATE_WARMUP=True",
+        "train.wsbcn.CHECKPOINT_ACTIVATIONS=all",
         f"train.output_dir={tmp_path / 'out'}",
     ]
     result = run_lazyconfig(arguments, tmp_path)
@@ -415,6 +416,7 @@ def test_training_from_a_lazy_config(tmp_path):
     first, second, last = map(json.loads, lines)
     assert (first["bcn_update_rate"], second["bcn_update_rate"]) == (1.0, 0.5)
     assert "bbox/AP" in last
+    assert re.search("checkpointing of 'all': .*16 FusedBottleneckBlock", result.stdout)
     assert (tmp_path / "out" / "model_final.pth").is_file()
 
     # of the checkpoint of the run, not of random weights
@@ -433,7 +435,7 @@ def test_training_from_a_lazy_config(tmp_path):
         ),
         (
             ["--config-file", RETINANET, "train.wsbcn.ZERO_INIT_RESIDUAL=True"],
-            "error: there is no train.wsbcn.ZERO_INIT_RESIDUAL; allowed are UPDATE_RATE_SCHEDULE",
+            "error: there is no train.wsbcn.ZERO_INIT_RESIDUAL; allowed are CHECKPOINT_ACTIV",
         ),
         (["--config-file", RETINANET], "error: dataloader.train: dataset 'coco_2017_train': its"),
         (
