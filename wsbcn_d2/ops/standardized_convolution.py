@@ -10,8 +10,7 @@ computes with the weight that there is. With ``g`` the gradient of ``W_hat``, th
 The graph keeps x and W, as that of a plain convolution does. ``W_hat`` would be a second copy of
 the weights while memory is fullest (94 MB of a ResNet-50): the backward pass makes it again.
 
-Both are layer normalization of the rows of W, whose kernels PyTorch has: on a CPU they take 0.8 to
-1.5 times the time of kernels in C for this, which there have been.
+Both are layer normalization of the rows of W, for which PyTorch has kernels.
 """
 
 from typing import Any, Optional, Sequence, Tuple
