@@ -6,7 +6,7 @@ import sys
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The oldest with which the tests pass; see docs/versions.md and setup.py.
 _PYTHON = (3, 10)
