@@ -55,8 +55,11 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()  # as DefaultTrainer does for scripts without default_setup
+        # What a loader of a subclass reads need not be what the config names.
+        build_loader, ours = type(self).build_train_loader, Trainer.build_train_loader
+        own_loader = build_loader.__func__ is not ours.__func__
         # Once for all processes; but Detectron2 wants the names of keypoints in each.
-        if comm.is_main_process() or cfg.MODEL.KEYPOINT_ON:
+        if not own_loader and (comm.is_main_process() or cfg.MODEL.KEYPOINT_ON):
             check_data(cfg)
         PathManager.mkdirs(cfg.OUTPUT_DIR)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
