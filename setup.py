@@ -94,7 +94,7 @@ setup(
         "safetensors": ["safetensors"],
         "test": ["pytest", "pytest-timeout", "pytest-xdist"],
         # Further judges of the tests. mmcv-lite brings opencv-python, another distribution of cv2.
-        "test-libraries": ["timm", "mmcv-lite", "safetensors"],
+        "test-libraries": ["timm", "mmcv-lite"],
         # Exact: another version formats or complains differently. The first three are Detectron2's.
         "dev": ["black==23.3.0", "flake8==6.0.0", "isort==5.12.0", "mypy==1.18.2"],
     },

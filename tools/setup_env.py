@@ -40,7 +40,7 @@ SOURCES = [
     ROOT / "wsbcn_d2" / "version.py",
     Path(__file__).resolve(),
 ]
-EXTRAS = ("digits", "test", "dev")
+EXTRAS = ("digits", "safetensors", "test", "dev")
 OLDEST, NEWEST = (3, 10), (3, 12)
 HEARTBEAT_SECONDS = 10
 
