@@ -6,16 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+# Without a GPU, Triton's kernels are tested by its interpreter, which is chosen when Triton is
+# imported, as Detectron2 does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# isort: split
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
 # The processes of the tests share the cores: several threads each would wait for one another.
 torch.set_num_threads(1)
-
-# Without a GPU, Triton's kernels are tested by its interpreter, which is chosen on import.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # for oracles.py

@@ -24,7 +24,6 @@ from .standardized_convolution import (
     compute_dtype,
     conv2d_backward,
     standardize,
-    standardize_backward,
 )
 from .state import is_transformed, may_be_repeated
 
@@ -162,18 +161,11 @@ def _gradients(
         activation, has_residual = "relu", False
         if index:
             y = _output_again(kernels, *saved[-_SAVED:])
-        filters = weight
-        if step.eps is not None:
-            filters, mean, rstd = standardize(weight, step.eps)
         needed = ctx.needs_input_grad
         needed = (index > 0 or needed[_X], needed[_X + 2 + _TENSORS * index], False)
         grad, of_weight, _ = conv2d_backward(
-            grad, y if index else x, filters.to(step.dtype), step.geometry, needed
+            grad, y if index else x, weight, step.eps, step.dtype, step.geometry, needed
         )
-        if of_weight is not None and step.eps is not None:
-            of_weight = standardize_backward(of_weight, weight, mean, rstd)
-        elif of_weight is not None:
-            of_weight = of_weight.to(weight.dtype)
         gradients += (*of_parameters[::-1], of_weight)
     return (grad, grad_residual, *gradients[::-1])
 

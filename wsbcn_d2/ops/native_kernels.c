@@ -19,7 +19,7 @@
 /* Loops over an activation are compiled for several instruction sets, of which the dynamic linker
    takes what the processor has. */
 #if defined(__x86_64__) && defined(__gnu_linux__)
-#define LOOP static __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#define LOOP static __attribute__((target_clones("default", "avx2")))
 #else
 #define LOOP static
 #endif
@@ -99,10 +99,16 @@ INLINE uint32_t bits_of(float value) {
 
 /* By integers, which compilers make instructions for many values of, unlike conversions. */
 
+/* `a` where the condition holds, else `b`: without a branch, for which loops stay single values. */
+INLINE uint32_t chosen(int condition, uint32_t a, uint32_t b) {
+    uint32_t mask = -(uint32_t)condition;
+    return (a & mask) | (b & ~mask);
+}
+
 INLINE float from_f16(uint16_t half) {
     uint32_t magnitude = half & 0x7fff, sign = (uint32_t)(half & 0x8000) << 16;
     uint32_t number = bits_of(float_of(magnitude << 13) * 0x1p112f); /* subnormal ones, too */
-    return float_of(sign | (magnitude < 0x7c00 ? number : 0x7f800000 | magnitude << 13));
+    return float_of(sign | chosen(magnitude < 0x7c00, number, 0x7f800000 | magnitude << 13));
 }
 
 INLINE uint16_t to_f16(float value) {
@@ -110,9 +116,9 @@ INLINE uint16_t to_f16(float value) {
     uint32_t normal = (magnitude - (112 << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
     /* Of numbers below 2^-14 the last bit is that of 0.5 + the number in float32. */
     uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-    uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
-    half = magnitude >= 0x477ff000 ? 0x7c00 : half; /* rounds to infinity */
-    half = magnitude > 0x7f800000 ? 0x7e00 : half;
+    uint32_t half = chosen(magnitude < 0x38800000, subnormal, normal);
+    half = chosen(magnitude >= 0x477ff000, 0x7c00, half); /* rounds to infinity */
+    half = chosen(magnitude > 0x7f800000, 0x7e00, half);
     return half | (bits >> 16 & 0x8000);
 }
 
@@ -293,8 +299,9 @@ static int is_poor(Moments moments, double center) {
 INLINE Moments moments_around(
     const void *restrict x, int64_t from, int64_t size, float center, const int dtype
 ) {
-    /* Two sums of each kind, as an addition waits for the last one to the same sum. */
-    int64_t half = size / 2;
+    /* Two sums of each kind, as an addition waits for the last one to the same sum. Of few values the
+       second ones cost more than they save. */
+    int64_t half = size < 128 ? 0 : size / 2;
     float sum = 0, squares = 0, other_sum = 0, other_squares = 0;
 #pragma omp simd reduction(+ : sum, squares, other_sum, other_squares)
     for (int64_t i = 0; i < half; i++) {
@@ -304,8 +311,9 @@ INLINE Moments moments_around(
         other_sum += u;
         other_squares += u * u;
     }
-    if (size % 2) {
-        float t = get(x, from + size - 1, dtype) - center;
+#pragma omp simd reduction(+ : sum, squares)
+    for (int64_t i = 2 * half; i < size; i++) {
+        float t = get(x, from + i, dtype) - center;
         sum += t;
         squares += t * t;
     }

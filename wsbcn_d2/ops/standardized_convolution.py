@@ -73,37 +73,67 @@ def standardize(weight: Tensor, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
         eps: added to the biased variance of a filter, inside the root.
 
     Returns:
-        The filters, in the memory format of ``weight`` and at least float32, and for
-        :func:`standardize_backward` their means and reciprocal deviations, (C_out, 1).
+        The filters, in the memory format of ``weight`` and at least float32, and the means and
+        reciprocal deviations of the weight's, (C_out, 1).
     """
     rows = _rows(weight).to(torch.promote_types(weight.dtype, torch.float32))
     filters, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], None, None, eps)
     return _like(filters, weight), mean, rstd
 
 
-def standardize_backward(grad: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """The gradient of a weight, in its dtype, from that of its standardized filters."""
+def _standardize_backward(grad: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     rows = _rows(weight).to(mean.dtype)
     grad = _rows(grad.to(mean.dtype), like=weight)
     out, _, _ = torch.ops.aten.native_layer_norm_backward(
         grad, rows, rows.shape[1:], mean, rstd, None, None, [True, False, False]
     )
-    return _like(out, weight).to(weight.dtype)
+    return _like(out, weight)
 
 
 def conv2d_backward(
     grad: Tensor,
     x: Tensor,
-    filters: Tensor,
+    weight: Tensor,
+    eps: Optional[float],
+    dtype: torch.dtype,
     geometry: Geometry,
     needed: Sequence[bool],
     bias_size: Optional[Sequence[int]] = None,
 ) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
-    """Gradients of input, filters and bias of a convolution, those that are needed."""
+    """Gradients of input, weight and bias of a convolution, those that are needed.
+
+    Args:
+        grad: that of the output.
+        x, weight: as the convolution had them, x in its compute dtype.
+        eps: of the standardization of the weight; None: it was used as it is.
+        dtype: the compute dtype.
+        geometry: ``stride, padding, dilation, groups``, in numbers.
+        needed: of input, weight and bias.
+        bias_size: shape of the bias, if there is one.
+    """
+    filters = weight
+    if eps is not None:
+        filters, mean, rstd = standardize(weight, eps)
     stride, padding, dilation, groups = geometry
-    return torch.ops.aten.convolution_backward(
-        grad, x, filters, bias_size, stride, padding, dilation, False, [0, 0], groups, needed
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        filters.to(dtype),
+        bias_size,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        needed,
     )
+    del filters  # the next tensor of this size, which is the gradient, takes its memory
+    if grad_weight is not None:
+        if eps is not None:
+            grad_weight = _standardize_backward(grad_weight, weight, mean, rstd)
+        grad_weight = grad_weight.to(weight.dtype)
+    return grad_x, grad_weight, grad_bias
 
 
 class _StandardizedConv2d(torch.autograd.Function):
@@ -134,14 +164,9 @@ class _StandardizedConv2d(torch.autograd.Function):
                 y = torch.conv2d(x, standardize_weight(weight, eps).to(dtype), bias, *geometry)
                 found = gradients_of(y, inputs, needed, grad, create_graph)
             return (*found, None, None, None)
-        filters, mean, rstd = standardize(weight, eps)
         size = None if bias is None else bias.shape
-        grad_x, grad_weight, grad_bias = conv2d_backward(
-            grad, x, filters.to(dtype), geometry, needed, size
-        )
-        if grad_weight is not None:
-            grad_weight = standardize_backward(grad_weight, weight, mean, rstd)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        gradients = conv2d_backward(grad, x, weight, eps, dtype, geometry, needed, size)
+        return (*gradients, None, None, None)
 
 
 def _is_channels_last(weight: Tensor) -> bool:
