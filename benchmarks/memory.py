@@ -148,7 +148,9 @@ def main() -> int:
         parser.add_argument(
             option, nargs="+", choices=choices, default=list(choices), metavar="X", help=help_text
         )
-    parser.add_argument("--images", nargs="+", type=results.positive, default=[1, 2], metavar="N")
+    parser.add_argument(
+        "--images", nargs="+", type=results.positive, default=[1, 2], metavar="N", help="in a step"
+    )
     parser.add_argument("--size", default="800x1333", metavar="HxW", help="of images, in pixels")
     parser.add_argument("--bitmasks", action="store_true", help="instead of polygons")
     parser.add_argument("--peaks", action="store_true", help="measure no times")
