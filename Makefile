@@ -36,10 +36,12 @@ tutorial: setup  ## run docs/tutorial.py: one norm string, two trainings, compar
 test: setup  ## run the tests
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest
 
-benchmark: setup  ## measure what the layers cost, on a GPU if there is one; writes docs/benchmarks.md
+benchmark: setup  ## measure what the layers cost, on a GPU if there is one; writes docs/benchmarks.md, docs/memory.md
 	@$(RUN) -m benchmarks.layers --output benchmarks/results
 	@$(RUN) -m benchmarks.train --model R-18-FPN --output benchmarks/results
 	@$(RUN) -m benchmarks.train --model R-50-FPN --output benchmarks/results
+	@$(RUN) -m benchmarks.memory --peaks --output benchmarks/results
+	@$(RUN) -m benchmarks.memory --dtypes float32 --images 1 --warmup 1 --output benchmarks/results
 	@$(RUN) -m benchmarks.import_time --output benchmarks/results
 	@$(RUN) -m benchmarks.page
 

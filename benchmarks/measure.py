@@ -8,6 +8,7 @@ import random
 import statistics
 import time
 import weakref
+from collections import Counter
 from typing import (
     Any,
     Callable,
@@ -25,7 +26,7 @@ from typing import (
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 T = TypeVar("T")
 Name = TypeVar("Name", bound=Hashable)
@@ -36,6 +37,7 @@ Times = Dict[str, float]
 _FLUSHED_BYTES = 256 * 2**20
 # Clock cycles, about 1 ms, in which the host gets ahead of the GPU.
 _HEAD_START = 2_000_000
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
 def spread(values: Sequence[float]) -> Dict[str, float]:
@@ -177,11 +179,18 @@ class LiveBytes(TorchDispatchMode):
         peak: the most there have been at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, skip_convolutions: bool = False) -> None:
+        """
+        Args:
+            skip_convolutions: let them and their gradients be zeros, made in no time, since sizes
+                do not depend on values.
+        """
         super().__init__()
-        self.current = 0
-        self.peak = 0
-        self._storages: Dict[int, int] = {}
+        self.current = self.peak = 0
+        self._skipped = _CONVOLUTIONS if skip_convolutions else ()
+        # By storage, its bytes and what has made it.
+        self._live: Dict[int, Tuple[int, str]] = {}
+        self._at_peak: List[Tuple[int, str]] = []
 
     def __torch_dispatch__(
         self,
@@ -190,20 +199,37 @@ class LiveBytes(TorchDispatchMode):
         args: Tuple[Any, ...] = (),
         kwargs: Optional[Dict[str, Any]] = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in self._skipped:
+            args_on_meta, kwargs_on_meta = tree_map_only(
+                Tensor, lambda t: t.to("meta"), (args, kwargs)
+            )
+            result = func(*args_on_meta, **kwargs_on_meta)
+            result = tree_map_only(Tensor, lambda t: torch.zeros_like(t, device="cpu"), result)
+        else:
+            result = func(*args, **kwargs)
         # An output may share the memory of an input, which is either known or from before.
         old = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
-            if storage._cdata not in old and storage._cdata not in self._storages:
-                self._storages[storage._cdata] = storage.nbytes()
+            if storage._cdata not in old and storage._cdata not in self._live:
+                what = f"{func} {'x'.join(map(str, tensor.shape))}"
+                self._live[storage._cdata] = (storage.nbytes(), what)
                 self.current += storage.nbytes()
                 weakref.finalize(storage, self._free, storage._cdata)
-        self.peak = max(self.peak, self.current)
+        if self.current > self.peak:
+            self.peak, self._at_peak = self.current, list(self._live.values())
         return result
 
+    def at_peak(self, most: int = 12) -> Dict[str, int]:
+        """Bytes of what there was at the peak, by operation and shape: the largest."""
+        sizes: Counter[str] = Counter()
+        for size, what in self._at_peak:
+            sizes[what] += size
+        return dict(sizes.most_common(most))
+
     def _free(self, key: int) -> None:
-        self.current -= self._storages.pop(key)
+        self.current -= self._live.pop(key)[0]
 
 
 def _tensors(tree: Any) -> List[Tensor]:

@@ -1,9 +1,11 @@
-"""Writes the measured part of docs/benchmarks.md, from the JSON files in benchmarks/results.
+"""Writes the measured parts of docs/benchmarks.md and docs/memory.md, from the JSON files in
+benchmarks/results.
 
 Those in its folder ``old`` are of versions before the present design, and are shown as that.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -12,20 +14,29 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 from wsbcn_d2.engine.checkpoint import atomic_write
+from wsbcn_d2.modeling import CHECKPOINTED
 
 from .layers import CONTENDERS, OURS, floor_ms
+from .memory import GPUS, MODELS, largest_batch
 from .results import FOR_THE_PAGE, ROOT, Results
 
-PAGE = ROOT / "docs" / "benchmarks.md"
+DOCS = ROOT / "docs"
 BEGIN = "<!-- begin: written by python -m benchmarks.page -->"
 END = "<!-- end -->"
 
-_TITLES = {"layers": "Layers", "train": "Training steps", "import_time": "Import"}
-_NAMES = ("layers-*.json", "train-*.json", "import-time.json")
+_TITLES = {
+    "layers": "Layers",
+    "train": "Training steps",
+    "memory": "Checkpointing",
+    "import_time": "Import",
+}
+_NAMES = ("layers-*.json", "train-*.json", "memory-*.json", "import-time.json")
 _MARKERS = "osD^v"
+_FULL_SIZE = [800, 1333]
 # A figure of a bar, and what it is of.
 Figures = List[Tuple[float, str]]
 
@@ -119,11 +130,12 @@ def render(measured: Sequence[Measured], plots: str) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def rewrite(page: Path, folder: Path) -> List[Path]:
-    """Rewrites the measured part of a page, and the pictures beside the JSON files.
+def rewrite(docs: Path, folder: Path) -> List[Path]:
+    """Rewrites the measured parts of the pages, and the pictures.
 
     Args:
-        page: a Markdown file with the lines BEGIN and END; what is outside them stays.
+        docs: folder with benchmarks.md and memory.md, which have the lines BEGIN and END; what is
+            outside them stays.
         folder: with the JSON files.
 
     Returns:
@@ -133,20 +145,34 @@ def rewrite(page: Path, folder: Path) -> List[Path]:
         ValueError: if the lines are not there, or a JSON file is none of ours.
     """
     measured = load(folder)
+    plots = "../" + folder.relative_to(docs.parent).as_posix()
+    texts = {
+        docs / "benchmarks.md": render(measured, plots),
+        docs / "memory.md": memory_part(measured),
+    }
+    pages = {page: _with_part(page, part) for page, part in texts.items()}
+    figures = {
+        folder / _plot(one): figure(one.results)
+        for one in measured
+        if one.results["kind"] == "layers"
+    }
+    if timed := _timed(measured):
+        figures[docs / "memory.png"] = memory_figure(timed)
+    for path, drawn in figures.items():
+        with atomic_write(str(path)) as file:
+            drawn.savefig(file, format="png", dpi=80)
+    for page, text in pages.items():
+        with atomic_write(str(page), "w") as file:
+            file.write(text)
+    return [*figures, *pages]
+
+
+def _with_part(page: Path, part: str) -> str:
     before, begin, rest = page.read_text().partition(BEGIN + "\n")
     _, end, after = rest.partition(END + "\n")
     if not begin or not end:
         raise ValueError(f"{page} must have the lines {BEGIN!r} and {END!r}, in this order")
-    written = []
-    for one in measured:
-        if one.results["kind"] == "layers":
-            written.append(folder / _plot(one))
-            with atomic_write(str(written[-1])) as file:
-                figure(one.results).savefig(file, format="png", dpi=80)
-    plots = "../" + folder.relative_to(page.parents[1]).as_posix()
-    with atomic_write(str(page), "w") as file:
-        file.write(before + begin + "\n" + render(measured, plots) + "\n" + end + after)
-    return [*written, page]
+    return f"{before}{begin}\n{part}\n{end}{after}"
 
 
 def bars_table(measured: Sequence[Measured]) -> str:
@@ -204,7 +230,10 @@ def _origin(one: Measured) -> List[str]:
     if "copy_bandwidth" in results:
         lines.append(f"- bandwidth of a copy: {results['copy_bandwidth'] / 1e9:.4g} GB/s")
     settings = results["settings"]
-    lines.append(f"- {settings['repetitions']} rounds after {settings['warmup']} for warming up")
+    if settings["repetitions"]:
+        lines.append(
+            f"- {settings['repetitions']} rounds after {settings['warmup']} for warming up"
+        )
     return lines
 
 
@@ -318,6 +347,108 @@ def _train_tables(results: Results) -> List[str]:
     return parts
 
 
+# Checkpointing
+
+# By model, dtype, norm, what is checkpointed, and number of images.
+Steps = Dict[Tuple[Any, ...], Dict[str, Any]]
+
+
+def _steps(results: Results) -> Steps:
+    """Those of images of the full size with polygons."""
+    settings = results["settings"]
+    if results["kind"] != "memory" or settings["size"] != _FULL_SIZE or settings["bitmasks"]:
+        return {}
+    keys = ("model", "dtype", "norm", "checkpointed", "images")
+    return {tuple(row[key] for key in keys): row for row in results["rows"]}
+
+
+def _steps_on_cpu(measured: Sequence[Measured]) -> Steps:
+    found: Steps = {}
+    for one in measured:
+        if (one.old, one.results["device"]) == (False, "cpu"):
+            for key, row in _steps(one.results).items():
+                found[key] = {**found.get(key, {}), **row}  # one file may have the time
+    return found
+
+
+def _memory_tables(results: Results) -> List[str]:
+    tables: Dict[str, List[Dict[str, Any]]] = {}
+    height, width = results["settings"]["size"]
+    for row in results["rows"]:
+        title = f"{row['model']}, {row['images']}×{height}×{width}, {row['dtype']}"
+        tables.setdefault(title + ", bitmaps" * results["settings"]["bitmasks"], []).append(row)
+    parts = []
+    for title, rows in tables.items():
+        gn = next((r for r in rows if (r["norm"], r["checkpointed"]) == ("GN", "")), None)
+        lines = []
+        for row in rows:
+            line = [row["norm"], f'`"{row["checkpointed"]}"`', _gib(row["peak_bytes"])]
+            line.append(_number(_peak(row) / _peak(gn) if gn else None))
+            if "step" in row:
+                line += [_spread(row["step"]), _number(_time(row) / _time(gn) if gn else None)]
+            lines.append(line)
+        header = ["", "checkpointed", "peak, GiB", "/ GN", "step, ms", "/ GN"]
+        parts += [f"**{title}**", "", table(header[: len(lines[0])], lines, left=2), ""]
+    return parts
+
+
+def memory_part(measured: Sequence[Measured]) -> str:
+    """The measured part of docs/memory.md: how many images fit, and GiB against time.
+
+    Args:
+        measured: from :func:`load`.
+    """
+    steps = _steps_on_cpu(measured)
+    parts = []
+    for dtype, title in (("float32", "float32"), ("bfloat16", "mixed precision")):
+        lines = []
+        for model, norm in itertools.product(MODELS, ("GN", "BCN+WS")):
+            keys = [(model, dtype, norm, what) for what in CHECKPOINTED]
+            if all((*key, images) in steps for key in keys for images in (1, 2)):
+                peaks = [[_peak(steps[(*key, images)]) for images in (1, 2)] for key in keys]
+                cells = [" · ".join(f"{largest_batch(*of, gib)}" for of in peaks) for gib in GPUS]
+                lines.append([model, norm, *cells, " · ".join(_gib(one) for one, _ in peaks)])
+        header = [f"**{title}**", "", *(f"{gib} GiB" for gib in GPUS), "GiB for 1 image"]
+        parts += [table(header, lines, left=2), ""] if lines else []
+    if _timed(measured):
+        parts.append("![peak memory against the time of a step](memory.png)\n")
+    return "\n".join(parts)
+
+
+def _timed(measured: Sequence[Measured]) -> Steps:
+    """Those with one image and a time."""
+    steps = _steps_on_cpu(measured)
+    return {key: row for key, row in steps.items() if "step" in row and key[4] == 1}
+
+
+def memory_figure(timed: Steps) -> Figure:
+    """The peak with one image against the time of a step: a panel for each model and dtype, a line
+    for each norm."""
+    titles = list(dict.fromkeys(key[:2] for key in timed))
+    made = Figure(figsize=(3.6 * len(titles) + 1.6, 3.8), constrained_layout=True)
+    panels = made.subplots(1, len(titles), squeeze=False, sharey=True)[0]
+    colors = {norm: f"C{i}" for i, norm in enumerate(dict.fromkeys(key[2] for key in timed))}
+    for axes, title in zip(panels, titles):
+        own = {key[2:4]: row for key, row in timed.items() if key[:2] == title}
+        for norm, color in colors.items():
+            line = {what: row for (its, what), row in own.items() if its == norm}
+            x = [_time(row) / _time(own["GN", ""]) for row in line.values()]
+            y = [_peak(row) / 2**30 for row in line.values()]
+            axes.plot(x, y, color=color, label=norm)
+            for what, *at in zip(line, x, y):
+                axes.plot(*at, _MARKERS[CHECKPOINTED.index(what)], color=color)
+        axes.set(title=", ".join(title), xlabel="time of a step, that of GN = 1")
+        axes.grid(color="0.9")
+    most = max(map(_peak, timed.values())) / 2**30
+    panels[0].set(ylim=(0, 1.05 * most), ylabel="peak with 1 image, GiB")
+    names = [Line2D([], [], color=color, label=norm) for norm, color in colors.items()]
+    for marker, what in zip(_MARKERS, CHECKPOINTED):
+        label = f"{what or 'nothing'} checkpointed"
+        names.append(Line2D([], [], color="0.4", marker=marker, linestyle="", label=label))
+    made.legend(handles=names, loc="outside right upper", fontsize=9, frameon=False)
+    return made
+
+
 # Import
 
 
@@ -329,6 +460,7 @@ def _import_tables(results: Results) -> List[str]:
 _TABLES: Dict[str, Callable[[Results], List[str]]] = {
     "layers": _layers_tables,
     "train": _train_tables,
+    "memory": _memory_tables,
     "import_time": _import_tables,
 }
 
@@ -379,10 +511,9 @@ def _over(other: str) -> Callable[[Results, Dict[str, Dict[str, Any]]], float]:
 def _of_steps(
     value: Callable[[Dict[str, Any]], Optional[float]],
     model: str = "R-50-FPN",
-    contender: str = "BCN+WS",
     sizes: Optional[List[List[int]]] = None,
 ) -> Callable[[Results], Figures]:
-    """The value of a contender over that of GN."""
+    """The value of BCN+WS over that of GN."""
 
     def figures(results: Results) -> Figures:
         found: Figures = []
@@ -391,10 +522,28 @@ def _of_steps(
         if sizes is not None and results["settings"]["sizes"] != sizes:
             return found
         for images, rows in _by_images(results).items():
-            if {"GN", contender} <= set(rows):
-                ours, group_norm = value(rows[contender]), value(rows["GN"])
+            if {"GN", "BCN+WS"} <= set(rows):
+                ours, group_norm = value(rows["BCN+WS"]), value(rows["GN"])
                 if ours is not None and group_norm is not None:
                     found.append((ours / group_norm, _step_title(results, images)))
+        return found
+
+    return figures
+
+
+def _of_checkpointed(
+    value: Callable[[Dict[str, Any]], float], images: int = 1
+) -> Callable[[Results], Figures]:
+    """The value of BCN+WS with everything checkpointed over that of GN with one image."""
+
+    def figures(results: Results) -> Figures:
+        steps, found = _steps(results), []
+        if value is _time and not results["settings"]["repetitions"]:
+            return []
+        for model in MODELS:
+            ours, gn = (model, "float32", "BCN+WS", "all", images), (model, "float32", "GN", "", 1)
+            if {ours, gn} <= set(steps):
+                found.append((value(steps[ours]) / value(steps[gn]), f"{model}, float32"))
         return found
 
     return figures
@@ -424,8 +573,6 @@ def _harder(dtype: str, memory_format: str) -> bool:
     return dtype == "bfloat16" or (dtype, memory_format) == ("float32", "channels_last")
 
 
-_CHECKPOINTED = "BCN+WS, checkpointed"
-_FULL_SIZE = [[800, 1333]]
 BARS = (
     Bar(
         "CPU, layer, BCN / GroupNorm, float32 nchw, 1 M elements or more",
@@ -460,17 +607,13 @@ BARS = (
     Bar("CPU, saved for backward, BCN+WS / GN, R-50-FPN", "cpu", 0.86, _of_steps(_saved)),
     Bar("CPU, peak of a step, BCN+WS / GN, R-50-FPN", "cpu", 0.92, _of_steps(_peak)),
     Bar(
-        "CPU, peak of a step, BCN+WS checkpointed / GN, R-50-FPN, 1×800×1333",
+        "CPU, peak of a step, BCN+WS checkpointed / GN, 1×800×1333",
         "cpu",
         0.50,
-        _of_steps(_peak, contender=_CHECKPOINTED, sizes=_FULL_SIZE),
+        _of_checkpointed(_peak),
     ),
-    Bar(
-        "CPU, time of that step",
-        "cpu",
-        1.35,
-        _of_steps(_time, contender=_CHECKPOINTED, sizes=_FULL_SIZE),
-    ),
+    Bar("CPU, the same with two images / GN with one", "cpu", 1.00, _of_checkpointed(_peak, 2)),
+    Bar("CPU, time of that step with one", "cpu", 1.35, _of_checkpointed(_time)),
     Bar(
         "GPU, layer, BCN / GroupNorm, nchw, 1 M elements or more",
         "cuda",
@@ -502,7 +645,7 @@ def main() -> int:
     )
     parser.parse_args()
     try:
-        for path in rewrite(PAGE, ROOT / FOR_THE_PAGE):
+        for path in rewrite(DOCS, ROOT / FOR_THE_PAGE):
             print(path)
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

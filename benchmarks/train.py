@@ -1,10 +1,11 @@
-"""Measures training steps of Mask R-CNN (forward, backward, SGD), one model for each normalization.
+"""Measures training steps (forward, backward, SGD), one model for each normalization.
 
 Time, what the forward pass saves for the backward pass, and the peak of memory.
 """
 
 import contextlib
 import itertools
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -13,7 +14,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.autograd import DeviceType
@@ -35,7 +36,7 @@ class Model:
     """A model to measure.
 
     Attributes:
-        config: with a place for the norm's part of its name.
+        config: with a place for ``gn_ws`` or ``bcn_ws``.
         size: default height and width of images, in pixels.
         threads: default number of threads on a CPU; None for all.
     """
@@ -49,18 +50,22 @@ MODELS = {
     # The one of the demo.
     "R-18-FPN": Model("Digits-InstanceSegmentation/mask_rcnn_R_18_FPN_{}.yaml", (192, 192), 1),
     "R-50-FPN": Model("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_{}_1x_1img.yaml", (256, 256)),
+    "RetinaNet-R-50-FPN": Model("COCO-Detection/retinanet_R_50_FPN_{}_1x_1img.yaml", (256, 256)),
 }
-# By title, the norm's part of the config's name, and keys to change.
-CONTENDERS: Dict[str, Tuple[str, Sequence[str]]] = {
-    "GN": ("gn", ()),
-    "GN+WS": ("gn_ws", ()),
-    "BCN": ("bcn", ()),
-    "BCN+WS": ("bcn_ws", ()),
-    "BCN+WS, checkpointed": ("bcn_ws", ("MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "all")),
+# The keys of MODEL whose NORM these models have.
+NORM_KEYS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "RETINANET")
+# By title, the norm, and what is checkpointed.
+CONTENDERS = {
+    "GN": ("GN", ""),
+    "GN+WS": ("GN+WS", ""),
+    "BCN": ("BCN", ""),
+    "BCN+WS": ("BCN+WS", ""),
+    "BCN+WS, checkpointed": ("BCN+WS", "all"),
 }
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 _OBJECTS = 8  # in each image
+_CLASSES = 10  # of them; no model has fewer
 
 
 def benchmark_train(
@@ -99,14 +104,16 @@ def benchmark_train(
     Returns:
         What :mod:`benchmarks.page` shows, and JSON can hold: :func:`benchmarks.results.describe`,
         ``settings``, and ``rows``, one for each contender, with ``step`` (median and quartiles of
-        milliseconds), what :meth:`Trainee.memory` says of the largest step, and on a GPU
-        ``kernels_ms`` (:func:`kernel_time`).
+        milliseconds), ``saved_bytes`` and ``peak_bytes`` of the largest step
+        (:meth:`Trainee.memory`), and on a GPU ``kernels_ms`` (:func:`kernel_time`).
     """
     described = results.describe(device)
-    configs = {name: config(model, name, device, opts) for name in contenders}
-    trainees = {name: Trainee(cfg, amp, channels_last) for name, cfg in configs.items()}
-    num_classes = configs[contenders[0]].MODEL.ROI_HEADS.NUM_CLASSES
-    batches = [make_batch(images, size, num_classes, device) for size in sizes]
+    trainees = {}
+    for name in contenders:
+        norm, checkpointed = CONTENDERS[name]
+        trainees[name] = Trainee(config(model, norm, device, opts), amp, channels_last)
+        checkpoint_activations_(trainees[name].model, checkpointed)
+    batches = [make_batch(images, size, device) for size in sizes]
     rows: List[Dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         for trainee in trainees.values():
@@ -119,7 +126,7 @@ def benchmark_train(
             row: Dict[str, Any] = {"contender": name, "images": images}
             row["step"] = spread(times[name]["step"])
             memory = [trainee.memory(batch) for batch in batches]
-            row.update({key: max(of_step[key] for of_step in memory) for key in memory[0]})
+            row.update({k: max(m[k] for m in memory) for k in ("saved_bytes", "peak_bytes")})
             if device.type == "cuda":
                 row["kernels_ms"] = kernel_time(runs[name]) / len(batches)
             rows.append(row)
@@ -130,20 +137,21 @@ def benchmark_train(
     return {"kind": "train", **described, "settings": settings, "rows": rows}
 
 
-def config(model: str, contender: str, device: torch.device, opts: Sequence[str] = ()) -> CfgNode:
-    """The config of a contender.
+def config(model: str, norm: str, device: torch.device, opts: Sequence[str] = ()) -> CfgNode:
+    """The config of a model.
 
     Args:
         model: key of MODELS.
-        contender: key of CONTENDERS.
-        device: where its model is.
+        norm: option for all its layers.
+        device: where it is.
         opts: alternating config keys and values.
     """
-    norm, own = CONTENDERS[contender]
-    fixed = ["MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", "0", "SOLVER.BASE_LR", "0.0"]
-    fixed += ["MODEL.DEVICE", str(device)]
-    path = model_zoo.get_config_file(MODELS[model].config.format(norm))
-    return load_config(path, [*fixed, *own, *opts], needs=())
+    file = MODELS[model].config.format("bcn_ws" if "BCN" in norm else "gn_ws")
+    fixed = {"WEIGHTS": "", "BACKBONE.FREEZE_AT": "0", "DEVICE": str(device)}
+    fixed.update({f"{key}.NORM": norm for key in NORM_KEYS})
+    own = [text for key, value in fixed.items() for text in (f"MODEL.{key}", value)]
+    path = model_zoo.get_config_file(file)
+    return load_config(path, [*own, "SOLVER.BASE_LR", "0.0", *opts], needs=())
 
 
 class Trainee:
@@ -151,7 +159,7 @@ class Trainee:
 
     Attributes:
         model: built from the config, with a fixed seed, in training mode.
-        optimizer: Detectron2's SGD for the model.
+        optimizer: Detectron2's SGD for the model; its momentum is there before the first step.
     """
 
     def __init__(
@@ -165,11 +173,12 @@ class Trainee:
         """
         torch.manual_seed(0)
         self.model = build_model(cfg)
-        if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
-            checkpoint_activations_(self.model, cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(cfg, self.model)
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self._update()
         self._device = torch.device(cfg.MODEL.DEVICE)
         self._autocast = AMP_DTYPES.get(amp or "")
 
@@ -182,6 +191,9 @@ class Trainee:
     def update(self, loss: Tensor) -> None:
         """Backward pass and step of the optimizer."""
         loss.backward()
+        self._update()
+
+    def _update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -195,15 +207,17 @@ class Trainee:
         tensors = itertools.chain(self.model.parameters(), self.model.buffers(), state)
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
-    def memory(self, batch: Batch) -> Dict[str, int]:
-        """Measures a step, which must not be the first.
+    def memory(self, batch: Batch) -> Dict[str, Any]:
+        """Measures a step. On a CPU its convolutions are skipped.
 
         Returns:
             ``saved_bytes``: what the forward pass leaves behind for the backward pass.
             ``peak_bytes``: the most that exists at once, with model, gradients and optimizer. On a
             GPU, all memory of its allocator; on a CPU, that of tensors, without the workspaces of
             kernels.
+            ``at_peak``, on a CPU only: bytes of what is there then, by name.
         """
+        state = self.state_bytes()
         if self._device.type == "cuda":
             before = torch.cuda.memory_allocated(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -211,13 +225,13 @@ class Trainee:
             saved = torch.cuda.memory_allocated(self._device) - before
             self.update(loss)
             peak = torch.cuda.max_memory_allocated(self._device) - before
-        else:
-            with LiveBytes() as live:
-                loss = self.loss(batch)
-                saved = live.current
-                self.update(loss)
-            peak = live.peak
-        return {"saved_bytes": saved, "peak_bytes": self.state_bytes() + peak}
+            return {"saved_bytes": saved, "peak_bytes": state + peak}
+        with LiveBytes(skip_convolutions=True) as live:
+            loss = self.loss(batch)
+            saved = live.current
+            self.update(loss)
+        at_peak = {"parameters, momentum": state, **live.at_peak()}
+        return {"saved_bytes": saved, "peak_bytes": state + live.peak, "at_peak": at_peak}
 
 
 def kernel_time(function: Callable[[], Any]) -> float:
@@ -230,30 +244,35 @@ def kernel_time(function: Callable[[], Any]) -> float:
     return sum(event.device_time for event in on_gpu) / 1e3
 
 
-def make_batch(images: int, size: Tuple[int, int], num_classes: int, device: torch.device) -> Batch:
+def make_batch(images: int, size: Size, device: torch.device, bitmasks: bool = False) -> Batch:
     """Images of noise, each with the same number of elliptic objects at random places.
 
     Args:
         images: how many.
         size: height and width in pixels.
-        num_classes: of the objects.
         device: where the tensors are, so that no copy is measured.
+        bitmasks: the masks are as ``INPUT.MASK_FORMAT: "bitmask"`` has them, and not polygons.
 
     Returns:
         Inputs of a Detectron2 model in training.
     """
     height, width = size
     generator = torch.Generator().manual_seed(0)
-    y, x = torch.arange(height)[:, None] + 0.5, torch.arange(width)[None, :] + 0.5
+    angles = torch.linspace(0, 2 * math.pi, 65)[:-1]
+    circle = torch.stack([angles.cos(), angles.sin()], dim=1)
     batch = []
     for _ in range(images):
         boxes = _random_boxes(_OBJECTS, size, generator)
         instances = Instances(size)
         instances.gt_boxes = Boxes(boxes)
-        instances.gt_classes = torch.randint(0, num_classes, (_OBJECTS,), generator=generator)
+        instances.gt_classes = torch.randint(0, _CLASSES, (_OBJECTS,), generator=generator)
         center, radius = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
-        (cx, cy), (rx, ry) = (t[:, :, None, None].unbind(1) for t in (center, radius))
-        instances.gt_masks = BitMasks(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1)
+        ellipses = center[:, None] + radius[:, None] * circle
+        polygons = [[ellipse.flatten().double().numpy()] for ellipse in ellipses]
+        if bitmasks:
+            instances.gt_masks = BitMasks.from_polygon_masks(polygons, height, width)
+        else:
+            instances.gt_masks = PolygonMasks(polygons)
         image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
         batch.append({"image": image.to(device), "instances": instances.to(device)})
     return batch
@@ -283,7 +302,8 @@ def make_proposals(gt_boxes: Tensor, size: Tuple[int, int], count: int) -> Insta
 
 @contextlib.contextmanager
 def fixed_heads(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
-    """Makes what the heads of an R-CNN have to do in training independent of its weights.
+    """Makes what the heads of an R-CNN have to do in training independent of its weights, and
+    leaves other models alone.
 
     The proposal generator does its work, but the heads get the proposals of :func:`make_proposals`,
     as many as it would select.
@@ -292,6 +312,9 @@ def fixed_heads(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
         model: in training mode.
         batches: all that it will see, each with images of another size.
     """
+    if not hasattr(model, "proposal_generator"):
+        yield
+        return
     count = model.proposal_generator.post_nms_topk[True]  # of training
     proposals = {
         batch[0]["instances"].image_size: [
@@ -340,7 +363,9 @@ def parse_size(text: str) -> Size:
 def main() -> int:
     parser = results.parser(__doc__, repetitions=10)
     results.add_device(parser)
-    parser.add_argument("--model", choices=MODELS, default="R-50-FPN", help="a Mask R-CNN")
+    parser.add_argument(
+        "--model", choices=MODELS, default="R-50-FPN", help="Mask R-CNN or RetinaNet"
+    )
     parser.add_argument(
         "--contenders",
         nargs="+",
@@ -362,7 +387,7 @@ def main() -> int:
     parser.add_argument(
         "--threads",
         type=results.positive,
-        help="of the CPU. Default: one with R-18-FPN, all with R-50-FPN",
+        help="of the CPU. Default: one with R-18-FPN, all with the others",
     )
     args = parser.parse_args()
     model = MODELS[args.model]

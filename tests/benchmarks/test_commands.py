@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
     [
         ("layers", "layers-cpu", 2 * 3 * 2 * 4),  # layers, dtypes, formats, contenders
         ("train --model R-18-FPN --contenders GN BCN+WS", "train-R-18-FPN-cpu-64x96", 2),
+        ("memory --models RetinaNet --norms GN --checkpointed all", "memory-cpu-float32-64x96", 1),
     ],
 )
 def test_command(command, name, rows, tmp_path):
@@ -66,6 +67,8 @@ def test_time_of_imports(monkeypatch, tmp_path, capsys):
         ("train", ["--size", "64", "64x64"], "--size: the same one twice: 64 64x64"),
         ("train", ["--output", __file__], "cannot write"),
         ("layers", ["--output", __file__], "cannot write"),
+        ("memory", ["--size", "20"], "--size: must be like 256 or 800x1333"),
+        ("memory", ["--output", __file__], "cannot write"),
         ("import_time", ["--output", __file__], "cannot write"),
     ],
 )
@@ -84,5 +87,5 @@ def test_what_make_runs():
     ).stdout.splitlines()
     commands = [line.partition(" -m benchmarks.")[2] for line in lines if "benchmarks." in line]
     modules = [command.split()[0] for command in commands]
-    assert modules == ["layers", "train", "train", "import_time", "page"]
+    assert modules == ["layers", "train", "train", "memory", "memory", "import_time", "page"]
     assert all(command.endswith(f"--output {FOR_THE_PAGE}") for command in commands[:-1])

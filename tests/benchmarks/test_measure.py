@@ -142,3 +142,28 @@ class TestLiveBytes:
             assert live.current == 8000  # input and output
             del y
         assert live.current == 0
+
+    def test_convolutions_are_skipped(self):
+        convolution = nn.Conv2d(3, 8, 3)
+        x = torch.randn(2, 3, 10, 12)
+        peaks = []
+        for skip in (False, True):
+            convolution.zero_grad()
+            with LiveBytes(skip_convolutions=skip) as live:
+                y = convolution(x).relu()
+                y.sum().backward()
+            peaks.append((live.peak, live.at_peak()))
+            assert convolution.weight.grad.shape == convolution.weight.shape
+            assert bool(y.any()) is not skip and bool(convolution.weight.grad.any()) is not skip
+        assert peaks[0] == peaks[1]
+
+    def test_what_is_there_at_the_peak(self):
+        x = torch.ones(10, 100)
+        with LiveBytes() as live:
+            kept = [x + i for i in range(3)]
+            large = x.repeat(10, 10)
+            del large
+            kept.append(x.exp())
+        expected = {"aten.repeat.default 100x1000": 400000, "aten.add.Tensor 10x100": 12000}
+        assert live.at_peak() == expected and sum(expected.values()) == live.peak
+        assert live.at_peak(1) == {"aten.repeat.default 100x1000": 400000}

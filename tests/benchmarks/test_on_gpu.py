@@ -51,7 +51,7 @@ def test_steps(options):
 
 
 def test_memory_is_that_of_the_allocator():
-    batch = make_batch(1, (64, 64), 10, GPU)
+    batch = make_batch(1, (64, 64), GPU)
     it = Trainee(config("R-18-FPN", "GN", GPU, SMALL))
     with fixed_heads(it.model, [batch]):
         it.step(batch)

@@ -1,11 +1,12 @@
 """The page and its tables, from results made by hand."""
 
+import itertools
 import re
 
 import pytest
 
 from benchmarks import page
-from benchmarks.page import FOR_THE_PAGE, PAGE, ROOT, Measured
+from benchmarks.page import DOCS, FOR_THE_PAGE, ROOT, Measured
 from benchmarks.results import write
 
 X = 64 * 400 * 672 * 4  # bytes of the activation
@@ -49,19 +50,39 @@ def layers(device="cpu", ours=8.0, shape=(1, 64, 400, 672), form="nchw", dtype="
 
 def steps(device="cpu", time=95.0, peak=90, kernels=None, model="R-50-FPN", size=256, **more):
     rows = []
-    for contender, ms, mebibytes in (
-        ("GN", 100.0, 100),
-        ("BCN+WS", time, peak),
-        ("BCN+WS, checkpointed", 1.3 * time, peak / 2),
-    ):
+    for contender, ms, mebibytes in (("GN", 100.0, 100), ("BCN+WS", time, peak)):
         row = {"contender": contender, "images": 1, "step": spread(ms)}
         row.update(peak_bytes=mebibytes * 2**20, saved_bytes=mebibytes * 2**19)
         if kernels is not None:
             row["kernels_ms"] = kernels if "BCN" in contender else 50.0
         rows.append(row)
     settings = {"model": model, "amp": None, "channels_last": False}
-    sizes = [[800, 1333]] if size == 800 else [[size, size]]
-    return measured("train", device, rows, sizes=sizes, **settings, **more)
+    return measured("train", device, rows, sizes=[[size, size]], **settings, **more)
+
+
+def memory(peaks, times=None, model="Mask R-CNN", dtype="float32", norms=("GN", "BCN+WS"), **more):
+    """``peaks`` in GiB by norm, of images and what is checkpointed."""
+    rows = []
+    for norm in norms:
+        for images, what in itertools.product((1, 2), ("", "backbone", "all")):
+            row = {"model": model, "dtype": dtype, "images": images, "norm": norm}
+            row.update(checkpointed=what, peak_bytes=peaks(norm, images, what) * 2**30)
+            if times:
+                row["step"] = spread(times(norm, what))
+            rows.append(row)
+    settings = {"size": [800, 1333], "bitmasks": False, **more}
+    made = measured("memory", "cpu", rows, **settings)
+    made.results["settings"]["repetitions"] = 3 if times else 0
+    return made
+
+
+def peaks(norm, images, what):
+    own = {"": 2.0, "backbone": 1.0, "all": 0.5}[what] * (0.9 if "BCN" in norm else 1.0)
+    return 0.5 + images * own
+
+
+def times(norm, what):
+    return {"": 100.0, "backbone": 120.0, "all": 130.0}[what] * (0.9 if "BCN" in norm else 1.0)
 
 
 def cells(markdown, start):
@@ -89,7 +110,8 @@ def test_bars_without_results():
     assert [row[0][1] for row in rows] == TEXTS
     assert {(row[2][1], row[3][1], row[4][1]) for row in rows} == {("", "not measured", "")}
     assert [row[1][1] for row in rows] == [
-        *("≤ 1.10", "≤ 0.33", "≤ 2.00", "≤ 1.10", "≤ 1.00", "≤ 0.86", "≤ 0.92", "≤ 0.50", "≤ 1.35"),
+        *("≤ 1.10", "≤ 0.33", "≤ 2.00", "≤ 1.10", "≤ 1.00", "≤ 0.86", "≤ 0.92"),
+        *("≤ 0.50", "≤ 1.00", "≤ 1.35"),
         *("≤ 1.00", "≤ 0.80", "≥ 0.75", "≤ 1.00", "≤ 1.10", "≤ 0.95"),
     ]
 
@@ -131,13 +153,71 @@ def test_bars_of_steps():
     )
     assert of("CPU", "R-18-FPN") == ("1.20 (R-18-FPN, 1×192×192, float32)", "**missed**")
     assert of("CPU", "time", "256 pixels") == ("0.95 (R-50-FPN, 1×256×256, float32)", "met")
-    both = "0.90 to 0.91, worst R-50-FPN, 1×800×1333, float32"
+    both = "0.90 to 0.91, worst R-50-FPN, 1×800×800, float32"
     assert of("CPU", "saved") == (f"{both}; 2 of 2 miss it", "**missed**")
     assert of("CPU", "peak", "BCN+WS / GN") == (both, "met")
-    assert of("CPU", "checkpointed")[1] == "met" and "0.46" in of("CPU", "checkpointed")[0]
-    assert of("time of that step") == ("1.25 (R-50-FPN, 1×800×1333, float32)", "met")
     assert [of("GPU", "kernels")[1], of("GPU", "time")[1], of("GPU", "peak")[1]] == ["met"] * 3
     assert of("GPU", "kernels")[0].startswith("0.80 ")
+
+
+def test_bars_of_checkpointing():
+    # 0.95 and 1.4 of 2.5 GiB, 117 of 100 ms
+    of = bars(memory(peaks), memory(peaks, times), memory(peaks, dtype="bfloat16"))
+    one, two = of("CPU", "1×800×1333"), of("CPU", "two images")
+    assert one == ("0.38 to 0.38, worst Mask R-CNN, float32", "met")
+    assert two == ("0.56 to 0.56, worst Mask R-CNN, float32", "met")
+    assert of("time of that step") == ("1.17 (Mask R-CNN, float32)", "met")
+    of = bars(memory(lambda norm, images, what: images, model="RetinaNet"))
+    assert of("1×800×1333") == ("1.00 (RetinaNet, float32)", "**missed**")
+    assert of("time of that step")[1] == "not measured"
+    for other in ({"bitmasks": True}, {"size": [64, 96]}):
+        assert bars(memory(peaks, **other))("1×800×1333")[1] == "not measured"
+    assert bars(memory(peaks, norms=("GN",)))("1×800×1333")[1] == "not measured"
+
+
+def test_table_of_checkpointing():
+    rows = cells(page.render([memory(peaks, times)], "x"), "**Mask R-CNN, 2×800×1333, float32**")
+    assert [value for _, value in rows[0]][::2] == ["GN", "4.50", "100.0 (90.0–120.0)"]
+    assert rows[5] == [
+        ("", "BCN+WS"),
+        ("checkpointed", '`"all"`'),
+        ("peak, GiB", "1.40"),
+        ("/ GN", "0.31"),
+        ("step, ms", "117.0 (105.3–140.4)"),
+        ("/ GN", "1.17"),
+    ]
+    (*_, last) = cells(page.render([memory(peaks, bitmasks=True)], "x"), "float32, bitmaps**")
+    assert [title for title, _ in last] == ["", "checkpointed", "peak, GiB", "/ GN"]
+
+
+def test_how_many_images_fit():
+    gn, ours = cells(page.memory_part([memory(peaks)]), "| **float32** |")
+    assert gn[:4] == [
+        ("**float32**", "Mask R-CNN"),
+        ("", "GN"),
+        # 5 and 7 of them can be used: 0.5 + 2 n, 0.5 + n and 0.5 + 0.5 n
+        ("6 GiB", "2 · 4 · 9"),
+        ("8 GiB", "3 · 6 · 13"),
+    ]
+    assert ours[-1] == ("GiB for 1 image", "2.30 · 1.40 · 0.95")
+    none = page.memory_part([memory(lambda norm, images, what: 6 * images)])
+    assert ("6 GiB", "0 · 0 · 0") in cells(none, "|")[0] and "png" not in none
+    # nothing but what is measured with both numbers of images, on a CPU
+    partly = memory(peaks)
+    partly.results["rows"] = [row for row in partly.results["rows"] if row["images"] == 1]
+    assert page.memory_part([partly]) == page.memory_part([layers()]) == ""
+
+
+def test_picture_of_checkpointing():
+    timed = page._timed([memory(peaks), memory(peaks, times)])
+    figure = page.memory_figure(timed)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    of_settings = [line.get_marker() for line in axes.lines if line.get_marker() != "None"]
+    assert of_settings[:3] == of_settings[3:] and len(set(of_settings)) == 3
+    assert lines["GN"] == [[1.0, 2.5], [1.2, 1.5], [1.3, 1.0]]
+    assert lines["BCN+WS"] == [pytest.approx(p) for p in ([0.9, 2.3], [1.08, 1.4], [1.17, 0.95])]
+    assert "memory.png" in page.memory_part([memory(peaks, times)])
 
 
 def test_old_results_count_only_where_there_are_no_others():
@@ -174,7 +254,7 @@ def test_table_of_layers():
 
 
 def test_table_of_steps():
-    gn, ours, _ = cells(
+    gn, ours = cells(
         page.render([steps("cuda", kernels=40.0, time=125.0, peak=150)], "x"),
         "**R-50-FPN, 1×256×256, float32**",
     )
@@ -192,28 +272,41 @@ def test_table_of_steps():
     ]
 
 
+def pages(tmp_path, text):
+    (tmp_path / "docs").mkdir()
+    for name in ("benchmarks.md", "memory.md"):
+        (tmp_path / "docs" / name).write_text(text)
+    return tmp_path / "docs"
+
+
 def test_rewriting_keeps_what_is_written_by_hand(tmp_path):
-    document, folder = tmp_path / "docs" / "page.md", tmp_path / "benchmarks" / "results"
-    document.parent.mkdir()
+    docs = pages(tmp_path, f"# Title\n\n{page.BEGIN}\nto go\n{page.END}\n\nText.\n")
+    folder = tmp_path / "benchmarks" / "results"
     (folder / "old").mkdir(parents=True)
-    document.write_text(f"# Title\n\n{page.BEGIN}\nto go\n{page.END}\n\nText.\n")
     write(layers().results, str(folder / "layers-a.json"))
+    write(memory(peaks, times).results, str(folder / "memory-a.json"))
     write(steps("cuda").results, str(folder / "old" / "train-b.json"))
     (folder / "other.json").write_text("of another program")
+    pictures = [folder / "layers-a.png", docs / "memory.png"]
     for _ in range(2):
-        assert page.rewrite(document, folder) == [folder / "layers-a.png", document]
-        assert (folder / "layers-a.png").read_bytes().startswith(b"\x89PNG")
-        text = document.read_text()
-        assert text.startswith(f"# Title\n\n{page.BEGIN}\n")
-        assert text.endswith(f"\n{page.END}\n\nText.\n")
-        assert "to go" not in text and "(../benchmarks/results/layers-a.png)" in text
-        assert [m.old for m in page.load(folder)] == [False, True]
+        assert page.rewrite(docs, folder) == [*pictures, docs / "benchmarks.md", docs / "memory.md"]
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+        for name, picture in (
+            ("benchmarks.md", "../benchmarks/results/layers-a.png"),
+            ("memory.md", "memory.png"),
+        ):
+            text = (docs / name).read_text()
+            assert text.startswith(f"# Title\n\n{page.BEGIN}\n")
+            assert text.endswith(f"\n{page.END}\n\nText.\n")
+            assert "to go" not in text and f"({picture})" in text
+        assert [m.old for m in page.load(folder)] == [False, False, True]
 
 
 @pytest.mark.parametrize(
     "file,content,message",
     [
-        ("docs/page.md", "no marks", "must have the lines '<!-- begin"),
+        ("docs/benchmarks.md", "no marks", "must have the lines '<!-- begin"),
+        ("docs/memory.md", "no marks", "must have the lines '<!-- begin"),
         ("results/layers-a.json", "{", "a.json is not the output of a benchmark .JSONDecodeError"),
         ("results/train-a.json", "[]", "a.json is not the output of a benchmark .TypeError"),
         (
@@ -225,18 +318,23 @@ def test_rewriting_keeps_what_is_written_by_hand(tmp_path):
 )
 def test_errors(tmp_path, file, content, message):
     (tmp_path / "results" / "old").mkdir(parents=True)
-    document = tmp_path / "docs" / "page.md"
-    document.parent.mkdir()
-    document.write_text(f"{page.BEGIN}\n{page.END}\n")
+    docs = pages(tmp_path, f"{page.BEGIN}\n{page.END}\n")
     (tmp_path / file).write_text(content)
-    before = document.read_text()
+    before = [path.read_text() for path in docs.iterdir()]
     with pytest.raises(ValueError, match=message):
-        page.rewrite(document, tmp_path / "results")
-    assert document.read_text() == before
+        page.rewrite(docs, tmp_path / "results")
+    assert [path.read_text() for path in docs.iterdir()] == before
 
 
-def test_the_page_shows_the_results_of_the_repository():
-    written = PAGE.read_text().partition(page.BEGIN + "\n")[2].partition(page.END)[0].strip()
-    assert written == page.render(page.load(ROOT / FOR_THE_PAGE), f"../{FOR_THE_PAGE}").strip()
+@pytest.mark.parametrize("name", ["benchmarks", "memory"])
+def test_the_pages_show_the_results_of_the_repository(name):
+    measured = page.load(ROOT / FOR_THE_PAGE)
+    text = (DOCS / f"{name}.md").read_text()
+    written = text.partition(page.BEGIN + "\n")[2].partition(page.END)[0].strip()
+    expected = {
+        "benchmarks": page.render(measured, f"../{FOR_THE_PAGE}"),
+        "memory": page.memory_part(measured),
+    }
+    assert written == expected[name].strip()
     for picture in re.findall(r"\]\(([^)]*\.png)\)", written):
-        assert (PAGE.parent / picture).exists()
+        assert (DOCS / picture).exists()

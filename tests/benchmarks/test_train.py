@@ -2,12 +2,11 @@ import json
 
 import pytest
 import torch
-from detectron2.structures import pairwise_iou
+from detectron2.structures import BitMasks, PolygonMasks, pairwise_iou
 from detectron2.utils.events import EventStorage
 
 from benchmarks.measure import saved_bytes
 from benchmarks.train import (
-    CONTENDERS,
     Trainee,
     benchmark_train,
     config,
@@ -16,22 +15,24 @@ from benchmarks.train import (
     make_proposals,
     parse_size,
 )
+from wsbcn_d2 import checkpoint_activations_
 
 CPU = torch.device("cpu")
 SMALL = ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "30"]
 
 
-def trainee(contender):
-    return Trainee(config("R-18-FPN", contender, CPU, SMALL))
+def trainee(norm):
+    return Trainee(config("R-18-FPN", norm, CPU, SMALL))
 
 
 def batch_of(images=1, size=(64, 64)):
-    return make_batch(images, size, 10, CPU)
+    return make_batch(images, size, CPU)
 
 
-def test_images_and_objects():
-    batch = make_batch(2, (60, 90), 10, CPU)
-    again = make_batch(2, (60, 90), 10, CPU)
+@pytest.mark.parametrize("bitmasks", [False, True])
+def test_images_and_objects(bitmasks):
+    batch = make_batch(2, (60, 90), CPU, bitmasks)
+    again = make_batch(2, (60, 90), CPU)
     for inputs, other in zip(batch, again):
         assert inputs["image"].shape == (3, 60, 90) and inputs["image"].dtype == torch.uint8
         instances = inputs["instances"]
@@ -40,16 +41,18 @@ def test_images_and_objects():
         assert instances.gt_boxes.nonempty().all() and len(instances) == 8
         assert instances.gt_classes.max() < 10
         # an ellipse fills pi/4 of its box, and pixels its boundary
-        filled = instances.gt_masks.tensor.sum((1, 2)) / instances.gt_boxes.area()
-        assert (filled - torch.pi / 4).abs().max() < 0.1
-        boxes = instances.gt_masks.get_bounding_boxes().tensor
+        masks = instances.gt_masks
+        assert isinstance(masks, BitMasks if bitmasks else PolygonMasks)
+        area = masks.tensor.sum((1, 2)) if bitmasks else torch.as_tensor(masks.area())
+        assert (area / instances.gt_boxes.area() - torch.pi / 4).abs().max() < 0.1
+        boxes = masks.get_bounding_boxes().tensor
         assert (boxes - instances.gt_boxes.tensor).abs().max() < 3
     assert not torch.equal(batch[0]["image"], batch[1]["image"])
 
 
 def test_the_proposals_fill_the_heads_of_the_full_size():
     size = (800, 1333)
-    boxes = make_batch(1, size, 80, CPU)[0]["instances"].gt_boxes
+    boxes = make_batch(1, size, CPU)[0]["instances"].gt_boxes
     proposals = make_proposals(boxes.tensor, size, 1000).proposal_boxes
     assert len(proposals) == 1000 and proposals.nonempty().all()
     assert proposals.tensor.min() >= 0 and (proposals.tensor <= torch.tensor([1333, 800] * 2)).all()
@@ -106,20 +109,23 @@ def test_a_step_changes_no_parameter():
 def test_memory_of_a_step():
     batch = batch_of()
     measured = {}
-    for name in ("GN", "BCN+WS", "BCN+WS, checkpointed"):
-        it = trainee(name)
-        with fixed_heads(it.model, [batch]):
-            it.step(batch)
-            measured[name] = memory = it.memory(batch)
-            if name == "GN":
-                parameters = [*it.model.parameters(), *it.model.buffers(), batch[0]["image"]]
-                by_autograd = saved_bytes(lambda: it.loss(batch), parameters)
+    for norm in ("GN", "BCN+WS"):
+        it = trainee(norm)
         gradients = sum(4 * p.numel() for p in it.model.parameters())
-        assert memory["peak_bytes"] >= it.state_bytes() + 0.99 * gradients
-    saved = {name: memory["saved_bytes"] for name, memory in measured.items()}
+        for checkpointed in ("", "all"):
+            checkpoint_activations_(it.model, checkpointed)
+            with fixed_heads(it.model, [batch]):
+                measured[norm, checkpointed] = memory = it.memory(batch)
+                if (norm, checkpointed) == ("GN", ""):
+                    parameters = [*it.model.parameters(), *it.model.buffers(), batch[0]["image"]]
+                    by_autograd = saved_bytes(lambda: it.loss(batch), parameters)
+            assert memory["peak_bytes"] >= it.state_bytes() + 0.99 * gradients
+            named = sum(memory["at_peak"].values())
+            assert 0.8 * memory["peak_bytes"] < named <= memory["peak_bytes"]
+    saved = {case: memory["saved_bytes"] for case, memory in measured.items()}
     # Some small results are alive, and some of what autograd saves was there before.
-    assert 0.99 * by_autograd <= saved["GN"] <= 1.1 * by_autograd
-    assert saved["BCN+WS, checkpointed"] < saved["BCN+WS"] < saved["GN"]
+    assert 0.99 * by_autograd <= saved["GN", ""] <= 1.1 * by_autograd
+    assert saved["BCN+WS", "all"] < saved["BCN+WS", ""] < saved["GN", ""]
 
 
 def test_results_with_images_of_several_sizes():
@@ -144,16 +150,15 @@ def test_results_with_images_of_several_sizes():
     assert both["settings"]["sizes"] == [[64, 64], [96, 128]]
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-def test_configs(contender):
-    for model, depth in (("R-18-FPN", 18), ("R-50-FPN", 50)):
-        cfg = config(model, contender, CPU)
-        norm = contender.partition(",")[0]
+@pytest.mark.parametrize("norm", ["GN", "GN+WS", "BCN", "BCN+WS"])
+def test_configs(norm):
+    for model, depth in (("R-18-FPN", 18), ("R-50-FPN", 50), ("RetinaNet-R-50-FPN", 50)):
+        cfg = config(model, norm, CPU)
         assert (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.BACKBONE.FREEZE_AT) == (depth, 0)
-        assert cfg.MODEL.RESNETS.NORM == cfg.MODEL.FPN.NORM == cfg.MODEL.ROI_BOX_HEAD.NORM == norm
-        assert cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS == (
-            "all" if "checkpointed" in contender else ""
-        )
+        assert cfg.MODEL.RESNETS.NORM == cfg.MODEL.FPN.NORM == norm
+        assert cfg.MODEL.ROI_BOX_HEAD.NORM == cfg.MODEL.ROI_MASK_HEAD.NORM == norm
+        assert cfg.MODEL.RETINANET.NORM == norm
+        assert ("RetinaNet" in model) == (cfg.MODEL.META_ARCHITECTURE == "RetinaNet")
 
 
 def test_sizes():

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import weakref
 
 import pytest
@@ -10,6 +11,7 @@ from detectron2.layers import CycleBatchNormList
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.modeling.meta_arch import RetinaNet
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Keypoints
 from detectron2.utils.events import EventStorage
 from detectron2_models import a_training_image, small_config, small_model
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wsbcn_d2 import add_wsbcn_config, checkpoint_activations_, convert, fold, summarize
+from wsbcn_d2.modeling import checkpointing
 from wsbcn_d2.modeling.checkpointing import _Part
 
 MASK, KEYPOINT, PANOPTIC = (
@@ -49,11 +52,20 @@ def registered(norm, what):
     return build_model(cfg)
 
 
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """So that small images have several."""
+    monkeypatch.setattr(checkpointing, "_ANCHORS", 200)
+    monkeypatch.setattr(checkpointing, "_REGIONS", 3)
+
+
 def images_of(seed, model):
-    """One image with the ground truth of every task."""
+    """An image with the ground truth of every task, or two."""
     torch.manual_seed(seed)
-    # The highest level of RetinaNet needs more than one value for its normalization.
-    image = a_training_image(192 if isinstance(model, RetinaNet) else 64)
+    if isinstance(model, DenseDetector):
+        # Its highest level needs more than one value for its normalization.
+        return [a_training_image(192), a_training_image(192)]
+    image = a_training_image(64)
     points = torch.cat([10 + 30 * torch.rand(17, 2), torch.full((17, 1), 2.0)], dim=1)
     image["instances"].gt_keypoints = Keypoints(points[None])
     return [image]
@@ -63,21 +75,27 @@ BOTH = ((1,), (2, 3))
 
 
 def trained(model, steps, autocast):
-    """Losses, gradients and buffers of some steps, each with the forward passes of some images
-    before one backward pass; gradients accumulate."""
+    """Losses, scalars in the log, gradients, buffers and averages of some steps, each with the
+    forward passes of some images before one backward pass; gradients accumulate."""
     results = {}
     for step, seeds in enumerate(steps):
         total = 0
         for seed in seeds:
             images = images_of(seed, model)
-            with EventStorage(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with EventStorage() as log, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 losses = model(images)
-            results.update({f"{step} {seed} {name}": loss for name, loss in losses.items()})
+            scalars = {name: value for name, (value, _) in log.latest().items()}
+            scalars.pop("kpts_num_skipped_batches", None)  # of this process
+            for name, value in (losses | scalars).items():
+                if math.isfinite(value):  # which the log is not where there is no keypoint
+                    results[f"{step} {seed} {name}"] = torch.as_tensor(value)
             total = total + sum(losses.values())
         total.backward()
         gradients = {f"{step} grad {n}": p.grad for n, p in model.named_parameters()}
         results.update({name: grad.clone() for name, grad in gradients.items() if grad is not None})
     results.update({f"buffer {name}": buffer for name, buffer in model.named_buffers()})
+    if isinstance(model, DenseDetector):
+        results["normalizer"] = torch.tensor(model.loss_normalizer)
     for name, module in model.named_modules():
         if isinstance(module, CycleBatchNormList):
             results[f"position {name}"] = torch.tensor(module._pos)
@@ -117,8 +135,8 @@ FPN_HEADS = {"FPN", "StandardRPNHead", "FusedConvFCHead", "FusedConvUpsampleHead
             {"FusedBasicStem", "FusedBottleneckBlock", "StandardRPNHead"}
             | {"FusedConvUpsampleHead"},
         ),
-        (RETINANET, "BCN+WS", BLOCKS | {"FPN", "Sequential"}),
-        (RETINANET, "BN", {"BasicStem", "BasicBlock", "FPN", "Sequential"}),
+        (RETINANET, "BCN+WS", BLOCKS | {"FPN", "Sequential", "RetinaNet"}),
+        (RETINANET, "BN", {"BasicStem", "BasicBlock", "FPN", "Sequential", "RetinaNet"}),
         (
             KEYPOINT,
             "BCN+WS",
@@ -145,7 +163,7 @@ def test_fcos():
     plain = build()
     model = copy.deepcopy(plain)
     checkpoint_activations_(model)
-    assert kinds(model) >= {"FPN", "Sequential"}
+    assert kinds(model) >= {"FPN", "Sequential", "FCOS"}
     assert_same_training(plain, model)
 
 
@@ -167,8 +185,9 @@ def test_registered_backbone():
     assert_same_training(plain, model)
 
 
-def test_autocast():
-    plain = model_of(MASK, "BCN+WS")
+@pytest.mark.parametrize("base", [MASK, RETINANET])
+def test_autocast(base):
+    plain = model_of(base, "BCN+WS")
     model = copy.deepcopy(plain)
     checkpoint_activations_(model)
     assert_same_training(plain, model, autocast=True)
@@ -209,7 +228,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def test_each_setting_keeps_less():
-    """When the backward pass begins. benchmarks/memory.py has the peaks at full width."""
+    """When the backward pass begins. ``benchmarks.memory`` measures the peaks at full width."""
     model = model_of(MASK, "BCN+WS")
     kept = []
     for what in ("", "backbone", "all"):
@@ -226,10 +245,25 @@ def test_choosing_again_replaces():
     model = model_of(MASK, "BCN+WS")
     classes = [type(m) for m in model.modules()]
     checkpoint_activations_(model, "all")
+    everything = [type(m) for m in model.modules()]
+    checkpoint_activations_(model, "all")
+    assert [type(m) for m in model.modules()] == everything != classes
     checkpoint_activations_(model, "backbone")
     assert kinds(model) == BLOCKS
     checkpoint_activations_(model, "")
     assert [type(m) for m in model.modules()] == classes
+
+
+class OtherLosses(RetinaNet):
+    def losses(self, *args):
+        return {"loss": super().losses(*args)["loss_cls"] ** 2}
+
+
+def test_losses_that_may_be_no_sums_are_left_alone():
+    model = model_of(RETINANET, "BCN+WS")
+    model.__class__ = OtherLosses
+    checkpoint_activations_(model)
+    assert type(model) is OtherLosses and kinds(model) == BLOCKS | {"FPN", "Sequential"}
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,20 @@ import functools
 import logging
 from collections import Counter
 from itertools import chain
-from typing import Any, Callable, Dict, Iterator, List, Tuple, Type
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple, Type
 
 import torch
 from detectron2.layers import CNNBlockBase, CycleBatchNormList
 from detectron2.modeling import FPN
+from detectron2.modeling.meta_arch import FCOS, RetinaNet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.keypoint_head import BaseKeypointRCNNHead
 from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead, MaskRCNNConvUpsampleHead
+from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
@@ -37,10 +40,13 @@ logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where D
 # From the one that needs most memory to the one that needs least.
 CHECKPOINTED = ("", "backbone", "all")
 
-# How many regions the last layers of the mask head take at a time.
-_REGIONS = 32
-# The methods that are known to treat regions one by one after the convolutions.
+# How many regions the last layers of the mask head take at a time, and the losses of RetinaNet and
+# FCOS how many anchors of each image.
+_REGIONS, _ANCHORS = 32, 2**15
+# The methods that are known to treat regions one by one after the convolutions, and to be sums over
+# anchors.
 _MASK_LAYERS = (MaskRCNNConvUpsampleHead.layers, FusedConvUpsampleHead.layers)
+_DENSE_LOSSES = (RetinaNet.losses, FCOS.losses)
 
 
 def checkpoint_activations_(model: nn.Module, what: str = "all") -> None:
@@ -48,7 +54,8 @@ def checkpoint_activations_(model: nn.Module, what: str = "all") -> None:
 
     ``"backbone"``: stem and residual blocks of ResNets (and RegNets), one by one, also those of a
     C4 head. ``"all"``: besides, the FPN, the RPN head and the heads of RetinaNet and FCOS level by
-    level, box, mask and keypoint heads, and the levels of the semantic head of Panoptic FPN.
+    level, their losses, box, mask and keypoint heads, and the levels of the semantic head of
+    Panoptic FPN.
     ``""``: none, as it was built.
 
     Losses and gradients are the same to rounding, estimates and running statistics move once.
@@ -167,6 +174,59 @@ class _CheckpointedFPN(_Part):
         return super(_CheckpointedFPN, fpn).forward(x)
 
 
+class _CheckpointedLosses(_Part):
+    """Of RetinaNet or FCOS, with some ten tensors of the size of the logits: sums over anchors,
+    taken for some anchors at a time, and then divided by an average of how many have an object."""
+
+    def losses(
+        self,
+        anchors: List[Boxes],
+        logits: List[Tensor],
+        labels: List[Tensor],
+        deltas: List[Tensor],
+        boxes: List[Tensor],
+        *centerness: List[Tensor],
+    ) -> Dict[str, Tensor]:
+        sums, averaged = copy.copy(self), {}
+        sums.__class__ = self.computed_class
+
+        def not_divided(name: str, value: float, initial_value: float) -> float:
+            averaged.update(name=name, initial_value=initial_value)
+            return 1.0
+
+        sums._ema_update = not_divided
+
+        def of_levels(levels: List[Tensor]) -> List[Tensor]:
+            return [part for level in levels for part in level.split(_ANCHORS, dim=1)]
+
+        def of_images(images: List[Tensor]) -> Iterable[Tuple[Tensor, ...]]:
+            return zip(*(image.split(counts) for image in images))
+
+        def losses_of(anchors, logits, labels, deltas, boxes, *centerness):  # type: ignore
+            with EventStorage():  # which nobody reads
+                return sums.losses(
+                    [kind(anchors)], [logits], labels, [deltas], boxes, *([c] for c in centerness)
+                )
+
+        counts, kind = [part.shape[1] for part in of_levels(logits)], type(anchors[0])
+        parts = zip(
+            kind.cat(anchors).tensor.split(counts),
+            of_levels(logits),
+            of_images(labels),
+            of_levels(deltas),
+            of_images(boxes),
+            *map(of_levels, centerness),
+        )
+        totals: Dict[str, Any] = Counter()
+        for part in parts:
+            for name, loss in checkpoint(losses_of, *part, use_reentrant=False).items():
+                totals[name] = totals[name] + loss
+        found = sum(int(((label >= 0) & (label != self.num_classes)).sum()) for label in labels)
+        get_event_storage().put_scalar("num_pos_anchors", found / len(labels))
+        normalizer = self._ema_update(value=max(found, 1), **averaged)
+        return {name: loss / normalizer for name, loss in totals.items()}
+
+
 @functools.lru_cache(maxsize=None)
 def _checkpointed_class(computed: Type[nn.Module], kind: Type[_Part]) -> Type[nn.Module]:
     own = {"__module__": __name__, "computed_class": computed, "kind": kind}
@@ -184,12 +244,15 @@ def _new(computed: Type[nn.Module], kind: Type[_Part]) -> nn.Module:
 def _parts_of(model: nn.Module, what: str) -> Iterator[Tuple[nn.Module, Type[_Part]]]:
     """The parts of a model, and what each is to become."""
     for module in model.modules():
+        computed = getattr(module, "computed_class", type(module))
         if what and isinstance(module, CNNBlockBase):
             yield module, _CheckpointedForward
         if what != "all":
             continue
         if isinstance(module, FPN):
             yield module, _CheckpointedFPN
+        elif isinstance(module, RetinaNet | FCOS) and computed.losses in _DENSE_LOSSES:
+            yield module, _CheckpointedLosses
         elif isinstance(module, StandardRPNHead):
             yield module, _CheckpointedLevels
         elif isinstance(module, RetinaNetHead):  # or FCOSHead
@@ -197,7 +260,7 @@ def _parts_of(model: nn.Module, what: str) -> Iterator[Tuple[nn.Module, Type[_Pa
             yield module.bbox_subnet, _CheckpointedForward
         elif isinstance(module, FastRCNNConvFCHead):
             yield module, _CheckpointedForward
-        elif isinstance(module, MaskRCNNConvUpsampleHead) and type(module).layers in _MASK_LAYERS:
+        elif isinstance(module, MaskRCNNConvUpsampleHead) and computed.layers in _MASK_LAYERS:
             yield module, _CheckpointedMaskHead
         elif isinstance(module, (BaseMaskRCNNHead, BaseKeypointRCNNHead)):
             yield module, _CheckpointedLayers
