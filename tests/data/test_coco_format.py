@@ -109,6 +109,7 @@ def test_a_good_file(register):
         classes=("b", "a"),
         has_annotations=True,
         num_objects=3,
+        most_keypoints=4,
         num_keypoints=2,
         keypoint_names=("nose", "tail"),
     )

@@ -6,6 +6,7 @@ import torch
 from data.small_coco import coco
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer
 
 from wsbcn_d2 import add_wsbcn_config
 from wsbcn_d2.engine import ConfigError, Trainer, load_config
@@ -137,6 +138,37 @@ def test_test_images_without_annotations(register):
     crowds = register(coco(iscrowd=1))
     assert f"DATASETS.TRAIN: '{crowds}' have no annotations" in refused(config([crowds]))
     check_data(config([crowds, train]))
+    # Detectron2 knows the annotations of listed images only, and leaves polygons of a line out.
+    crowd_and_stray = with_first(coco(images=1, objects=2), iscrowd=1)
+    crowd_and_stray["annotations"][1]["image_id"] = 9
+    line = with_first(coco(images=1, objects=1), segmentation=[[1, 1, 5, 5]])
+    for content in (crowd_and_stray, line):
+        name = register(content)
+        cfg = config([name])
+        assert f"DATASETS.TRAIN: '{name}' have no annotations" in refused(cfg)
+        with pytest.raises(AssertionError, match="No valid data found"):
+            DefaultTrainer.build_train_loader(cfg)
+    check_data(config([name], (), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False))
+
+
+def test_training_needs_a_dataset():
+    assert refused(config([])) == "DATASETS.TRAIN is empty, and must name a dataset"
+    check_data(config([]), ["TEST"])
+    DatasetCatalog.register("own", list)
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN: Dataset 'own' is empty"):
+        Trainer(config(["own"], (), "MODEL.META_ARCHITECTURE", "none"))
+
+
+def test_images_with_enough_keypoints(register):
+    content = coco(classes=("person",), keypoints=EYES)
+    content["annotations"][0]["keypoints"][2::3] = [0, 0, 0]
+    name, key = register(content), "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE"
+    check_data(keypoint_config(name, name, key, 6))
+    cfg = keypoint_config(name, name, key, 7)
+    assert f"{key} is 7, but in DATASETS.TRAIN, '{name}', no image" in refused(cfg)
+    assert "the most are 6" in refused(cfg)
+    with pytest.raises(AssertionError, match="No valid data found"):
+        DefaultTrainer.build_train_loader(cfg)
 
 
 # ---------------------------------------------------------------------------------------- keypoints

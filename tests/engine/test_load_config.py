@@ -19,10 +19,10 @@ def config_file(tmp_path):
 
 
 def test_device_follows_the_machine(config_file):
-    cfg = load_config(config_file, ["MODEL.FPN.NORM", "BCN(groups=16)+WS"])
+    cfg = load_config(config_file, ["MODEL.FPN.NORM", "BCN(groups=16)+WS"], needs=())
     assert cfg.MODEL.FPN.NORM == "BCN(groups=16)+WS"
     assert cfg.MODEL.DEVICE == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert load_config(config_file, ["MODEL.DEVICE", "cpu"]).MODEL.DEVICE == "cpu"
+    assert load_config(config_file, ["MODEL.DEVICE", "cpu"], needs=()).MODEL.DEVICE == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_evaluation_needs_weights(config_file):
 )
 def test_model_that_cannot_be_built(config_file, opts, message):
     with pytest.raises(ConfigError, match=f"cannot be built: .*{message}"):
-        check_model(load_config(config_file, opts))
+        check_model(load_config(config_file, opts, needs=()))
 
 
 def test_missing_config_file():
@@ -156,13 +156,12 @@ def test_missing_datasets(config_file, tmp_path, monkeypatch, register):
     load_config(config_file, opts, needs=("OUTPUT_DIR",))
 
 
-def test_only_what_is_needed_must_be_there(config_file):
+def test_only_what_is_needed_must_be_there(config_file, register):
+    mine = register(coco())
     elsewhere = [
-        "OUTPUT_DIR",
-        __file__,
-        "DATASETS.TEST",
-        "('coco_2017_val',)",
-    ]  # of another machine
+        *("OUTPUT_DIR", __file__, "DATASETS.TEST", "('coco_2017_val',)"),  # of another machine
+        *("DATASETS.TRAIN", (mine,), "MODEL.ROI_HEADS.NUM_CLASSES", 2),
+    ]
     load_config(config_file, elsewhere, needs=("TRAIN",))
     with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty"):
         load_config(config_file, elsewhere, needs=("TRAIN", "WEIGHTS"))
@@ -173,15 +172,15 @@ def test_only_what_is_needed_must_be_there(config_file):
 def test_weights_are_not_needed_to_resume(config_file, tmp_path):
     opts = ["MODEL.WEIGHTS", "nowhere.pth", "OUTPUT_DIR", str(tmp_path)]
     with pytest.raises(ConfigError):
-        load_config(config_file, opts, resume=True)
+        load_config(config_file, opts, resume=True, needs=())
     for name in ("", "model_0000001.pth"):  # as a process leaves it that is killed
         (tmp_path / "last_checkpoint").write_text(name)
         with pytest.raises(
             ConfigError, match=f"last_checkpoint' names '{name}', which is not there"
         ):
-            load_config(config_file, opts, resume=True)
+            load_config(config_file, opts, resume=True, needs=())
     (tmp_path / "model_0000001.pth").touch()
-    load_config(config_file, opts, resume=True)
+    load_config(config_file, opts, resume=True, needs=())
 
 
 def test_lazy_config():

@@ -37,10 +37,12 @@ class CocoFile:
         classes: names of the categories in the order of their ids, which is that of the classes
             of a model.
         has_annotations: False for test images whose annotations are not public.
-        num_objects: number of annotations that are no crowds.
+        num_objects: number of objects to train with: in an image, no crowds, and not with polygons
+            of less than three points alone, without which Detectron2 trains.
+        most_keypoints: the largest number of labelled keypoints in an image.
         without_mask: the first object that has none, which training needs.
         without_usable_mask: the first object or crowd whose mask cannot be evaluated: none, or no
-            polygon of three points. (In training, Detectron2 leaves out objects of the latter.)
+            polygon of three points.
         run_length_encoded: the first object whose mask is no polygon.
         num_keypoints: of the first annotation that has any; 0 if none has.
         without_keypoints: the first object that has none.
@@ -53,6 +55,7 @@ class CocoFile:
     classes: Tuple[str, ...] = ()
     has_annotations: bool = False
     num_objects: int = 0
+    most_keypoints: int = 0
     without_mask: Optional[str] = None
     without_usable_mask: Optional[str] = None
     run_length_encoded: Optional[str] = None
@@ -251,6 +254,7 @@ def _check_annotations(
     path = file.path
     _check_objects(annotations, "annotations", path)
     num_placed = 0
+    labelled: Dict[Any, int] = {}  # keypoints, by image
     for index, annotation in enumerate(annotations):
         place = f"annotations[{index}] (id {annotation.get('id')!r})"
         get = annotation.get
@@ -301,15 +305,20 @@ def _check_annotations(
             file.without_usable_mask = file.without_usable_mask or place
         if num_points not in (0, file.num_keypoints):
             file.other_keypoints = file.other_keypoints or place
+        is_left_out = bool(segmentation) and not _has_mask(segmentation)
+        if points and size is not None and not is_left_out:
+            image_id = annotation["image_id"]
+            labelled[image_id] = labelled.get(image_id, 0) + sum(v > 0 for v in points[2::3])
         if get("iscrowd"):
             continue
-        file.num_objects += 1
+        file.num_objects += size is not None and not is_left_out
         if not segmentation:
             file.without_mask = file.without_mask or place
         elif type(segmentation) is dict:
             file.run_length_encoded = file.run_length_encoded or place
         if not num_points:
             file.without_keypoints = file.without_keypoints or place
+    file.most_keypoints = max(labelled.values(), default=0)
     if _DUPLICATES_ALLOWED not in path:
         _check_unique([annotation["id"] for annotation in annotations], "annotations", path)
     if annotations and not num_placed:
