@@ -27,8 +27,14 @@ from detectron2.engine import (
     launch,
 )
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+)
 from detectron2.utils import comm
+from detectron2.utils.registry import locate
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -38,7 +44,7 @@ from wsbcn_d2.data import annotation_facts, check_datasets, check_same_classes
 from wsbcn_d2.engine import AtomicCheckpointer, ConfigError, build_hooks
 from wsbcn_d2.engine.checkpoint import CompleteCheckpointer
 from wsbcn_d2.engine.data import check_classes, check_masks, check_objects
-from wsbcn_d2.engine.evaluation import complete_annotations
+from wsbcn_d2.engine.evaluation import COCO_MAX_DETECTIONS, CocoFileEvaluator, detections_per_image
 from wsbcn_d2.engine.setup import check_folder, check_values, check_weights
 from wsbcn_d2.norm_options import NormOption
 
@@ -66,12 +72,24 @@ def test(cfg: DictConfig, model: nn.Module) -> Optional[Dict[str, Any]]:
     """Evaluates the model, if the config has an evaluator."""
     if "evaluator" not in cfg.dataloader:
         return None
-    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
-    if type(evaluator) is COCOEvaluator:
-        complete_annotations(evaluator)
-    results = inference_on_dataset(model, loader, evaluator)
+    results = inference_on_dataset(
+        model, instantiate(cfg.dataloader.test), build_evaluator(cfg.dataloader.evaluator, model)
+    )
     print_csv_format(results)
     return results
+
+
+def build_evaluator(node: DictConfig, model: nn.Module) -> DatasetEvaluator:
+    """The evaluator of the config; for files in COCO's format, with what they need, and for all
+    detections that the model returns unless the config says how many."""
+    target = node["_target_"]
+    if (locate(target) if isinstance(target, str) else target) is not COCOEvaluator:
+        return instantiate(node)
+    arguments = {key: node[key] for key in node if key != "_target_"}
+    limit = COCO_MAX_DETECTIONS  # which leaves it to the config's own number
+    if "max_dets_per_image" not in arguments:
+        limit = detections_per_image(model)
+    return CocoFileEvaluator(**arguments, max_detections=limit)
 
 
 def yaml_config(cfg: DictConfig) -> CfgNode:

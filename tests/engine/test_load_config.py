@@ -46,6 +46,11 @@ def test_device_follows_the_machine(config_file):
         (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no file 'nowhere.pth'"),
         (["DATASETS.TRAIN", "('coco_2017_trian',)"], "'coco_2017_trian'.*coco_2017_train"),
         (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
+        (["TEST.DETECTIONS_PER_IMAGE", "0"], "TEST.DETECTIONS_PER_IMAGE: must be positive.*got 0"),
+        (
+            ["TEST.DETECTIONS_PER_IMAGE", "-1", "MODEL.META_ARCHITECTURE", "RetinaNet"],
+            "-1 for all; got -1 for a RetinaNet",
+        ),
         (["MODEL.WSBCN.UPDATE_RATE_SCHEDULE", "cosine"], "'cosine' is not one of 'constant', 'lr'"),
         (
             ["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True"],

@@ -4,11 +4,14 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 from data.small_coco import coco
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog
+from detectron2.evaluation import DatasetEvaluators
 
 from wsbcn_d2.engine import ConfigError
+from wsbcn_d2.engine.evaluation import CocoFileEvaluator
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "LazyConfig" / "mask_rcnn_R_50_FPN_1x.py"
@@ -90,3 +93,16 @@ def test_a_dataset_of_a_function_of_its_own(tool):
     del cfg["model"]
     with pytest.raises(ConfigError, match="dataloader.train: Dataset 'own' is empty"):
         tool.train(cfg, resume=False)
+
+
+def test_all_detections_that_the_model_returns_are_evaluated(tool, register):
+    cfg = config("own", register(coco()))
+    model = torch.nn.Linear(1, 1)
+    model.test_topk_per_image = 300
+    evaluator = tool.build_evaluator(cfg.dataloader.evaluator, model)
+    assert isinstance(evaluator, CocoFileEvaluator) and evaluator._max_dets_per_image[2] == 300
+    cfg.dataloader.evaluator.max_dets_per_image = 50
+    evaluator = tool.build_evaluator(cfg.dataloader.evaluator, model)
+    assert evaluator._max_dets_per_image == [1, 10, 50]
+    cfg.dataloader.evaluator = {"_target_": DatasetEvaluators, "evaluators": []}
+    assert type(tool.build_evaluator(cfg.dataloader.evaluator, model)) is DatasetEvaluators

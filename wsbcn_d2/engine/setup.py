@@ -180,6 +180,12 @@ def check_values(cfg: CfgNode) -> None:
             "connected layers have no norm. Set NUM_CONV (models with GN have NUM_CONV 4 and "
             "NUM_FC 1), or NORM ''"
         )
+    number, name = cfg.TEST.DETECTIONS_PER_IMAGE, cfg.MODEL.META_ARCHITECTURE
+    if number == 0 or (number < 0 and name == "RetinaNet"):  # which leaves out the last ones
+        raise ConfigError(
+            f"TEST.DETECTIONS_PER_IMAGE: must be positive, or, for an R-CNN, -1 for all; got "
+            f"{number} for a {name}"
+        )
     steps = list(cfg.SOLVER.STEPS)
     if any(not isinstance(s, int) or s < 1 for s in steps) or steps != sorted(set(steps)):
         raise ConfigError(
