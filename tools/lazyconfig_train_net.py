@@ -40,7 +40,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from wsbcn_d2 import add_wsbcn_config, checkpoint_activations_
-from wsbcn_d2.data import annotation_facts, check_datasets, check_same_classes
+from wsbcn_d2.data import annotation_facts, check_datasets, check_images, check_same_classes
 from wsbcn_d2.engine import AtomicCheckpointer, ConfigError, build_hooks
 from wsbcn_d2.engine.checkpoint import CompleteCheckpointer
 from wsbcn_d2.engine.data import check_classes, check_masks, check_objects
@@ -266,6 +266,7 @@ def check_data(cfg: DictConfig, parts: Sequence[str]) -> None:
             raise ConfigError(f"{key}names is empty, and must name a dataset")
         try:
             check_datasets(names)
+            check_images(names)
         except (OSError, ValueError) as error:
             raise ConfigError(f"dataloader.{part}: {error}") from error
         used += names

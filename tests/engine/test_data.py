@@ -1,5 +1,7 @@
 """Datasets that do not fit one another, or the model, are found before anything is built."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,7 @@ for entry in RENUMBERED["annotations"]:
         (RENUMBERED, "dog, cat: they are in another order"),
         (coco(classes=("dog",)), "dog: '{}' lacks cat"),
         (coco(classes=("cat", "dog", "cow")), "cat, dog, cow: '{train}' lacks cow"),
+        (coco(classes=("cat", "dog ")), "cat, 'dog ': '{train}' lacks 'dog ', '{}' lacks dog"),
         (coco(classes=("cat", "Dog")), "cat, Dog: '{train}' lacks Dog, '{}' lacks dog"),
     ],
 )
@@ -149,6 +152,13 @@ def test_test_images_without_annotations(register):
         with pytest.raises(AssertionError, match="No valid data found"):
             DefaultTrainer.build_train_loader(cfg)
     check_data(config([name], (), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False))
+
+
+def test_images_must_be_there(register):
+    name = register(coco())
+    (Path(MetadataCatalog.get(name).image_root) / "2.png").unlink()
+    assert f"dataset '{name}': 1 of 2 images of" in refused(config([name]))
+    assert "the first is '2.png'" in refused(config([], [name]), ["TEST"])
 
 
 def test_training_needs_a_dataset():

@@ -213,6 +213,10 @@ def test_datasets_of_a_config(config_file, tmp_path):
     with pytest.raises(ConfigError, match="'mine': its json_file '.*a.json' does not exist"):
         load_config(config_file, opts)
     (tmp_path / "a.json").write_text(json.dumps(coco()))
+    with pytest.raises(ConfigError, match="'mine': 2 of 2 images of .*a.json' are not in"):
+        load_config(config_file, opts)
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).touch()
     opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "2"]
     for _ in range(2):  # a process may read several configs
         load_config(config_file, opts)

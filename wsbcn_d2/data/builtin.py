@@ -1,8 +1,9 @@
 """The datasets of a config, and whether they can be read and fit together."""
 
 import difflib
+import functools
 import os
-from typing import Any, Iterable, List, Optional, Sequence
+from typing import Any, FrozenSet, Iterable, List, Optional, Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -111,6 +112,39 @@ def check_datasets(names: Iterable[str]) -> None:
             )
 
 
+def check_images(names: Iterable[str]) -> None:
+    """Looks for the images of datasets in COCO's format, each in a listing of its folder.
+
+    Args:
+        names: of datasets that :func:`check_datasets` has found in order.
+
+    Raises:
+        FileNotFoundError: if some are not there.
+    """
+    for name in names:
+        file, root = annotation_facts(name), MetadataCatalog.get(name).get("image_root")
+        if file is None or not root or "://" in root:
+            continue
+        missing = [path for path in file.file_names if not _is_listed(os.path.join(root, path))]
+        _list.cache_clear()
+        if missing:
+            raise FileNotFoundError(
+                f"dataset {name!r}: {len(missing)} of {len(file.file_names)} images of "
+                f"{file.path!r} are not in {root!r}; the first is {missing[0]!r}"
+            )
+
+
+def _is_listed(path: str) -> bool:
+    folder, name = os.path.split(path)
+    # What is not listed may still be there under a name with other capitals, or an address.
+    return name in _list(folder) or "://" in path or os.path.exists(path)
+
+
+@functools.lru_cache(maxsize=None)
+def _list(folder: str) -> FrozenSet[str]:
+    return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
+
+
 def annotation_facts(name: str) -> Optional[CocoFile]:
     """What :func:`.coco_format.coco_file` finds in the annotations of a registered dataset.
 
@@ -164,7 +198,8 @@ def _describe_difference(key: str, a: str, of_a: List[str], b: str, of_b: List[s
 
 def _show(classes: Sequence[str]) -> str:
     hidden = len(classes) - _MAX_SHOWN_CLASSES
-    return ", ".join(classes[:_MAX_SHOWN_CLASSES]) + (f" and {hidden} more" if hidden > 0 else "")
+    shown = [repr(name) if name != name.strip() else name for name in classes]
+    return ", ".join(shown[:_MAX_SHOWN_CLASSES]) + (f" and {hidden} more" if hidden > 0 else "")
 
 
 def _describe_unknown(name: str, registered: List[str]) -> str:

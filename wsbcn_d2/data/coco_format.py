@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
 
@@ -24,6 +24,8 @@ logger = logging.getLogger("detectron2.wsbcn_d2.data")
 _NUMBERS = frozenset((int, float))
 # Detectron2 allows files with this in their names to have ids twice, as COCO's minival of 2014 has.
 _DUPLICATES_ALLOWED = "minival"
+# By how much of an image's side a box may reach out of it without a word.
+_SLACK = 0.02
 
 
 @dataclass
@@ -49,6 +51,7 @@ class CocoFile:
         other_keypoints: the first annotation with another number of them.
         keypoint_names: of the first category that has any.
         odd_ids: the first annotation whose id is no positive integer.
+        file_names: of all images.
     """
 
     path: str
@@ -64,6 +67,7 @@ class CocoFile:
     other_keypoints: Optional[str] = None
     keypoint_names: Tuple[str, ...] = ()
     odd_ids: Optional[str] = None
+    file_names: Tuple[str, ...] = field(default=(), repr=False)
 
 
 def coco_file(path: str) -> CocoFile:
@@ -168,6 +172,7 @@ def check_content(content: Any, path: str) -> CocoFile:
             )
     file = CocoFile(path)
     sizes = _check_images(content["images"], path)
+    file.file_names = tuple(image["file_name"] for image in content["images"])
     category_ids = _check_categories(content["categories"], file)
     if "annotations" in content:
         file.has_annotations = True
@@ -253,7 +258,8 @@ def _check_annotations(
 ) -> None:
     path = file.path
     _check_objects(annotations, "annotations", path)
-    num_placed = 0
+    num_placed = num_outside = 0
+    outside, largest = "", 0.0
     labelled: Dict[Any, int] = {}  # keypoints, by image
     for index, annotation in enumerate(annotations):
         place = f"annotations[{index}] (id {annotation.get('id')!r})"
@@ -299,6 +305,10 @@ def _check_annotations(
         file.num_keypoints = file.num_keypoints or num_points
 
         num_placed += size is not None
+        largest = max(largest, box[0] + box[2], box[1] + box[3])
+        if size is not None and _is_outside(box, size):
+            num_outside += 1
+            outside = outside or f"{place} has {box} in an image of {size[1]} x {size[0]} pixels"
         if file.odd_ids is None and (type(annotation["id"]) is not int or annotation["id"] < 1):
             file.odd_ids = f"annotations[{index}] has {annotation['id']!r}"
         if not _has_mask(segmentation):
@@ -326,6 +336,28 @@ def _check_annotations(
             f"{path!r}: no annotation is of one of the images: the first has the image_id "
             f"{annotations[0]['image_id']!r}, and the first image the id {next(iter(sizes))!r}"
         )
+    if annotations and 0 < largest <= 1:
+        raise ValueError(
+            f"{path!r}: no bbox reaches beyond the first pixel of its image: they must be x, y, "
+            "width and height in pixels, and not in fractions of the image"
+        )
+    if num_placed < len(annotations):
+        logger.warning(
+            f"{path}: {len(annotations) - num_placed} of {len(annotations)} annotations are of "
+            "images that it does not list, and are left out"
+        )
+    if num_outside:
+        logger.warning(
+            f"{path}: {num_outside} of {len(annotations)} boxes reach out of their images; the "
+            f"first, {outside}. A bbox is x, y, width and height, not two corners"
+        )
+
+
+def _is_outside(box: List[float], size: Tuple[int, int]) -> bool:
+    """Whether a box reaches out of its image by more than a small part of it, and of a pixel."""
+    (x, y, width, height), (rows, columns) = box, size
+    dx, dy = 1 + _SLACK * columns, 1 + _SLACK * rows
+    return x < -dx or y < -dy or x + width > columns + dx or y + height > rows + dy
 
 
 def _check_segmentation(

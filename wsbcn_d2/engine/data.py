@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 from pycocotools.cocoeval import Params
 
 from ..config import ConfigError
-from ..data import annotation_facts, check_datasets, check_same_classes
+from ..data import annotation_facts, check_datasets, check_images, check_same_classes
 from ..data.coco_format import CocoFile
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
@@ -39,6 +39,7 @@ def check_data(cfg: CfgNode, parts: Sequence[str] = ("TRAIN", "TEST")) -> None:
     trained_with = [] if "TRAIN" in parts else [*filter(_is_there, cfg.DATASETS.TRAIN)]
     try:
         check_datasets(used)
+        check_images(used)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     try:
