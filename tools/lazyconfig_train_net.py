@@ -120,7 +120,7 @@ def train(cfg: DictConfig, resume: bool) -> None:
     try:
         loader = instantiate(cfg.dataloader.train)
     except AssertionError as error:  # of Detectron2, where nothing is left to train with
-        raise ConfigError(f"dataloader.train: {error}") from error
+        raise ConfigError(f"the training data cannot be loaded: {error}") from error
     model = instantiate(cfg.model).to(cfg.train.device)
     if keys.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
         checkpoint_activations_(model, keys.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)

@@ -10,7 +10,9 @@ import pycocotools.mask as mask_util
 import pytest
 from data.small_coco import SIDE, coco
 from detectron2.data import MetadataCatalog
+from detectron2.data import detection_utils as utils
 from detectron2_models import logged
+from PIL import Image
 
 from wsbcn_d2.data import check_datasets, check_images, coco_format
 
@@ -80,6 +82,15 @@ WRONG = {
         annotation(segmentation={"counts": [0, 100], "size": [10, 10]}),
         r"with the image's size, \[64, 64\]",
     ),
+    "run lengths": (
+        annotation(segmentation={"counts": [0, 100, 3995], "size": [SIDE, SIDE]}),
+        "counts must be integers whose sum is that of the pixels, 4096",
+    ),
+    "texts as run lengths": (
+        annotation(segmentation={"counts": ["a"], "size": [SIDE, SIDE]}),
+        "counts must be integers whose sum",
+    ),
+    "nan in a polygon": (annotation(segmentation=[[1, 1, 5, 1, float("nan"), 5]]), "list of polyg"),
     "keypoints": (annotation(keypoints=[1, 2]), "keypoints is .* x, y and visibility"),
     "foreign images": (
         {**coco(), "images": [{**i, "id": str(i["id"])} for i in coco()["images"]]},
@@ -119,7 +130,7 @@ def test_a_good_file(register):
         most_keypoints=4,
         num_keypoints=2,
         keypoint_names=("nose", "tail"),
-        file_names=("1.png", "2.png"),
+        images=(("1.png", SIDE, SIDE), ("2.png", SIDE, SIDE)),
     )
 
 
@@ -224,6 +235,30 @@ def test_images_that_are_not_there(register):
         check_images([name])
     vars(MetadataCatalog.get(name))["image_root"] = "https://example.org"
     check_images([name])
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_sizes_of_images(register, orientation):
+    """As Detectron2 reads them, which otherwise finds out in training."""
+    content = coco(images=20)
+    for image in content["images"]:
+        image.update(file_name=f"{image['id']}.jpg", height=40)
+    name = register(content)
+    root = Path(MetadataCatalog.get(name).image_root)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    for image in content["images"]:
+        size = (40, 64) if orientation in (6, 8) else (64, 40)
+        Image.new("RGB", size).save(root / image["file_name"], exif=exif)
+        utils.check_image_size(image, utils.read_image(str(root / image["file_name"])))
+    check_images([name])
+    Image.new("RGB", (40, 64) if size == (64, 40) else (64, 40)).save(root / "3.jpg", exif=exif)
+    with pytest.raises(ValueError, match="3.jpg' has 40 x 64 .* width and height are 64 and 40"):
+        check_images([name])
+    (root / "1.jpg").write_text("no image")
+    with pytest.raises(ValueError, match="1.jpg' cannot be read as an image"):
+        check_images([name])
 
 
 def test_degenerate_polygons_do_not_count_as_masks(tmp_path):

@@ -165,7 +165,7 @@ def test_training_needs_a_dataset():
     assert refused(config([])) == "DATASETS.TRAIN is empty, and must name a dataset"
     check_data(config([]), ["TEST"])
     DatasetCatalog.register("own", list)
-    with pytest.raises(ConfigError, match="DATASETS.TRAIN: Dataset 'own' is empty"):
+    with pytest.raises(ConfigError, match="data cannot be loaded: Dataset 'own' is empty"):
         Trainer(config(["own"], (), "MODEL.META_ARCHITECTURE", "none"))
 
 

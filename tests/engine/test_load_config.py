@@ -5,6 +5,7 @@ import torch
 from data.small_coco import coco
 from detectron2.config import LazyConfig
 from detectron2.data import MetadataCatalog
+from PIL import Image
 
 from wsbcn_d2 import model_zoo
 from wsbcn_d2.engine import ConfigError, check_model, load_config
@@ -46,6 +47,8 @@ def test_device_follows_the_machine(config_file):
         (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no file 'nowhere.pth'"),
         (["DATASETS.TRAIN", "('coco_2017_trian',)"], "'coco_2017_trian'.*coco_2017_train"),
         (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
+        (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH: must be at least 1, got 0"),
+        (["SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD: must be at least 1, got 0"),
         (["TEST.DETECTIONS_PER_IMAGE", "0"], "TEST.DETECTIONS_PER_IMAGE: must be positive.*got 0"),
         (
             ["TEST.DETECTIONS_PER_IMAGE", "-1", "MODEL.META_ARCHITECTURE", "RetinaNet"],
@@ -216,7 +219,7 @@ def test_datasets_of_a_config(config_file, tmp_path):
     with pytest.raises(ConfigError, match="'mine': 2 of 2 images of .*a.json' are not in"):
         load_config(config_file, opts)
     for name in ("1.png", "2.png"):
-        (tmp_path / name).touch()
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
     opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "2"]
     for _ in range(2):  # a process may read several configs
         load_config(config_file, opts)

@@ -91,7 +91,7 @@ def test_a_dataset_of_a_function_of_its_own(tool):
     tool.check_data(config("own", "own"), ("train", "test"))
     cfg = config("own", "own")
     del cfg["model"]
-    with pytest.raises(ConfigError, match="dataloader.train: Dataset 'own' is empty"):
+    with pytest.raises(ConfigError, match="training data cannot be loaded: Dataset 'own' is emp"):
         tool.train(cfg, resume=False)
 
 

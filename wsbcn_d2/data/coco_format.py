@@ -10,9 +10,9 @@ import functools
 import io
 import json
 import logging
+import math
 import os
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
 
 import pycocotools.mask as mask_util
@@ -51,7 +51,7 @@ class CocoFile:
         other_keypoints: the first annotation with another number of them.
         keypoint_names: of the first category that has any.
         odd_ids: the first annotation whose id is no positive integer.
-        file_names: of all images.
+        images: file name, height and width of each.
     """
 
     path: str
@@ -67,7 +67,7 @@ class CocoFile:
     other_keypoints: Optional[str] = None
     keypoint_names: Tuple[str, ...] = ()
     odd_ids: Optional[str] = None
-    file_names: Tuple[str, ...] = field(default=(), repr=False)
+    images: Tuple[Tuple[str, int, int], ...] = field(default=(), repr=False)
 
 
 def coco_file(path: str) -> CocoFile:
@@ -172,7 +172,7 @@ def check_content(content: Any, path: str) -> CocoFile:
             )
     file = CocoFile(path)
     sizes = _check_images(content["images"], path)
-    file.file_names = tuple(image["file_name"] for image in content["images"])
+    file.images = tuple((i["file_name"], i["height"], i["width"]) for i in content["images"])
     category_ids = _check_categories(content["categories"], file)
     if "annotations" in content:
         file.has_annotations = True
@@ -277,7 +277,7 @@ def _check_annotations(
             type(box) is not list
             or len(box) != 4
             or not _NUMBERS.issuperset(map(type, box))
-            or not isfinite(sum(box))
+            or not math.isfinite(sum(box))
             or box[2] < 0
             or box[3] < 0
         ):
@@ -369,7 +369,11 @@ def _check_segmentation(
 ) -> None:
     if type(segmentation) is list:
         for polygon in segmentation:
-            if type(polygon) is not list or not _NUMBERS.issuperset(map(type, polygon)):
+            if (
+                type(polygon) is not list
+                or not _NUMBERS.issuperset(map(type, polygon))
+                or not math.isfinite(sum(polygon))
+            ):
                 allowed = "a list of polygons, [[x, y, x, y, ...], ...], or run-length encoded"
                 _wrong(path, place, "segmentation", annotation, allowed)
         return
@@ -378,6 +382,12 @@ def _check_segmentation(
         allowed = "polygons, or {'counts': ..., 'size': [height, width]} with the image's size"
         if size is not None:
             allowed += f", {list(size)}"
+        _wrong(path, place, "segmentation", annotation, allowed)
+    counts, pixels = segmentation["counts"], math.prod(segmentation["size"])
+    if type(counts) is list and not (
+        all(type(n) is int and n >= 0 for n in counts) and sum(counts) == pixels
+    ):
+        allowed = f"run lengths: counts must be integers whose sum is that of the pixels, {pixels}"
         _wrong(path, place, "segmentation", annotation, allowed)
 
 

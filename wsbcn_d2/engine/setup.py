@@ -193,6 +193,8 @@ def check_values(cfg: CfgNode) -> None:
         )
     for key, value, least in (
         ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1),
+        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1),
+        ("SOLVER.CHECKPOINT_PERIOD", cfg.SOLVER.CHECKPOINT_PERIOD, 1),
         ("SOLVER.ACCUMULATE_STEPS", cfg.SOLVER.ACCUMULATE_STEPS, 1),
         ("TEST.PRECISE_BCN.NUM_IMAGES", cfg.TEST.PRECISE_BCN.NUM_IMAGES, 1),
         ("MODEL.WSBCN.SYNC_PERIOD", cfg.MODEL.WSBCN.SYNC_PERIOD, 0),

@@ -66,7 +66,7 @@ class Trainer(DefaultTrainer):
         try:
             data_loader = self.build_train_loader(cfg)
         except AssertionError as error:  # of Detectron2, where nothing is left to train with
-            raise ConfigError(f"DATASETS.TRAIN: {error}") from error
+            raise ConfigError(f"the training data cannot be loaded: {error}") from error
         model = self.build_model(cfg)
         if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
             checkpoint_activations_(model, cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)
