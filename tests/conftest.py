@@ -38,11 +38,17 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _datasets(monkeypatch):
-    """Those that a test registers, or a config that it reads, are gone after it."""
-    for catalog in (DatasetCatalog, MetadataCatalog):
-        monkeypatch.setattr(catalog, "data", dict(catalog.data))
+def _forget_datasets():
+    """Those that a test, or a fixture of a module, registers, or a config that it reads, are gone
+    after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            patch.setattr(catalog, "data", dict(catalog.data))
+        yield
+
+
+_of_tests = pytest.fixture(autouse=True)(_forget_datasets)
+_of_modules = pytest.fixture(autouse=True, scope="module")(_forget_datasets)
 
 
 @pytest.fixture

@@ -454,7 +454,8 @@ def test_levels_get_statistics_of_their_own():
 def test_data_that_do_not_fit():
     model = net(layer("GN(groups=2)"))
     for data, message in (
-        ([], "data: the model does not call 2 "),
+        ([], "data: there are no inputs in it"),
+        ([torch.full((1, 3, 9, 9), float("inf"))], "data: the input of 2 has infinite or NaN val"),
         ([torch.randn(1, 4, 9, 9)], "data: the model cannot be called with them .RuntimeError: "),
         (torch.randn(1, 3, 9, 9), "data: expected an iterable of inputs, got a Tensor"),
     ):

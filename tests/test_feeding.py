@@ -149,7 +149,34 @@ def test_lists_that_are_filled_later():
         model(x)
 
 
+def convolutions_first(norm):
+    return Block(
+        lambda m, x: m.bn2(m.conv2(torch.relu(m.bn1(m.conv1(x))))),
+        **{"conv1": conv(3), "conv2": conv(), "bn1": norm(C), "bn2": norm(C), "relu": nn.ReLU()},
+    )
+
+
+def test_convolutions_first_and_norms_behind_them():
+    """In the order in which many write them down."""
+    x = torch.randn(1, 3, 9, 9)
+    for kwargs in ({}, {"example_inputs": x}):
+        model = convert(convolutions_first(plain), OPTION, **kwargs)
+        assert standardized(model) == {"conv1", "conv2"}
+        model(x)
+    model = DOUBTFUL["more convolutions"](plain)
+    with pytest.raises(
+        ValueError, match="bn1: .* one of several layers behind 3 conv.*pairs={'bn1"
+    ):
+        convert(model, OPTION)
+    convert(model, OPTION, pairs={"bn1": "a", "bn2": "c"})
+    assert standardized(model) == {"a", "c"}
+
+
 DOUBTFUL = {
+    "convolutions first": convolutions_first,
+    "more convolutions": lambda norm: Block(
+        None, a=conv(), b=conv(), c=conv(), bn1=norm(C), bn2=norm(C)
+    ),
     "same channels": lambda norm: Block(
         None, actf=nn.Sequential(norm(C), nn.ReLU()), conv=conv(C, C)
     ),
@@ -174,7 +201,12 @@ def test_strings_do_not_guess(name):
 
 
 @pytest.mark.parametrize(
-    "name, norm", [("other length", "bns.0"), ("other channels", "1"), ("two lists", "bns.0")]
+    "name, norm",
+    [
+        ("other length", "bns.0"),
+        ("other channels", "1"),
+        ("two lists", "bns.0"),
+    ],
 )
 def test_convert_does_not_guess(name, norm):
     model = DOUBTFUL[name](plain)

@@ -1,5 +1,7 @@
 """Heads that are shared between feature levels and that are not Detectron2's."""
 
+import copy
+import pickle
 from collections import OrderedDict
 
 import pytest
@@ -9,11 +11,11 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2_models import logged, randomize_norms
 from test_stock_components import dense_head, flat, pyramid
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from wsbcn_d2 import BatchChannelNorm, convert, fold, get_norm, separate_levels
-from wsbcn_d2.engine.hooks import NoticeSharedLayers
 
 C = 8
 OPTION = "BCN(groups=2, update_rate=1)+WS"
@@ -158,20 +160,95 @@ class Detector(nn.Module):
         return {"loss": sum(y.square().mean() for y in self.head(x))}
 
 
-def test_training_says_that_levels_share_estimates():
-    def train(head):
-        model = Detector(head)
-        trainer = SimpleTrainer(
-            model, [features(), features()], torch.optim.SGD(model.parameters(), 1e-3)
-        )
-        trainer.register_hooks([NoticeSharedLayers(model)])
-        with logged("detectron2.wsbcn_d2") as messages:
-            trainer.train(0, 2)
-        assert not model._forward_pre_hooks
-        return [m for m in messages if "separate_levels" in m]
+def noticed(train, *args):
+    with logged("detectron2.wsbcn_d2") as messages:
+        train(*args)
+    return [m for m in messages if "separate_levels" in m]
 
-    head = Head(lambda c: get_norm(OPTION, c), 3, scales=False)
-    (message,) = train(head)
-    assert "1 BCN layers are called for several feature levels" in message
-    assert "(head.tower.1)" in message and not head.tower[1]._forward_pre_hooks
-    assert not train(separate_levels(head, 3))
+
+def by_loop(model, batches):
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for batch in batches:
+        optimizer.zero_grad()
+        model(batch)["loss"].backward()
+        optimizer.step()
+
+
+def by_accumulation(model, batches):
+    for batch in batches:
+        model(batch)["loss"].backward()
+
+
+def by_trainer(model, batches):
+    SimpleTrainer(model, batches, torch.optim.SGD(model.parameters(), 1e-3)).train(0, len(batches))
+
+
+def by_scaler(model, batches):
+    scaler = torch.amp.GradScaler("cpu")
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(batch)["loss"]
+        scaler.scale(loss).backward()
+
+
+def by_checkpointing(model, batches):
+    for batch in batches:
+        checkpoint(model, batch, use_reentrant=False)["loss"].backward()
+
+
+TRAIN = [by_loop, by_accumulation, by_trainer, by_scaler, by_checkpointing]
+
+
+@pytest.mark.parametrize("train", TRAIN)
+def test_training_says_once_that_levels_share_estimates(train):
+    model = Detector(convert(Head(nn.BatchNorm2d, 3, scales=False), OPTION))
+    (message,) = noticed(train, model, [features(), features()])
+    assert message.startswith("head.tower.1 is called for inputs of several sizes ((16, 16) and")
+    assert not noticed(train, model, [features()])
+    model = Detector(separate_levels(Head(lambda c: get_norm(OPTION, c), 3, scales=False), 3))
+    assert not noticed(train, model, [features()])
+
+
+def test_two_heads_are_one_message():
+    heads = [Head(lambda c: get_norm(OPTION, c), 3, scales=False) for _ in range(2)]
+    model = nn.ModuleDict({"a": Detector(heads[0]), "b": Detector(heads[1])})
+    model.forward = lambda x: {"loss": model["a"](x)["loss"] + model["b"](x)["loss"]}
+    (message,) = noticed(by_loop, model, [features(), features()])
+    assert message.startswith("a.head.tower.1")
+
+
+@pytest.mark.parametrize("train", TRAIN)
+def test_images_of_several_sizes_are_no_levels(train):
+    """Each batch has another, and the layer one call in each."""
+    model = Detector(Head(lambda c: get_norm(OPTION, c), 3, scales=False))
+    images = [[x] for x in features(4)]
+    with torch.no_grad():  # recalibration, before a step
+        [model(x) for x in images]
+    [model.eval()(x) for x in images]
+    assert not noticed(train, model.train(), images)
+    # and not later on either
+    assert model.head.tower[1].first_size is None
+    model.head.requires_grad_(False)
+    assert not noticed(model, [x.requires_grad_() for x in features()])
+
+
+def test_compiled_and_copied_layers_are_as_before():
+    model = Detector(Head(lambda c: get_norm(OPTION, c), 3, scales=False))
+    by_loop(model, [features()])
+    clone = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    norm = clone.head.tower[1]
+    assert isinstance(norm, BatchChannelNorm) and norm.first_size is None
+    x = torch.randn(2, C, 8, 8)
+    torch.testing.assert_close(torch.jit.script(norm.eval())(x), norm(x))
+    trained = BatchChannelNorm(C, 2)
+    compiled = torch.compile(copy.deepcopy(trained), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), trained(x))
+
+
+def test_replicas_say_nothing():
+    """Those of DataParallel are new in each pass."""
+    norm = BatchChannelNorm(C, 2)
+    replica = copy.copy(norm)
+    vars(replica)["_parameters"] = {name: p.clone() for name, p in norm.named_parameters()}
+    assert not noticed(lambda: [replica(x) for x in features()])
+    assert noticed(lambda: [norm(x) for x in features()])[0].startswith("BatchChannelNorm is")

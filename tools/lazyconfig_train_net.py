@@ -27,18 +27,24 @@ from detectron2.engine import (
     launch,
 )
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+)
 from detectron2.utils import comm
+from detectron2.utils.registry import locate
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from wsbcn_d2 import add_wsbcn_config, checkpoint_activations_
-from wsbcn_d2.data import annotation_facts, check_datasets, check_same_classes
+from wsbcn_d2.data import annotation_facts, check_datasets, check_images, check_same_classes
 from wsbcn_d2.engine import AtomicCheckpointer, ConfigError, build_hooks
 from wsbcn_d2.engine.checkpoint import CompleteCheckpointer
-from wsbcn_d2.engine.data import check_masks
-from wsbcn_d2.engine.evaluation import complete_annotations
+from wsbcn_d2.engine.data import check_classes, check_masks, check_objects
+from wsbcn_d2.engine.evaluation import COCO_MAX_DETECTIONS, CocoFileEvaluator, detections_per_image
 from wsbcn_d2.engine.setup import check_folder, check_values, check_weights
 from wsbcn_d2.norm_options import NormOption
 
@@ -66,12 +72,24 @@ def test(cfg: DictConfig, model: nn.Module) -> Optional[Dict[str, Any]]:
     """Evaluates the model, if the config has an evaluator."""
     if "evaluator" not in cfg.dataloader:
         return None
-    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
-    if type(evaluator) is COCOEvaluator:
-        complete_annotations(evaluator)
-    results = inference_on_dataset(model, loader, evaluator)
+    results = inference_on_dataset(
+        model, instantiate(cfg.dataloader.test), build_evaluator(cfg.dataloader.evaluator, model)
+    )
     print_csv_format(results)
     return results
+
+
+def build_evaluator(node: DictConfig, model: nn.Module) -> DatasetEvaluator:
+    """The evaluator of the config; for files in COCO's format, with what they need, and for all
+    detections that the model returns unless the config says how many."""
+    target = node["_target_"]
+    if (locate(target) if isinstance(target, str) else target) is not COCOEvaluator:
+        return instantiate(node)
+    arguments = {key: node[key] for key in node if key != "_target_"}
+    limit = COCO_MAX_DETECTIONS  # which leaves it to the config's own number
+    if "max_dets_per_image" not in arguments:
+        limit = detections_per_image(model)
+    return CocoFileEvaluator(**arguments, max_detections=limit)
 
 
 def yaml_config(cfg: DictConfig) -> CfgNode:
@@ -99,12 +117,15 @@ def yaml_config(cfg: DictConfig) -> CfgNode:
 def train(cfg: DictConfig, resume: bool) -> None:
     """Trains the model; see ``configs/common/train.py`` of Detectron2 for the keys of ``train``."""
     keys = yaml_config(cfg)
+    try:
+        loader = instantiate(cfg.dataloader.train)
+    except AssertionError as error:  # of Detectron2, where nothing is left to train with
+        raise ConfigError(f"the training data cannot be loaded: {error}") from error
     model = instantiate(cfg.model).to(cfg.train.device)
     if keys.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
         checkpoint_activations_(model, keys.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    loader = instantiate(cfg.dataloader.train)
     on_gpu = torch.device(cfg.train.device).type == "cuda"
     device_ids = [comm.get_local_rank()] if on_gpu else None
     model = create_ddp_model(model, device_ids=device_ids, **cfg.train.ddp)
@@ -209,7 +230,7 @@ def _keys(node: DictConfig, prefix: str = "") -> List[str]:
 
 
 def check(cfg: DictConfig, eval_only: bool, resume: bool) -> None:
-    """Looks for data and weights and builds the model before anything else is done.
+    """Looks for weights and data, and then builds the model, before anything else is done.
 
     Raises:
         ConfigError: if files are missing, keys are wrong, or the model cannot be built.
@@ -218,11 +239,11 @@ def check(cfg: DictConfig, eval_only: bool, resume: bool) -> None:
     check_folder("train.output_dir", output)
     check_weights(key, cfg.train.init_checkpoint, output, needed=eval_only, resume=resume)
     what = "" if eval_only else yaml_config(cfg).MODEL.WSBCN.CHECKPOINT_ACTIVATIONS
+    check_data(cfg, ("test",) if eval_only else ("train", "test"))
     try:
         checkpoint_activations_(instantiate(cfg.model), what)
     except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"the model of the config cannot be built: {error}") from error
-    check_data(cfg, ("test",) if eval_only else ("train", "test"))
 
 
 def check_data(cfg: DictConfig, parts: Sequence[str]) -> None:
@@ -234,19 +255,24 @@ def check_data(cfg: DictConfig, parts: Sequence[str]) -> None:
     if parts == ("test",) and "evaluator" not in cfg.dataloader:
         raise ConfigError("the config has no dataloader.evaluator, so there is nothing to evaluate")
     used = []
+    mapper = OmegaConf.select(cfg, "dataloader.train.mapper") or {}
     for part in parts:
         node = OmegaConf.select(cfg, f"dataloader.{part}.dataset")
         if node is None or "names" not in node:  # a dataset of another kind, or no evaluation
             continue
+        key = f"dataloader.{part}.dataset."
         names = [node.names] if isinstance(node.names, str) else list(node.names or ())
         if not names:
-            raise ConfigError(f"dataloader.{part}.dataset.names is empty, and must name a dataset")
+            raise ConfigError(f"{key}names is empty, and must name a dataset")
         try:
             check_datasets(names)
+            check_images(names)
         except (OSError, ValueError) as error:
             raise ConfigError(f"dataloader.{part}: {error}") from error
         used += names
-        mapper = OmegaConf.select(cfg, "dataloader.train.mapper") or {}
+        if part == "train":
+            filters = node.get("filter_empty", True), key + "min_keypoints"
+            check_objects(key + "names", names, *filters, node.get("min_keypoints", 0))
         if mapper.get("use_instance_mask"):
             for file in filter(None, map(annotation_facts, names)):
                 key = "dataloader.train.mapper."
@@ -256,6 +282,10 @@ def check_data(cfg: DictConfig, parts: Sequence[str]) -> None:
         check_same_classes(used)
     except ValueError as error:
         raise ConfigError(f"dataloader: {error}") from error
+    for key in ("model.num_classes", "model.roi_heads.num_classes"):
+        expected = OmegaConf.select(cfg, key)
+        if isinstance(expected, int):
+            check_classes(key, expected, used)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -285,4 +315,5 @@ if __name__ == "__main__":
             args=(arguments,),
         )
     except ConfigError as error:
-        sys.exit(f"lazyconfig_train_net.py: error: {error}")
+        print(f"lazyconfig_train_net.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -163,7 +163,7 @@ def _attach(norm: nn.Module, path: Path, following: Optional[nn.Module] = None) 
     channels = _channels_of(norm)
     place = f"{type(path[0][0]).__name__}.{path[0][1]}"
     try:
-        conv = feeding_convolution(path, channels, following)
+        conv = feeding_convolution(path, channels, following, complete=False)
     except NotFedYet:
         if _refuse_to_run not in norm._forward_pre_hooks.values():
             norm.register_forward_pre_hook(_refuse_to_run)

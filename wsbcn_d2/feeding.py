@@ -1,7 +1,20 @@
 """Which convolution feeds a normalization layer: by the structure of the model, or by a pass
 through it."""
 
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeGuard
+import itertools
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeGuard,
+)
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +38,15 @@ class NotFedYet(NotFed):
     """Nothing is before the layer so far; further parents or siblings of them could tell."""
 
 
-def feeding_convolution(path: Path, channels: int, following: Any = None) -> nn.Module:
+def feeding_convolution(
+    path: Path, channels: int, following: Any = None, complete: bool = True
+) -> nn.Module:
     """The convolution whose outputs a norm layer normalizes, as far as the structure tells.
 
     That is the convolution that owns the layer, or else what is registered right before it: a
     convolution, or a Sequential that ends in one. If the layer leads a Sequential, it is what is
-    before that. Lists of the same length, convolutions first, are taken in pairs. A layer that is
+    before that. Lists of the same length, convolutions first, are taken in pairs, and so are
+    several convolutions of a module with as many such layers right behind them. A layer that is
     registered first of all, before the convolution, follows it if it has as many channels as that
     one has outputs, and not as many as it has inputs.
 
@@ -38,6 +54,7 @@ def feeding_convolution(path: Path, channels: int, following: Any = None) -> nn.
         path: of the layer, as far out as is known.
         channels: of the layer.
         following: what is about to be registered behind the outermost place of the path.
+        complete: whether all modules are registered, or else only those up to the layer.
 
     Raises:
         NotFed: if there is none; it says what is there.
@@ -52,11 +69,39 @@ def feeding_convolution(path: Path, channels: int, following: Any = None) -> nn.
                 raise NotFedYet("is in a list, beside which no list of convolutions is known")
             return _from_parallel_list(parent, int(name), *outer, channels)
         if before:
+            if not _is_sequence(parent):
+                before = before[: _end_in_runs(before, after, complete)]
             return _fitting(_last(before[-1]), channels)
         if not _is_sequence(parent):
             after.extend([] if outer or following is None else [following])
             return _registered_later(after, channels)
     raise NotFedYet("follows no module")
+
+
+def _end_in_runs(before: List[nn.Module], after: List[nn.Module], complete: bool) -> int:
+    """How many of the modules before a layer end in the one to look at: all; or, if it is one of
+    several layers behind several convolutions, those up to the convolution in the same place.
+
+    Raises:
+        ValueError: if there are not as many.
+    """
+    place = _run(reversed(before), _is_norm)
+    layers = place + 1 + _run(after, _is_norm)
+    convolutions = _run(reversed(before[: len(before) - place]), is_convolution)
+    if layers == 1 or convolutions < 2:
+        return len(before)
+    if layers != convolutions or not complete:  # those before it were paired otherwise then
+        raise ValueError(f"is one of several layers behind {convolutions} convolutions")
+    return len(before) - convolutions + 1
+
+
+def _run(modules: Iterable[nn.Module], belongs: Callable[[nn.Module], bool]) -> int:
+    """How many of the first modules are of a kind."""
+    return sum(1 for _ in itertools.takewhile(belongs, modules))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return hasattr(module, "eps") and not is_convolution(module)
 
 
 def path_of(model: nn.Module, name: str) -> Path:

@@ -78,7 +78,8 @@ def observe(
         For each layer one observation a level.
 
     Raises:
-        ValueError: if the model cannot be called with the data, or a layer is not called.
+        ValueError: if the model cannot be called with the data, a layer is not called, or its input
+            is infinite or NaN.
     """
     found = {norm: [Observation() for _ in range(levels.get(norm, 1))] for norm in norms}
     calls: Dict[nn.Module, int] = {}
@@ -97,7 +98,11 @@ def observe(
     finally:
         for hook in hooks:
             hook.remove()
+    if not any(observation.images for of in found.values() for observation in of):
+        raise ValueError("data: there are no inputs in it with which a layer is called")
     for norm, name in norms.items():
         if not all(observation.images for observation in found[norm]):
             raise ValueError(f"data: the model does not call {name} for each of its levels")
+        if not all(torch.cat([o.mean, o.var]).isfinite().all() for o in found[norm]):
+            raise ValueError(f"data: the input of {name} has infinite or NaN values")
     return found

@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 from data.small_coco import SIDE, coco
 from detectron2.data import MetadataCatalog
+from detectron2.data import detection_utils as utils
+from detectron2_models import logged
+from PIL import Image
 
-from wsbcn_d2.data import check_datasets, coco_format
+from wsbcn_d2.data import check_datasets, check_images, coco_format
 
 
 def changed(place, index, value=None, **keys):
@@ -57,6 +62,10 @@ WRONG = {
     "3": (annotation(bbox=[1, 2, 3]), r"bbox is \[1, 2, 3\]; it must be 4 numbers, x, y, width"),
     "empty box": (annotation(bbox=[]), r"bbox is \[\]"),
     "nan": (annotation(bbox=[1, 2, 3, float("nan")]), "bbox is .*nan"),
+    "fractions": (
+        coco(images=1, objects=1, bbox=[0.1, 0.2, 0.3, 0.8]),
+        "must be x, y, width and height in pixels, and not in fractions",
+    ),
     "turned": (annotation(bbox=[9, 9, -3, 2]), "bbox is .*the last two not negative"),
     "no class id": (annotation(category_id=None), "category_id is missing"),
     "foreign class": (annotation(category_id=7), "category_id is 7; .*one of the categories: 1, 2"),
@@ -73,6 +82,15 @@ WRONG = {
         annotation(segmentation={"counts": [0, 100], "size": [10, 10]}),
         r"with the image's size, \[64, 64\]",
     ),
+    "run lengths": (
+        annotation(segmentation={"counts": [0, 100, 3995], "size": [SIDE, SIDE]}),
+        "counts must be integers whose sum is that of the pixels, 4096",
+    ),
+    "texts as run lengths": (
+        annotation(segmentation={"counts": ["a"], "size": [SIDE, SIDE]}),
+        "counts must be integers whose sum",
+    ),
+    "nan in a polygon": (annotation(segmentation=[[1, 1, 5, 1, float("nan"), 5]]), "list of polyg"),
     "keypoints": (annotation(keypoints=[1, 2]), "keypoints is .* x, y and visibility"),
     "foreign images": (
         {**coco(), "images": [{**i, "id": str(i["id"])} for i in coco()["images"]]},
@@ -109,8 +127,10 @@ def test_a_good_file(register):
         classes=("b", "a"),
         has_annotations=True,
         num_objects=3,
+        most_keypoints=4,
         num_keypoints=2,
         keypoint_names=("nose", "tail"),
+        images=(("1.png", SIDE, SIDE), ("2.png", SIDE, SIDE)),
     )
 
 
@@ -143,21 +163,16 @@ def _counts(mask):
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 2, 3], [-1, 5, 6, 7], ["a", "b", "c", "d"]])
-def test_ids_that_pycocotools_cannot_use_are_said_and_replaced(tmp_path, ids, caplog):
+def test_ids_that_pycocotools_cannot_use_are_said_and_replaced(tmp_path, ids):
     content = coco()
     for entry, new in zip(content["annotations"], ids):
         entry["id"] = new
     path = tmp_path / "a.json"
     path.write_text(json.dumps(content))
-    caplog.set_level("WARNING", "detectron2.wsbcn_d2.data")
-    logger = coco_format.logger
-    logger.addHandler(caplog.handler)
-    try:
+    with logged("detectron2.wsbcn_d2.data") as messages:
         read = coco_format.load_coco(str(path))
-    finally:
-        logger.removeHandler(caplog.handler)
     assert sorted(read.anns) == [1, 2, 3, 4]
-    assert f"positive integers, but annotations[0] has {ids[0]!r}" in caplog.text
+    assert f"positive integers, but annotations[0] has {ids[0]!r}" in messages[0]
 
 
 def test_a_file_is_read_once_unless_it_changes(tmp_path, monkeypatch):
@@ -172,6 +187,78 @@ def test_a_file_is_read_once_unless_it_changes(tmp_path, monkeypatch):
     path.write_text(json.dumps(coco(classes=("a", "b", "c"))))
     os.utime(path, ns=(1, 1))
     assert coco_format.coco_file(str(path)).classes == ("a", "b", "c")
+
+
+def corners(content):
+    """Boxes as many write them: x0, y0, x1, y1."""
+    for entry in content["annotations"]:
+        x, y, width, height = entry["bbox"]
+        entry["bbox"] = [x, y, x + width, y + height]
+    return content
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (
+            corners(coco(objects=7)),
+            r"6 of 14 boxes reach out of .*\[4\] \(id 5\) has \[36, 0, 44, 8\] in an image",
+        ),
+        (annotation(image_id=9), "1 of 4 annotations are of images that it does not list"),
+        (annotation(bbox=[-2.2, 0, 68, 64.5]), None),
+        (annotation(bbox=[-2.3, 0, 60, 60]), "1 of 4 boxes reach out of"),
+    ],
+)
+def test_what_training_would_do_without_a_word_is_said(tmp_path, content, expected):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content))
+    with logged("detectron2.wsbcn_d2.data") as messages:
+        coco_format.coco_file(str(path))
+    assert len(messages) == (expected is not None)
+    assert not messages or re.search(expected, messages[0])
+
+
+def test_images_that_are_not_there(register):
+    content = coco(images=3)
+    name = register(content)
+    folder = Path(MetadataCatalog.get(name).image_root)
+    check_images([name])
+    (folder / "sub").mkdir()
+    (folder / "2.png").rename(folder / "sub" / "2.png")
+    content["images"][1]["file_name"] = "sub/2.png"
+    (folder / "annotations.json").write_text(json.dumps(content))
+    check_images([name])
+    (folder / "3.png").unlink()
+    check_datasets([name])  # for what needs annotations only
+    message = f"1 of 3 images of .* are not in '{folder}'; the first is '3.png'"
+    with pytest.raises(FileNotFoundError, match=message):
+        check_images([name])
+    vars(MetadataCatalog.get(name))["image_root"] = "https://example.org"
+    check_images([name])
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_sizes_of_images(register, orientation):
+    """As Detectron2 reads them, which otherwise finds out in training."""
+    content = coco(images=20)
+    for image in content["images"]:
+        image.update(file_name=f"{image['id']}.jpg", height=40)
+    name = register(content)
+    root = Path(MetadataCatalog.get(name).image_root)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    for image in content["images"]:
+        size = (40, 64) if orientation in (6, 8) else (64, 40)
+        Image.new("RGB", size).save(root / image["file_name"], exif=exif)
+        utils.check_image_size(image, utils.read_image(str(root / image["file_name"])))
+    check_images([name])
+    Image.new("RGB", (40, 64) if size == (64, 40) else (64, 40)).save(root / "3.jpg", exif=exif)
+    with pytest.raises(ValueError, match="3.jpg' has 40 x 64 .* width and height are 64 and 40"):
+        check_images([name])
+    (root / "1.jpg").write_text("no image")
+    with pytest.raises(ValueError, match="1.jpg' cannot be read as an image"):
+        check_images([name])
 
 
 def test_degenerate_polygons_do_not_count_as_masks(tmp_path):

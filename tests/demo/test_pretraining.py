@@ -34,7 +34,9 @@ TINY = dict(steps=3, batch_size=4, crop_size=32, eval_crops=8)
 def config(norm, *opts):
     if norm == "frozenbn":  # has no file
         norm, opts = "bn", ["MODEL.RESNETS.NORM", "FrozenBN", *opts]
-    return load_config(str(CONFIGS / f"mask_rcnn_R_18_FPN_{norm}.yaml"), [*NO_DATA, *NARROW, *opts])
+    return load_config(
+        str(CONFIGS / f"mask_rcnn_R_18_FPN_{norm}.yaml"), [*NO_DATA, *NARROW, *opts], needs=()
+    )
 
 
 @pytest.fixture(scope="module")

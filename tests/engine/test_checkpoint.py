@@ -127,6 +127,33 @@ def test_file_that_is_no_checkpoint(tmp_path, cls, content):
     assert "\n" not in str(raised.value) and "weights_only" not in str(raised.value)
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict"])
+@pytest.mark.parametrize("cls", [AtomicCheckpointer, CompleteCheckpointer])
+def test_weights_under_the_names_of_other_programs(tmp_path, cls, key):
+    path, source, model = str(tmp_path / "model.pth"), nn.Linear(3, 2), nn.Linear(3, 2)
+    torch.save({key: source.state_dict(), "epoch": 3, "optimizer": {"state": {}}}, path)
+    cls(model).load(path)
+    torch.testing.assert_close(model.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize(
+    "state", [{"net.weight": torch.ones(2, 3), "net.bias": torch.ones(2)}, {"epoch": 3}]
+)
+def test_weights_of_which_none_fits(tmp_path, state):
+    """Training would begin with random weights, and only the log would say so."""
+    path = str(tmp_path / "model.pth")
+    torch.save({"model": state}, path)
+    model = nn.Linear(3, 2)
+    with pytest.raises(ConfigError, match="model.pth'") as raised:
+        AtomicCheckpointer(model).load(path)
+    if "net.weight" in state:
+        assert "none of its 2 entries (net.weight, net.bias, ...) is a par" in str(raised.value)
+        # a part of them is welcome
+        torch.save({"model": {**state, "bias": torch.ones(2)}}, path)
+        AtomicCheckpointer(model).load(path)
+        assert model.bias.tolist() == [1, 1]
+
+
 def test_entries_that_the_model_lacks(tmp_path):
     """Those of a part that it has not are left out, those of a layer that it has are an error."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))

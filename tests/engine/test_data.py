@@ -1,11 +1,14 @@
 """Datasets that do not fit one another, or the model, are found before anything is built."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from data.small_coco import coco
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer
 
 from wsbcn_d2 import add_wsbcn_config
 from wsbcn_d2.engine import ConfigError, Trainer, load_config
@@ -45,6 +48,7 @@ for entry in RENUMBERED["annotations"]:
         (RENUMBERED, "dog, cat: they are in another order"),
         (coco(classes=("dog",)), "dog: '{}' lacks cat"),
         (coco(classes=("cat", "dog", "cow")), "cat, dog, cow: '{train}' lacks cow"),
+        (coco(classes=("cat", "dog ")), "cat, 'dog ': '{train}' lacks 'dog ', '{}' lacks dog"),
         (coco(classes=("cat", "Dog")), "cat, Dog: '{train}' lacks Dog, '{}' lacks dog"),
     ],
 )
@@ -137,6 +141,44 @@ def test_test_images_without_annotations(register):
     crowds = register(coco(iscrowd=1))
     assert f"DATASETS.TRAIN: '{crowds}' have no annotations" in refused(config([crowds]))
     check_data(config([crowds, train]))
+    # Detectron2 knows the annotations of listed images only, and leaves polygons of a line out.
+    crowd_and_stray = with_first(coco(images=1, objects=2), iscrowd=1)
+    crowd_and_stray["annotations"][1]["image_id"] = 9
+    line = with_first(coco(images=1, objects=1), segmentation=[[1, 1, 5, 5]])
+    for content in (crowd_and_stray, line):
+        name = register(content)
+        cfg = config([name])
+        assert f"DATASETS.TRAIN: '{name}' have no annotations" in refused(cfg)
+        with pytest.raises(AssertionError, match="No valid data found"):
+            DefaultTrainer.build_train_loader(cfg)
+    check_data(config([name], (), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False))
+
+
+def test_images_must_be_there(register):
+    name = register(coco())
+    (Path(MetadataCatalog.get(name).image_root) / "2.png").unlink()
+    assert f"dataset '{name}': 1 of 2 images of" in refused(config([name]))
+    assert "the first is '2.png'" in refused(config([], [name]), ["TEST"])
+
+
+def test_training_needs_a_dataset():
+    assert refused(config([])) == "DATASETS.TRAIN is empty, and must name a dataset"
+    check_data(config([]), ["TEST"])
+    DatasetCatalog.register("own", list)
+    with pytest.raises(ConfigError, match="data cannot be loaded: Dataset 'own' is empty"):
+        Trainer(config(["own"], (), "MODEL.META_ARCHITECTURE", "none"))
+
+
+def test_images_with_enough_keypoints(register):
+    content = coco(classes=("person",), keypoints=EYES)
+    content["annotations"][0]["keypoints"][2::3] = [0, 0, 0]
+    name, key = register(content), "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE"
+    check_data(keypoint_config(name, name, key, 6))
+    cfg = keypoint_config(name, name, key, 7)
+    assert f"{key} is 7, but in DATASETS.TRAIN, '{name}', no image" in refused(cfg)
+    assert "the most are 6" in refused(cfg)
+    with pytest.raises(AssertionError, match="No valid data found"):
+        DefaultTrainer.build_train_loader(cfg)
 
 
 # ---------------------------------------------------------------------------------------- keypoints

@@ -18,12 +18,13 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2_models import logged, small_model
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from wsbcn_d2.engine import build_evaluator
-from wsbcn_d2.engine.evaluation import _EVALUATORS, CocoFileEvaluator
+from wsbcn_d2.engine.evaluation import _EVALUATORS, CocoFileEvaluator, detections_per_image
 
 
 @pytest.fixture
@@ -189,6 +190,55 @@ def oks_ap(shift, sigma, area):
     share of the thresholds 0.5, 0.55, ..., 0.95 that it reaches."""
     similarity = math.exp(-(2 * shift**2) / (2 * area * (2 * sigma) ** 2))
     return 100 * np.mean(np.arange(0.5, 0.96, 0.05) <= similarity)
+
+
+def test_more_persons_than_coco_counts(register, tmp_path):
+    """Of keypoints, whatever the config allows."""
+    names = [str(i) for i in range(17)]
+    content = coco(images=1, objects=30, classes=("person",), keypoints=names)
+    for entry in content["annotations"]:
+        entry["area"] = 2000  # COCO has no small persons
+    with logged("detectron2.evaluation.coco_evaluation") as messages:
+        for limit in (100, 150):
+            results = evaluate(register, tmp_path, content, max_detections=limit)
+            assert results["bbox"]["AP"] == pytest.approx(100)
+            assert results["keypoints"]["AP"] == pytest.approx(67 / 101 * 100)  # 20 of 30
+    said = [m for m in messages if "up to 30 objects with keypoints in an image" in m]
+    assert len(said) == 2 and "counts the 20 detections" in said[0]
+    content["annotations"] = content["annotations"][:20]
+    with logged("detectron2.evaluation.coco_evaluation") as messages:
+        assert evaluate(register, tmp_path, content)["keypoints"]["AP"] == pytest.approx(100)
+    assert not any("with keypoints in" in m for m in messages)
+
+
+@pytest.mark.parametrize("keypoints", [(), ("a", "b", "c")])
+def test_an_empty_list_of_annotations(register, tmp_path, keypoints):
+    content = coco(keypoints=keypoints)
+    assert evaluate(register, tmp_path, {**content, "annotations": []}, content) == {}
+
+
+def test_a_dataset_that_nobody_has_read(register, tmp_path):
+    """As with a loader of one's own; classes are not the numbers of categories."""
+    content = coco()
+    for category in content["categories"]:
+        category["id"] += 16
+    for entry in content["annotations"]:
+        entry["category_id"] += 16
+    name = register(content)
+    evaluator = build_evaluator(name, str(tmp_path / "out"))
+    evaluator.reset()
+    for pair in outputs(content):
+        evaluator.process(*pair)
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+    DatasetCatalog.get(name)  # agrees
+
+
+@pytest.mark.parametrize(
+    "base", ["COCO-Detection/faster_rcnn_R_50_FPN_1x", "COCO-Detection/retinanet_R_50_FPN_1x"]
+)
+def test_how_many_detections_a_model_returns(base):
+    assert detections_per_image(small_model(f"{base}.yaml", "BN")) == 5
+    assert detections_per_image(torch.nn.Linear(1, 1)) == 100
 
 
 def test_detections_of_classes_that_there_are_not(register, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from data.small_coco import coco
 from detectron2.config import LazyConfig
 from detectron2.data import MetadataCatalog
+from PIL import Image
 
 from wsbcn_d2 import model_zoo
 from wsbcn_d2.engine import ConfigError, check_model, load_config
@@ -19,10 +20,10 @@ def config_file(tmp_path):
 
 
 def test_device_follows_the_machine(config_file):
-    cfg = load_config(config_file, ["MODEL.FPN.NORM", "BCN(groups=16)+WS"])
+    cfg = load_config(config_file, ["MODEL.FPN.NORM", "BCN(groups=16)+WS"], needs=())
     assert cfg.MODEL.FPN.NORM == "BCN(groups=16)+WS"
     assert cfg.MODEL.DEVICE == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert load_config(config_file, ["MODEL.DEVICE", "cpu"]).MODEL.DEVICE == "cpu"
+    assert load_config(config_file, ["MODEL.DEVICE", "cpu"], needs=()).MODEL.DEVICE == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,13 @@ def test_device_follows_the_machine(config_file):
         (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no file 'nowhere.pth'"),
         (["DATASETS.TRAIN", "('coco_2017_trian',)"], "'coco_2017_trian'.*coco_2017_train"),
         (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
+        (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH: must be at least 1, got 0"),
+        (["SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD: must be at least 1, got 0"),
+        (["TEST.DETECTIONS_PER_IMAGE", "0"], "TEST.DETECTIONS_PER_IMAGE: must be positive.*got 0"),
+        (
+            ["TEST.DETECTIONS_PER_IMAGE", "-1", "MODEL.META_ARCHITECTURE", "RetinaNet"],
+            "-1 for all; got -1 for a RetinaNet",
+        ),
         (["MODEL.WSBCN.UPDATE_RATE_SCHEDULE", "cosine"], "'cosine' is not one of 'constant', 'lr'"),
         (
             ["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True"],
@@ -135,7 +143,7 @@ def test_evaluation_needs_weights(config_file):
 )
 def test_model_that_cannot_be_built(config_file, opts, message):
     with pytest.raises(ConfigError, match=f"cannot be built: .*{message}"):
-        check_model(load_config(config_file, opts))
+        check_model(load_config(config_file, opts, needs=()))
 
 
 def test_missing_config_file():
@@ -156,13 +164,12 @@ def test_missing_datasets(config_file, tmp_path, monkeypatch, register):
     load_config(config_file, opts, needs=("OUTPUT_DIR",))
 
 
-def test_only_what_is_needed_must_be_there(config_file):
+def test_only_what_is_needed_must_be_there(config_file, register):
+    mine = register(coco())
     elsewhere = [
-        "OUTPUT_DIR",
-        __file__,
-        "DATASETS.TEST",
-        "('coco_2017_val',)",
-    ]  # of another machine
+        *("OUTPUT_DIR", __file__, "DATASETS.TEST", "('coco_2017_val',)"),  # of another machine
+        *("DATASETS.TRAIN", (mine,), "MODEL.ROI_HEADS.NUM_CLASSES", 2),
+    ]
     load_config(config_file, elsewhere, needs=("TRAIN",))
     with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty"):
         load_config(config_file, elsewhere, needs=("TRAIN", "WEIGHTS"))
@@ -173,15 +180,15 @@ def test_only_what_is_needed_must_be_there(config_file):
 def test_weights_are_not_needed_to_resume(config_file, tmp_path):
     opts = ["MODEL.WEIGHTS", "nowhere.pth", "OUTPUT_DIR", str(tmp_path)]
     with pytest.raises(ConfigError):
-        load_config(config_file, opts, resume=True)
+        load_config(config_file, opts, resume=True, needs=())
     for name in ("", "model_0000001.pth"):  # as a process leaves it that is killed
         (tmp_path / "last_checkpoint").write_text(name)
         with pytest.raises(
             ConfigError, match=f"last_checkpoint' names '{name}', which is not there"
         ):
-            load_config(config_file, opts, resume=True)
+            load_config(config_file, opts, resume=True, needs=())
     (tmp_path / "model_0000001.pth").touch()
-    load_config(config_file, opts, resume=True)
+    load_config(config_file, opts, resume=True, needs=())
 
 
 def test_lazy_config():
@@ -209,6 +216,10 @@ def test_datasets_of_a_config(config_file, tmp_path):
     with pytest.raises(ConfigError, match="'mine': its json_file '.*a.json' does not exist"):
         load_config(config_file, opts)
     (tmp_path / "a.json").write_text(json.dumps(coco()))
+    with pytest.raises(ConfigError, match="'mine': 2 of 2 images of .*a.json' are not in"):
+        load_config(config_file, opts)
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
     opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "2"]
     for _ in range(2):  # a process may read several configs
         load_config(config_file, opts)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from data.small_coco import coco
 
 from demo.digits import make_digits_dataset
 
@@ -99,10 +101,46 @@ def test_two_processes_without_gpu(datasets, tmp_path):
 def test_errors_are_one_line(datasets, tmp_path):
     opts = ["MODEL.FPN.NORM", "BCN+SW"]
     result = train_net([], datasets, tmp_path, opts=opts, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     error = result.stderr.strip().splitlines()[-1]
     assert error.startswith("train_net.py: error: MODEL.FPN.NORM: unknown norm option 'BCN+SW'")
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("empty", "DATASETS.TRAIN is empty, and must name a dataset"),
+        ("unknown", "no dataset 'nowhere' is registered; "),
+        ("unknown test", "no dataset 'nowhere' is registered; "),
+        ("crowds", "DATASETS.TRAIN: 'crowds' have no annotations of objects to train with"),
+        ("evaluation", "DATASETS.TEST is empty, and must name a dataset to evaluate on"),
+    ],
+)
+def test_data_are_looked_at_before_a_model_is_built(
+    register, tmp_path, monkeypatch, capsys, case, message
+):
+    monkeypatch.setattr("wsbcn_d2.engine.check_model", lambda cfg: pytest.fail("built"))
+    good = register(coco(), "good")
+    register(coco(iscrowd=1), "crowds")
+    train, test = {
+        "empty": ((), (good,)),
+        "unknown": ((good, "nowhere"), (good,)),
+        "unknown test": ((good,), ("nowhere",)),
+        "crowds": (("crowds",), (good,)),
+        "evaluation": ((good,), ()),
+    }[case]
+    arguments = ["--config-file", CONFIGS / "mask_rcnn_R_18_FPN_bcn_ws.yaml"]
+    arguments += ["--eval-only"] if case == "evaluation" else []
+    arguments += ["DATASETS.TRAIN", repr(train), "DATASETS.TEST", repr(test)]
+    arguments += ["MODEL.ROI_HEADS.NUM_CLASSES", 2, "OUTPUT_DIR", tmp_path / "out"]
+    arguments += ["MODEL.WEIGHTS", __file__ if case == "evaluation" else ""]
+    monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as result:
+        runpy.run_path(str(ROOT / "tools" / "train_net.py"), run_name="__main__")
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"train_net.py: error: {message}") and result.value.code == 2
     assert not (tmp_path / "out").exists()
 
 
@@ -110,7 +148,7 @@ def test_too_few_classes(datasets, tmp_path):
     """More of them than in the data are only warned of."""
     short = ["SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "MODEL.ROI_HEADS.NUM_CLASSES"]
     result = train_net([], datasets, tmp_path, opts=[*short, "9"], check=False)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr
     error = result.stderr.strip().splitlines()[-1]
     assert "NUM_CLASSES is 9, but 'digits_train' has 10 (0, 1, 2, 3, 4, ...)" in error
     result = train_net([], datasets, tmp_path, opts=[*short, "11"], check=False)

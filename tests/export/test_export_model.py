@@ -29,7 +29,7 @@ SMALL = [
 def trained(tmp_path_factory):
     """A checkpoint, and its model."""
     torch.manual_seed(0)
-    model = randomize_norms(build_model(load_config(CONFIG, SMALL))).eval()
+    model = randomize_norms(build_model(load_config(CONFIG, SMALL, needs=()))).eval()
     path = tmp_path_factory.mktemp("trained") / "model_final.pth"
     torch.save({"model": model.state_dict(), "iteration": 9}, path)
     return str(path), model
@@ -68,7 +68,7 @@ def test_for_detectron2(trained, tmp_path):
 def test_other_formats(trained, tmp_path, format):
     if format.startswith("onnx"):
         pytest.importorskip("onnx", reason="an optional dependency (wsbcn_d2[export])")
-    cfg = load_config(CONFIG, [*SMALL, "MODEL.WEIGHTS", trained[0]])
+    cfg = load_config(CONFIG, [*SMALL, "MODEL.WEIGHTS", trained[0]], needs=())
     message = export_checkpoint(cfg, str(tmp_path / "model"), format)
     names = ": (image) -> (pred_boxes, pred_classes, pred_masks, scores)"
     assert message == str(tmp_path / "model") + (names if format == "tracing" else "")
@@ -108,7 +108,7 @@ def test_an_error_is_one_line(tmp_path):
 def test_errors(trained, tmp_path, monkeypatch, config, opts, output, format, message):
     monkeypatch.chdir(tmp_path)
     path = CONFIGS / f"mask_rcnn_R_18_FPN_{config}.yaml"
-    cfg = load_config(str(path), [*SMALL, "MODEL.WEIGHTS", trained[0], *opts])
+    cfg = load_config(str(path), [*SMALL, "MODEL.WEIGHTS", trained[0], *opts], needs=())
     with pytest.raises((ValueError, OSError), match=message):
         export_checkpoint(cfg, output, format)
     assert not os.listdir(tmp_path)
@@ -116,9 +116,9 @@ def test_errors(trained, tmp_path, monkeypatch, config, opts, output, format, me
 
 def test_weights_without_standardization(tmp_path):
     """Detectron2 would only warn."""
-    cfg = load_config(str(CONFIGS / "mask_rcnn_R_18_FPN_gn.yaml"), SMALL)
+    cfg = load_config(str(CONFIGS / "mask_rcnn_R_18_FPN_gn.yaml"), SMALL, needs=())
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "gn.pth")
-    cfg = load_config(str(CONFIGS / "mask_rcnn_R_18_FPN_gn_ws.yaml"), SMALL)
+    cfg = load_config(str(CONFIGS / "mask_rcnn_R_18_FPN_gn_ws.yaml"), SMALL, needs=())
     cfg.MODEL.WEIGHTS = str(tmp_path / "gn.pth")
     with pytest.raises(ValueError, match="gn.pth': 36 entries .* are missing .*ws_eps"):
         export_checkpoint(cfg, str(tmp_path / "out"))

@@ -545,13 +545,30 @@ def test_hook_that_writes_the_weight():
         assert_same_outputs([model(x)], [fold(model)(x)])
 
 
-@pytest.mark.parametrize("index, kind", [(0, "WSConv2d"), (1, "BatchChannelNorm")])
-def test_forward_of_an_instance(index, kind):
+@pytest.mark.parametrize(
+    "index, kind, method",
+    [
+        (0, "WSConv2d", "forward"),
+        (0, "WSConv2d", "standardized_weight"),
+        (0, "WSConv2d", "_conv_forward"),
+        (1, "BatchChannelNorm", "forward"),
+        (1, "BatchChannelNorm", "normalization"),
+    ],
+)
+def test_method_of_an_instance(index, kind, method):
     model = nn.Sequential(WSConv2d(4, 32, 3), BatchChannelNorm(32, 8))
     module = model[index]
-    module.forward = lambda x: 2 * type(module).forward(module, x)
-    with pytest.raises(TypeError, match=f"cannot fold {index}, a {kind}: it has a forward of its"):
+    setattr(module, method, lambda *args: 2 * getattr(type(module), method)(module, *args))
+    with pytest.raises(TypeError, match=f"cannot fold {index}, a {kind}: it has a {method} of its"):
         fold(model)
+
+
+def test_method_of_a_plain_convolution():
+    """It stays, and so does what follows it."""
+    model = randomize_norms(nn.Sequential(nn.Conv2d(4, 8, 3), BatchChannelNorm(8, 2))).eval()
+    model[0]._conv_forward = lambda *args: 2 * nn.functional.conv2d(*args)
+    x = torch.randn(2, 4, 6, 6)
+    assert_same_outputs([model(x)], [fold(model)(x)])
 
 
 def test_weight_that_is_no_parameter():

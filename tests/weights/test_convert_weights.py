@@ -372,6 +372,35 @@ def test_mmdetection_without_weight_standardization(tmp_path):
     assert report.formula == "gn"
 
 
+GN, WS = "norm_cfg=dict(type='GN', num_groups=32)", "conv_cfg=dict(type='ConvWS')"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (f"model = dict(backbone=dict({GN}, {WS}), neck=dict({GN}, {WS}))", "gn"),
+        (f"model = dict(backbone=dict({GN}, {WS}), neck=dict({GN}))", "backbone and not .* neck"),
+        (f"m = dict(backbone=dict({GN}, {WS}), neck=dict({GN}, conv_cfg=None))", "not .* neck"),
+        (f"m = dict(backbone=dict({GN}), head=[dict({GN}, {WS}), dict(a=1)])", "of head and not"),
+        (f"m = {{'backbone': dict({GN}, {WS}), 'neck': {{'norm_cfg': 1}}}}", "not those of neck"),
+        (f"m = dict(backbone=dict({GN}, {WS}), neck=dict(a=1), head=dict(norm_cfg=None))", "gn"),
+        (f"conv_cfg = {WS[9:]}; m = dict(neck=dict({GN}, conv_cfg=conv_cfg))", "gn"),
+        (f"no Python: {WS}", "gn"),
+        (f"model = dict(backbone=dict({GN}))", None),
+    ],
+)
+def test_mmdetection_with_parts_that_are_not_standardized(tmp_path, text, expected):
+    source = Detector(MMDETECTION)
+    meta = {"config": f"seed = None\n{text}", "epoch": 12}
+    checkpoint = read_checkpoint(save(None, tmp_path / "a.pth", state_dict=source.sd, meta=meta))
+    model = build_model(config())
+    if expected in ("gn", None):
+        assert convert_state_dict(checkpoint, model)[1].formula == expected
+    else:
+        with pytest.raises(ConversionError, match=expected):
+            convert_state_dict(checkpoint, model)
+
+
 def test_into_a_model_without_weight_standardization(tmp_path):
     random = Random()
     make_resnet50(random, gn_entries)

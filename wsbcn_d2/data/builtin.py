@@ -1,11 +1,13 @@
 """The datasets of a config, and whether they can be read and fit together."""
 
 import difflib
+import functools
 import os
-from typing import Any, Iterable, List, Optional, Sequence
+from typing import Any, FrozenSet, Iterable, List, Optional, Sequence, Tuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from PIL import Image
 
 from .coco_format import CocoFile, coco_file
 
@@ -24,6 +26,10 @@ _FILES = ("json_file", "panoptic_json")  # the others are folders
 # Of datasets whose json_file is in COCO's format. LVIS has one of its own.
 _COCO_EVALUATORS = ("coco", "coco_panoptic_seg")
 _MAX_SHOWN_CLASSES = 100
+# Of how many images of a dataset the size is looked at.
+_LOOKED_AT = 16
+# EXIF's tag, and the values of it by which width and height change places.
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
 _ROOT = "$DETECTRON2_DATASETS"
 
 
@@ -111,6 +117,63 @@ def check_datasets(names: Iterable[str]) -> None:
             )
 
 
+def check_images(names: Iterable[str]) -> None:
+    """Looks for the images of datasets in COCO's format, each in a listing of its folder, and at
+    the sizes of some, which must be those in the annotations.
+
+    Args:
+        names: of datasets that :func:`check_datasets` has found in order.
+
+    Raises:
+        FileNotFoundError: if some are not there.
+        ValueError: if one of another size is among those looked at, or one that cannot be read.
+    """
+    for name in names:
+        file, root = annotation_facts(name), MetadataCatalog.get(name).get("image_root")
+        if file is None or not root or "://" in root:
+            continue
+        images = [(os.path.join(root, path), path, size) for path, *size in file.images]
+        missing = [path for full_path, path, _ in images if not _is_listed(full_path)]
+        _list.cache_clear()
+        if missing:
+            raise FileNotFoundError(
+                f"dataset {name!r}: {len(missing)} of {len(images)} images of {file.path!r} are "
+                f"not in {root!r}; the first is {missing[0]!r}"
+            )
+        for full_path, _, (height, width) in images[:: len(images) // _LOOKED_AT + 1]:
+            if "://" in full_path:
+                continue
+            found = _size_of(full_path)
+            if found != (width, height):
+                raise ValueError(
+                    f"dataset {name!r}: {full_path!r} has {found[0]} x {found[1]} pixels (as it is "
+                    f"meant to be looked at, if it is a photograph), and in {file.path!r} its "
+                    f"width and height are {width} and {height}; they must be the same"
+                )
+
+
+def _size_of(path: str) -> Tuple[int, int]:
+    """Width and height of an image as Detectron2 reads it."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
+    except OSError as error:
+        raise ValueError(f"{path!r} cannot be read as an image: {error}") from error
+    return (height, width) if turned else (width, height)
+
+
+def _is_listed(path: str) -> bool:
+    folder, name = os.path.split(path)
+    # What is not listed may still be there under a name with other capitals, or an address.
+    return name in _list(folder) or "://" in path or os.path.exists(path)
+
+
+@functools.lru_cache(maxsize=None)
+def _list(folder: str) -> FrozenSet[str]:
+    return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
+
+
 def annotation_facts(name: str) -> Optional[CocoFile]:
     """What :func:`.coco_format.coco_file` finds in the annotations of a registered dataset.
 
@@ -164,7 +227,8 @@ def _describe_difference(key: str, a: str, of_a: List[str], b: str, of_b: List[s
 
 def _show(classes: Sequence[str]) -> str:
     hidden = len(classes) - _MAX_SHOWN_CLASSES
-    return ", ".join(classes[:_MAX_SHOWN_CLASSES]) + (f" and {hidden} more" if hidden > 0 else "")
+    shown = [repr(name) if name != name.strip() else name for name in classes]
+    return ", ".join(shown[:_MAX_SHOWN_CLASSES]) + (f" and {hidden} more" if hidden > 0 else "")
 
 
 def _describe_unknown(name: str, registered: List[str]) -> str:

@@ -10,9 +10,9 @@ import functools
 import io
 import json
 import logging
+import math
 import os
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, field
 from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
 
 import pycocotools.mask as mask_util
@@ -24,6 +24,8 @@ logger = logging.getLogger("detectron2.wsbcn_d2.data")
 _NUMBERS = frozenset((int, float))
 # Detectron2 allows files with this in their names to have ids twice, as COCO's minival of 2014 has.
 _DUPLICATES_ALLOWED = "minival"
+# By how much of an image's side a box may reach out of it without a word.
+_SLACK = 0.02
 
 
 @dataclass
@@ -37,22 +39,26 @@ class CocoFile:
         classes: names of the categories in the order of their ids, which is that of the classes
             of a model.
         has_annotations: False for test images whose annotations are not public.
-        num_objects: number of annotations that are no crowds.
+        num_objects: number of objects to train with: in an image, no crowds, and not with polygons
+            of less than three points alone, without which Detectron2 trains.
+        most_keypoints: the largest number of labelled keypoints in an image.
         without_mask: the first object that has none, which training needs.
         without_usable_mask: the first object or crowd whose mask cannot be evaluated: none, or no
-            polygon of three points. (In training, Detectron2 leaves out objects of the latter.)
+            polygon of three points.
         run_length_encoded: the first object whose mask is no polygon.
         num_keypoints: of the first annotation that has any; 0 if none has.
         without_keypoints: the first object that has none.
         other_keypoints: the first annotation with another number of them.
         keypoint_names: of the first category that has any.
         odd_ids: the first annotation whose id is no positive integer.
+        images: file name, height and width of each.
     """
 
     path: str
     classes: Tuple[str, ...] = ()
     has_annotations: bool = False
     num_objects: int = 0
+    most_keypoints: int = 0
     without_mask: Optional[str] = None
     without_usable_mask: Optional[str] = None
     run_length_encoded: Optional[str] = None
@@ -61,6 +67,7 @@ class CocoFile:
     other_keypoints: Optional[str] = None
     keypoint_names: Tuple[str, ...] = ()
     odd_ids: Optional[str] = None
+    images: Tuple[Tuple[str, int, int], ...] = field(default=(), repr=False)
 
 
 def coco_file(path: str) -> CocoFile:
@@ -165,6 +172,7 @@ def check_content(content: Any, path: str) -> CocoFile:
             )
     file = CocoFile(path)
     sizes = _check_images(content["images"], path)
+    file.images = tuple((i["file_name"], i["height"], i["width"]) for i in content["images"])
     category_ids = _check_categories(content["categories"], file)
     if "annotations" in content:
         file.has_annotations = True
@@ -250,7 +258,9 @@ def _check_annotations(
 ) -> None:
     path = file.path
     _check_objects(annotations, "annotations", path)
-    num_placed = 0
+    num_placed = num_outside = 0
+    outside, largest = "", 0.0
+    labelled: Dict[Any, int] = {}  # keypoints, by image
     for index, annotation in enumerate(annotations):
         place = f"annotations[{index}] (id {annotation.get('id')!r})"
         get = annotation.get
@@ -267,7 +277,7 @@ def _check_annotations(
             type(box) is not list
             or len(box) != 4
             or not _NUMBERS.issuperset(map(type, box))
-            or not isfinite(sum(box))
+            or not math.isfinite(sum(box))
             or box[2] < 0
             or box[3] < 0
         ):
@@ -295,21 +305,30 @@ def _check_annotations(
         file.num_keypoints = file.num_keypoints or num_points
 
         num_placed += size is not None
+        largest = max(largest, box[0] + box[2], box[1] + box[3])
+        if size is not None and _is_outside(box, size):
+            num_outside += 1
+            outside = outside or f"{place} has {box} in an image of {size[1]} x {size[0]} pixels"
         if file.odd_ids is None and (type(annotation["id"]) is not int or annotation["id"] < 1):
             file.odd_ids = f"annotations[{index}] has {annotation['id']!r}"
         if not _has_mask(segmentation):
             file.without_usable_mask = file.without_usable_mask or place
         if num_points not in (0, file.num_keypoints):
             file.other_keypoints = file.other_keypoints or place
+        is_left_out = bool(segmentation) and not _has_mask(segmentation)
+        if points and size is not None and not is_left_out:
+            image_id = annotation["image_id"]
+            labelled[image_id] = labelled.get(image_id, 0) + sum(v > 0 for v in points[2::3])
         if get("iscrowd"):
             continue
-        file.num_objects += 1
+        file.num_objects += size is not None and not is_left_out
         if not segmentation:
             file.without_mask = file.without_mask or place
         elif type(segmentation) is dict:
             file.run_length_encoded = file.run_length_encoded or place
         if not num_points:
             file.without_keypoints = file.without_keypoints or place
+    file.most_keypoints = max(labelled.values(), default=0)
     if _DUPLICATES_ALLOWED not in path:
         _check_unique([annotation["id"] for annotation in annotations], "annotations", path)
     if annotations and not num_placed:
@@ -317,6 +336,28 @@ def _check_annotations(
             f"{path!r}: no annotation is of one of the images: the first has the image_id "
             f"{annotations[0]['image_id']!r}, and the first image the id {next(iter(sizes))!r}"
         )
+    if annotations and 0 < largest <= 1:
+        raise ValueError(
+            f"{path!r}: no bbox reaches beyond the first pixel of its image: they must be x, y, "
+            "width and height in pixels, and not in fractions of the image"
+        )
+    if num_placed < len(annotations):
+        logger.warning(
+            f"{path}: {len(annotations) - num_placed} of {len(annotations)} annotations are of "
+            "images that it does not list, and are left out"
+        )
+    if num_outside:
+        logger.warning(
+            f"{path}: {num_outside} of {len(annotations)} boxes reach out of their images; the "
+            f"first, {outside}. A bbox is x, y, width and height, not two corners"
+        )
+
+
+def _is_outside(box: List[float], size: Tuple[int, int]) -> bool:
+    """Whether a box reaches out of its image by more than a small part of it, and of a pixel."""
+    (x, y, width, height), (rows, columns) = box, size
+    dx, dy = 1 + _SLACK * columns, 1 + _SLACK * rows
+    return x < -dx or y < -dy or x + width > columns + dx or y + height > rows + dy
 
 
 def _check_segmentation(
@@ -328,7 +369,11 @@ def _check_segmentation(
 ) -> None:
     if type(segmentation) is list:
         for polygon in segmentation:
-            if type(polygon) is not list or not _NUMBERS.issuperset(map(type, polygon)):
+            if (
+                type(polygon) is not list
+                or not _NUMBERS.issuperset(map(type, polygon))
+                or not math.isfinite(sum(polygon))
+            ):
                 allowed = "a list of polygons, [[x, y, x, y, ...], ...], or run-length encoded"
                 _wrong(path, place, "segmentation", annotation, allowed)
         return
@@ -337,6 +382,12 @@ def _check_segmentation(
         allowed = "polygons, or {'counts': ..., 'size': [height, width]} with the image's size"
         if size is not None:
             allowed += f", {list(size)}"
+        _wrong(path, place, "segmentation", annotation, allowed)
+    counts, pixels = segmentation["counts"], math.prod(segmentation["size"])
+    if type(counts) is list and not (
+        all(type(n) is int and n >= 0 for n in counts) and sum(counts) == pixels
+    ):
+        allowed = f"run lengths: counts must be integers whose sum is that of the pixels, {pixels}"
         _wrong(path, place, "segmentation", annotation, allowed)
 
 

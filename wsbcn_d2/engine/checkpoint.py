@@ -19,6 +19,7 @@ from ..weights.files import (
     CheckpointError,
     cause_of,
     read_safetensors,
+    unwrapped,
     without_wrappers,
 )
 
@@ -74,11 +75,12 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO[Any]]:
 class AtomicCheckpointer(DetectionCheckpointer):
     """A :class:`detectron2.checkpoint.DetectionCheckpointer` whose files appear when they are
     complete. It reads and writes the same files, and reads ``.safetensors`` and what was saved from
-    within a wrapper (torch.compile, FSDP); only local folders are protected.
+    within a wrapper (torch.compile, FSDP) or under another name than "model"; only local folders
+    are protected.
 
-    Loading a file that is no checkpoint, or only a part of one, raises ConfigError; so does
-    resuming training with the checkpoint of another model, whose optimizer would fail with its
-    first step.
+    Loading a file that is no checkpoint, or only a part of one, raises ConfigError, and so does one
+    that has no parameter of the model, which would stay random; so does resuming training with the
+    checkpoint of another model, whose optimizer would fail with its first step.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any) -> None:
@@ -98,11 +100,20 @@ class AtomicCheckpointer(DetectionCheckpointer):
             raise
         except (KeyError, ValueError) as error:
             if not self._resumes:
-                raise
+                raise ConfigError(f"{path!r}: {error}") from error
             raise ConfigError(self._not_resumable(str(error))) from error
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
+        names = list(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
+        lacking = {*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)}
+        parameters = {name for name, _ in self.model.named_parameters()}
+        if parameters and parameters <= lacking:
+            raise ConfigError(
+                f"{self._path!r}: none of its {len(names)} entries ({', '.join(names[:3])}, ...) "
+                f"is a parameter of the model ({', '.join(sorted(parameters)[:2])}, ...); "
+                "tools/convert_weights.py reads the names of other projects"
+            )
         if self._resumes:
             wrong = [
                 f"{key} has the shape {tuple(found)} there and {tuple(expected)} in the model"
@@ -127,7 +138,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 content: Dict[str, Any] = {"model": read_safetensors(filename)}
             else:
                 content = super()._load_file(filename)
-            content["model"] = without_wrappers(content["model"])
+            content["model"] = without_wrappers(unwrapped(content["model"]))
             return content
         except CheckpointError as error:
             raise ConfigError(str(error)) from error

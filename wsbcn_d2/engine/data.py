@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 from pycocotools.cocoeval import Params
 
 from ..config import ConfigError
-from ..data import annotation_facts, check_datasets, check_same_classes
+from ..data import annotation_facts, check_datasets, check_images, check_same_classes
 from ..data.coco_format import CocoFile
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
@@ -39,6 +39,7 @@ def check_data(cfg: CfgNode, parts: Sequence[str] = ("TRAIN", "TEST")) -> None:
     trained_with = [] if "TRAIN" in parts else [*filter(_is_there, cfg.DATASETS.TRAIN)]
     try:
         check_datasets(used)
+        check_images(used)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     try:
@@ -46,7 +47,9 @@ def check_data(cfg: CfgNode, parts: Sequence[str] = ("TRAIN", "TEST")) -> None:
     except ValueError as error:
         hint = ". DATASETS.TRAIN is what the model was trained with" if trained_with else ""
         raise ConfigError(f"{error}{hint}") from error
-    _check_classes(cfg, used)
+    node = _CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
+    if node is not None:
+        check_classes(f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES, used)
     for part in parts:
         for name in cfg.DATASETS[part]:
             file = annotation_facts(name)
@@ -58,7 +61,14 @@ def check_data(cfg: CfgNode, parts: Sequence[str] = ("TRAIN", "TEST")) -> None:
             if cfg.MODEL.KEYPOINT_ON:
                 _check_keypoints(cfg, file, training=part == "TRAIN")
     if "TRAIN" in parts:
-        _check_objects(cfg)
+        head = cfg.MODEL.ROI_KEYPOINT_HEAD
+        check_objects(
+            "DATASETS.TRAIN",
+            cfg.DATASETS.TRAIN,
+            cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE",
+            head.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+        )
     if cfg.MODEL.KEYPOINT_ON:
         _check_keypoint_metadata(cfg, used, flips="TRAIN" in parts and _flips(cfg))
         if "TEST" in parts and cfg.DATASETS.TEST:
@@ -77,18 +87,19 @@ def _is_there(name: str) -> bool:
     return True
 
 
-def _check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Compares the number of classes of the model with that of datasets, as far as it is known.
+def check_classes(key: str, expected: int, names: Sequence[str]) -> None:
+    """Compares the number of classes of a model with that of datasets, as far as it is known.
 
     More classes than there are in the data are allowed, and warned of.
+
+    Args:
+        key: of the config, for the number.
+        expected: its value.
+        names: of the datasets.
 
     Raises:
         ConfigError: if the model has fewer: its loss would fail, far from the cause.
     """
-    node = _CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
-    if node is None:
-        return
-    key, expected = f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES
     for name in names:
         file = annotation_facts(name)
         classes = file.classes if file else MetadataCatalog.get(name).get("thing_classes")
@@ -101,15 +112,36 @@ def _check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
         logger.warning(message)
 
 
-def _check_objects(cfg: CfgNode) -> None:
-    files = [annotation_facts(name) for name in cfg.DATASETS.TRAIN]
-    if (
-        files
-        and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        and not any(file is None or file.num_objects for file in files)
-    ):
-        names = ", ".join(map(repr, cfg.DATASETS.TRAIN))
-        raise ConfigError(f"DATASETS.TRAIN: {names} have no annotations of objects to train with")
+def check_objects(
+    key: str, names: Sequence[str], filter_empty: bool, least_key: str, min_keypoints: int
+) -> None:
+    """Looks for images to train with, of those that remain when Detectron2 has left out others.
+
+    Args:
+        key: of the config, by which the datasets are named.
+        names: of the datasets. One that is not in a file in COCO's format is taken to have some.
+        filter_empty: whether images without objects, or with crowds alone, are left out.
+        least_key, min_keypoints: images with fewer labelled keypoints are left out, too; the key of
+            that number, and its value.
+
+    Raises:
+        ConfigError: if none remains.
+    """
+    if not names:
+        raise ConfigError(f"{key} is empty, and must name a dataset")
+    files = [annotation_facts(name) for name in names]
+    shown = ", ".join(map(repr, names))
+    if filter_empty and not any(file is None or file.num_objects for file in files):
+        raise ConfigError(
+            f"{key}: {shown} have no annotations of objects to train with. Those of crowds, of "
+            "images that are not listed and with polygons of less than three points are left out"
+        )
+    if not any(file is None or file.most_keypoints >= min_keypoints for file in files):
+        most = max(file.most_keypoints for file in files if file)
+        raise ConfigError(
+            f"{least_key} is {min_keypoints}, but in {key}, {shown}, no image has as many labelled "
+            f"keypoints, so that none is trained with; the most are {most}"
+        )
 
 
 def check_masks(

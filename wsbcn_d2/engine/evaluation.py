@@ -1,6 +1,7 @@
 """Evaluators chosen by the type of a dataset."""
 
 import os
+from collections import Counter
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from detectron2.data import MetadataCatalog
@@ -16,12 +17,14 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 from pycocotools.cocoeval import COCOeval
+from torch import nn
 
 from ..data.coco_format import coco_file, complete
 
 # How many detections of a class in an image count.
 COCO_MAX_DETECTIONS = 100
 AP_AT_100 = f"AP@{COCO_MAX_DETECTIONS}"  # COCO's AP, where more count
+_COCO_MAX_DETECTIONS_OF_KEYPOINTS = 20
 _LVIS_MAX_DETECTIONS = 300
 _UNLIMITED = 10**6
 
@@ -33,8 +36,10 @@ class CocoFileEvaluator(COCOEvaluator):
     - annotations may lack ``iscrowd``, ``area`` and ``num_keypoints``, and their ids may start at
       0: see :func:`wsbcn_d2.data.coco_format.complete`;
     - with more than 100 detections per image, which COCO would cut off, all count, and ``AP@100``
-      is COCO's AP;
-    - detections of classes that the dataset does not have are left out.
+      is COCO's AP. That of keypoints always counts 20, and says so where there are more objects;
+    - detections of classes that the dataset does not have are left out;
+    - a file whose list of annotations is empty is as one without: nothing is evaluated;
+    - it need not have been read as a dataset before.
     """
 
     def __init__(self, dataset_name: str, max_detections: int = -1, **kwargs: Any) -> None:
@@ -51,11 +56,19 @@ class CocoFileEvaluator(COCOEvaluator):
         if json_file:  # else Detectron2 writes one
             coco_file(json_file)
         super().__init__(dataset_name, **kwargs)
-        complete_annotations(self)
+        self._prepare()
         self._more = max_detections < 0 or max_detections > COCO_MAX_DETECTIONS
         if self._more:
             limit = max_detections if max_detections > 0 else _UNLIMITED
             self._max_dets_per_image = [1, COCO_MAX_DETECTIONS, limit]
+
+    def _prepare(self) -> None:
+        complete(self._coco_api, coco_file(self._metadata.json_file))
+        self._do_evaluation = bool(self._coco_api.anns)
+        # Detectron2 notes it when it reads the dataset; without, it takes classes for categories.
+        if not self._metadata.get("thing_dataset_id_to_contiguous_id"):
+            ids = {id_: i for i, id_ in enumerate(sorted(self._coco_api.getCatIds()))}
+            self._metadata.thing_dataset_id_to_contiguous_id = ids
 
     def process(self, inputs: Any, outputs: Any) -> None:
         known = len(self._metadata.get("thing_classes", ()))
@@ -72,6 +85,8 @@ class CocoFileEvaluator(COCOEvaluator):
         self, coco_eval: Optional[COCOeval], iou_type: str, class_names: Optional[List[str]] = None
     ) -> Dict[str, float]:
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        if iou_type == "keypoints":
+            self._say_what_counts()
         if self._more and coco_eval is not None and iou_type != "keypoints":
             # (IoU, recall, class, area, limit); -1 where there are no objects
             precision = coco_eval.eval["precision"][..., 0, 1]
@@ -81,10 +96,23 @@ class CocoFileEvaluator(COCOEvaluator):
             results[AP_AT_100] = at_100
         return results
 
+    def _say_what_counts(self) -> None:
+        annotations = self._coco_api.anns.values()
+        objects = Counter(a["image_id"] for a in annotations if a.get("num_keypoints"))
+        most = max(objects.values(), default=0)
+        if most > _COCO_MAX_DETECTIONS_OF_KEYPOINTS:
+            self._logger.warning(
+                f"There are up to {most} objects with keypoints in an image, and COCO's AP of "
+                f"keypoints counts the {_COCO_MAX_DETECTIONS_OF_KEYPOINTS} detections of an image "
+                "with the highest scores only, whatever TEST.DETECTIONS_PER_IMAGE is"
+            )
 
-def complete_annotations(evaluator: COCOEvaluator) -> None:
-    """Adds to the annotations of an evaluator, in place, what they may lack."""
-    complete(evaluator._coco_api, coco_file(evaluator._metadata.json_file))
+
+def detections_per_image(model: nn.Module) -> int:
+    """How many detections of an image a model of Detectron2 returns at most; negative: all."""
+    names = ("test_topk_per_image", "max_detections_per_image")
+    found = [getattr(m, name) for m in model.modules() for name in names if hasattr(m, name)]
+    return min(found) if any(n < 0 for n in found) else max(found, default=COCO_MAX_DETECTIONS)
 
 
 class _Settings(NamedTuple):

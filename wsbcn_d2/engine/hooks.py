@@ -1,9 +1,8 @@
 """Training hooks for BCN: update rate, averaging over ranks, recalibration, guard."""
 
-import functools
 import logging
 import math
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set
+from typing import Any, Callable, Iterable, List, Mapping, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -252,54 +251,6 @@ class StopOnSkippedUpdates(HookBase):
         return torch.stack([layer.skipped_updates for layer in self._layers])
 
 
-class NoticeSharedLayers(HookBase):
-    """Says once, after the first step, which BCN layers were called for several feature levels and
-    have one set of estimates for all of them; see :func:`wsbcn_d2.separate_levels`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """
-        Args:
-            model: the model that is trained.
-        """
-        self._model = unwrapped(model)
-        self._handles: List[RemovableHandle] = []
-        self._sizes: Dict[str, Set[torch.Size]] = {}
-        self._shared: List[str] = []
-
-    def before_train(self) -> None:
-        """Listens to the layers, and to the model, whose every call has images of other sizes."""
-        self._handles.append(
-            self._model.register_forward_pre_hook(lambda model, inputs: self._sizes.clear())
-        )
-        for name, layer in named_batch_channel_norms(self._model):
-            if layer.num_levels == 1:
-                hook = functools.partial(self._note, name)
-                self._handles.append(layer.register_forward_pre_hook(hook))
-
-    def _note(self, name: str, layer: nn.Module, inputs: Any) -> None:
-        sizes = self._sizes.setdefault(name, set())
-        sizes.add(inputs[0].shape[2:])
-        if len(sizes) > 1 and name not in self._shared:
-            self._shared.append(name)
-
-    def after_step(self) -> None:
-        """Warns, and listens no more."""
-        self.after_train()
-        if self._shared:
-            logger.warning(
-                f"{len(self._shared)} BCN layers are called for several feature levels and have "
-                f"one set of estimates for all of them ({', '.join(self._shared[:5])}), which in "
-                "evaluation is that of the last level. Call wsbcn_d2.separate_levels(HEAD, "
-                "NUM_LEVELS) for the head that they are in, before training"
-            )
-            self._shared = []
-
-    def after_train(self) -> None:
-        """Listens no more, whatever ended the training."""
-        while self._handles:
-            self._handles.pop().remove()
-
-
 class RecalibrateEstimates(HookBase):
     """Replaces the estimates before evaluation; see
     :func:`wsbcn_d2.engine.statistics.recalibrate_estimates`.
@@ -395,7 +346,6 @@ def build_hooks(cfg: CfgNode, trainer: DefaultTrainer) -> List[HookBase]:
             warmup=cfg.MODEL.WSBCN.UPDATE_RATE_WARMUP,
             batches_per_step=cfg.SOLVER.ACCUMULATE_STEPS,
         ),
-        NoticeSharedLayers(model),
     ]
     if cfg.MODEL.WSBCN.SYNC_PERIOD > 0:
         also = (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)

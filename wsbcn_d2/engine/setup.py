@@ -180,6 +180,12 @@ def check_values(cfg: CfgNode) -> None:
             "connected layers have no norm. Set NUM_CONV (models with GN have NUM_CONV 4 and "
             "NUM_FC 1), or NORM ''"
         )
+    number, name = cfg.TEST.DETECTIONS_PER_IMAGE, cfg.MODEL.META_ARCHITECTURE
+    if number == 0 or (number < 0 and name == "RetinaNet"):  # which leaves out the last ones
+        raise ConfigError(
+            f"TEST.DETECTIONS_PER_IMAGE: must be positive, or, for an R-CNN, -1 for all; got "
+            f"{number} for a {name}"
+        )
     steps = list(cfg.SOLVER.STEPS)
     if any(not isinstance(s, int) or s < 1 for s in steps) or steps != sorted(set(steps)):
         raise ConfigError(
@@ -187,6 +193,8 @@ def check_values(cfg: CfgNode) -> None:
         )
     for key, value, least in (
         ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1),
+        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1),
+        ("SOLVER.CHECKPOINT_PERIOD", cfg.SOLVER.CHECKPOINT_PERIOD, 1),
         ("SOLVER.ACCUMULATE_STEPS", cfg.SOLVER.ACCUMULATE_STEPS, 1),
         ("TEST.PRECISE_BCN.NUM_IMAGES", cfg.TEST.PRECISE_BCN.NUM_IMAGES, 1),
         ("MODEL.WSBCN.SYNC_PERIOD", cfg.MODEL.WSBCN.SYNC_PERIOD, 0),

@@ -63,11 +63,14 @@ class Trainer(DefaultTrainer):
             check_data(cfg)
         PathManager.mkdirs(cfg.OUTPUT_DIR)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        try:
+            data_loader = self.build_train_loader(cfg)
+        except AssertionError as error:  # of Detectron2, where nothing is left to train with
+            raise ConfigError(f"the training data cannot be loaded: {error}") from error
         model = self.build_model(cfg)
         if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
             checkpoint_activations_(model, cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)
         optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
         # DefaultTrainer lets this call choose device_ids, and its choice assumes GPUs.
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         device_ids = [comm.get_local_rank()] if on_gpu else None
@@ -93,17 +96,6 @@ class Trainer(DefaultTrainer):
         model = super().build_model(cfg)
         logger.info(f"{type(model).__name__}: {summarize(model) or 'no BCN, CN or WS'}")
         return model
-
-    @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """DefaultTrainer's.
-
-        Raises:
-            ConfigError: if there is no data.
-        """
-        if not cfg.DATASETS.TRAIN:
-            raise ConfigError("DATASETS.TRAIN is empty, and must name a dataset")
-        return super().build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:

@@ -73,7 +73,7 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: if a module is of a class derived from one of this package, for which there is
             no stock counterpart, or something else than its class decides what it computes: a
-            ``forward`` of its own, or a pre-hook that may change its filters.
+            method of its own, or a pre-hook that may change its filters.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
@@ -147,8 +147,9 @@ def _check_own_forward(name: str, module: nn.Module) -> None:
         TypeError: if more than its class and its parameters may decide what a module computes.
     """
     found = ""
-    if "forward" in vars(module):
-        found = "it has a forward of its own"
+    method = _own_method(module)
+    if method:
+        found = f"it has a {method} of its own"
     elif isinstance(module, WeightStandardized):
         if "weight" not in module._parameters:
             found = "its weight is no parameter"
@@ -158,6 +159,11 @@ def _check_own_forward(name: str, module: nn.Module) -> None:
         found = f"there are modules in it ({', '.join(module._modules)})"
     if found:
         raise TypeError(f"cannot fold {name}, a {type(module).__name__}: {found}")
+
+
+def _own_method(module: nn.Module) -> str:
+    """The name of a method that someone has put into a module in the place of its class's."""
+    return next((n for n in vars(module) if callable(getattr(type(module), n, None))), "")
 
 
 # ------------------------------------------------------------------------------------ convolutions
@@ -218,7 +224,7 @@ def _feeding_convolution(norm: nn.GroupNorm, owners: _Owners) -> Optional[_Convo
 
 def _is_plain(conv: nn.Module) -> bool:
     """Whether a convolution computes with its parameters, which no hook changes."""
-    changing = conv._forward_pre_hooks or "forward" in vars(conv)
+    changing = conv._forward_pre_hooks or _own_method(conv)
     return not changing and "weight" in conv._parameters and "bias" in conv._parameters
 
 

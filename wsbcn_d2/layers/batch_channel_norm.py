@@ -6,7 +6,7 @@ that replace BatchNorm layers (FrozenBN conversion, SyncBN conversion, quantizat
 silently drop the channel normalization, leave them alone.
 """
 
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ..ops import (
     several_ranks,
 )
 from .folded import refuse_folded
+from .sharing import notice_levels
 from .tracing import node_of
 
 MODES = ("estimate", "batch", "sync")
@@ -132,6 +133,8 @@ class BatchChannelNorm(nn.GroupNorm):
             over ranks; (num_levels,) with several levels; not saved.
         update_rate: float in [0, 1]; constant unless something outside changes it.
         level: index of the estimates that the next call uses; see :meth:`set_num_levels`.
+        first_size: height and width of the first input of training, () before that, and None when
+            it need not be known any more; see :mod:`.sharing`.
     """
 
     running_mean: Tensor
@@ -176,6 +179,7 @@ class BatchChannelNorm(nn.GroupNorm):
         self.register_buffer("skipped_updates", torch.tensor(0), persistent=False)
         self.register_buffer("seen_elements", torch.tensor(0.0), persistent=False)
         self.level = 0
+        self.first_size: Optional[Tuple[int, ...]] = ()
 
     def reset_parameters(self) -> None:
         """Sets weights to 1, biases to 0, the estimates to (0, 1) and the counters to 0."""
@@ -217,6 +221,7 @@ class BatchChannelNorm(nn.GroupNorm):
         self.running_var = self.running_var.expand(num_levels, -1).clone()
         self.seen_elements = self.seen_elements.expand(num_levels).clone()
         self.level = 0
+        self.first_size = None
 
     def restart_levels(self) -> None:
         """Makes the next call use the estimates of the first level."""
@@ -248,7 +253,10 @@ class BatchChannelNorm(nn.GroupNorm):
     @torch.jit.unused
     def _normalized(self, x: Tensor, residual: Optional[Tensor], activation: str) -> Tensor:
         check_input(x, self.num_channels)
-        return batch_channel_norm(x, self.normalization(), residual, activation)
+        y = batch_channel_norm(x, self.normalization(), residual, activation)
+        if self.training and self.first_size is not None:
+            notice_levels(self, x, y)
+        return y
 
     @torch.jit.unused
     def normalization(self) -> Normalization:

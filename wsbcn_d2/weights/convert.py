@@ -1,10 +1,12 @@
 """Weights of other projects for a given Detectron2 model."""
 
+import ast
+import contextlib
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
@@ -206,12 +208,57 @@ def _formula(layout: Layout, names: Iterable[str], text: str, formula: str) -> O
     if not layout.ambiguous:
         return layout.formula
     if layout.name == "mmdetection" and text:  # its files contain their config
+        _check_parts(text)
         return "gn" if re.search(r"['\"]ConvWS['\"]", text) else None
     raise ConversionError(
         f"the names in the file, as in {layout.name}, do not tell whether its filters are "
         "standardized. Say it by the formula: none; gn, that of the GN+WS of the authors and of "
         "mmdetection; bcn; or paper"
     )
+
+
+def _check_parts(text: str) -> None:
+    """
+    Raises:
+        ConversionError: if a config of mmdetection standardizes some parts that have norms, and not
+            all of them.
+    """
+    parts: Dict[bool, Dict[str, None]] = {True: {}, False: {}}
+    for node in _nodes(text):
+        for name, value in _entries(node):
+            for item in value.elts if isinstance(value, ast.List) else [value]:
+                keys = dict(_entries(item))
+                norm, conv = keys.get("norm_cfg"), keys.get("conv_cfg")
+                if norm is None or getattr(norm, "value", norm) is None:
+                    continue
+                # A name stands for what is set elsewhere in the config.
+                named = isinstance(conv, ast.Name)
+                parts[named or (conv is not None and "ConvWS" in ast.dump(conv))][name] = None
+    if parts[True] and parts[False]:
+        raise ConversionError(
+            f"the config in the file standardizes the filters of {', '.join(parts[True])} and not "
+            f"those of {', '.join(parts[False])} (conv_cfg), which have norms, too. Files in which "
+            "only some parts are standardized cannot be converted"
+        )
+
+
+def _nodes(code: str) -> Iterator[ast.AST]:
+    """The syntax of Python code, and of configs in texts within it."""
+    with contextlib.suppress(SyntaxError, ValueError):
+        for node in ast.walk(ast.parse(code)):
+            yield node
+            value = getattr(node, "value", None)
+            if isinstance(value, str) and "norm_cfg" in value:
+                yield from _nodes(value)
+
+
+def _entries(node: Any) -> List[Tuple[str, Any]]:
+    """Keys and values of a dictionary in Python code."""
+    if isinstance(node, ast.Call):
+        return [(keyword.arg, keyword.value) for keyword in node.keywords if keyword.arg]
+    if isinstance(node, ast.Dict):
+        return [(k.value, v) for k, v in zip(node.keys, node.values) if isinstance(k, ast.Constant)]
+    return []
 
 
 def _check_left_over(report: ConversionReport, leave_out: Sequence[str]) -> None:

@@ -94,7 +94,7 @@ def read_checkpoint(path: str) -> Checkpoint:
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary")
     text = str(content.get("meta") or "")
     caffe2 = content.get("__author__") == "Caffe2"  # as Detectron2 has it
-    weights = without_wrappers(_unwrapped(content))
+    weights = without_wrappers(unwrapped(content))
     tensors = {}
     for name, value in weights.items():
         if isinstance(value, np.ndarray) and value.dtype != object:
@@ -201,11 +201,12 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _unwrapped(content: Dict[Any, Any]) -> Dict[Any, Any]:
+def unwrapped(content: Dict[Any, Any]) -> Dict[Any, Any]:
+    """The innermost dictionary under the names that programs give to weights in their files."""
     for key in _KEYS:
         inner = content.get(key)
         if isinstance(inner, dict):
-            return _unwrapped(inner)
+            return unwrapped(inner)
     return content
 
 
