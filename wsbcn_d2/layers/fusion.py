@@ -1,4 +1,7 @@
-"""Normalization together with what follows it, in one pass over the activation where possible."""
+"""One normalization together with the addition and ReLU after it, as one call where possible.
+
+:mod:`wsbcn_d2.modeling.fuse` is about whole blocks and heads.
+"""
 
 from typing import Callable, Optional
 

@@ -1,8 +1,8 @@
-"""What PyTorch is doing at the moment.
+"""What PyTorch is doing at the moment: whether it compiles, traces, repeats a forward pass.
 
-The only file of the package that asks PyTorch through names that are not public, each because there
-is no public one: ``tests/ops/test_state.py`` fails where one of them is gone or means something
-else.
+The only file of the package that takes functions and variables from PyTorch by names that are not
+public, each because there is no public one: ``tests/ops/test_state.py`` fails where one of them is
+gone or means something else.
 """
 
 from typing import Any
