@@ -1,7 +1,7 @@
 """Writes the measured parts of docs/benchmarks.md and docs/memory.md, from the JSON files in
 benchmarks/results.
 
-Those in its folder ``version-0.1.0`` are of that version, whose kernels and fused blocks were others.
+Those in its folder ``version-0.1.0`` are of that version, whose kernels and blocks were others.
 """
 
 import argparse

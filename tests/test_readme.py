@@ -247,14 +247,16 @@ def one_class_with_polygons(annotations):
 
 def make_balloons(folder, **sizes):
     make_digits_dataset(str(folder), progress=False, **sizes)
-    for annotations in (folder / "annotations").iterdir():
+    for part in ("train", "val"):
+        annotations = folder / "annotations" / f"instances_{part}.json"
         one_class_with_polygons(annotations)
+        annotations.rename(folder / f"{part}.json")
 
 
 def test_your_own_lazy_config(tmp_path):
     text = section(GETTING_STARTED, "LazyConfig")
     (config,), (command,) = blocks(text, "python"), blocks(text)
-    make_balloons(tmp_path / "balloon", num_train=2, num_val=2, image_size=64)
+    make_balloons(tmp_path / "PATH", num_train=2, num_val=2, image_size=64)
     (tmp_path / "my_lazy.py").write_text(config)
     tool, *arguments = shlex.split(command)
     size = "mapper.augmentations.0.short_edge_length"
@@ -288,7 +290,7 @@ def test_your_own_dataset(tmp_path):
     text = section(README, "Your own dataset") + section(GETTING_STARTED, "Look at the run")
     (predictor,) = blocks(section(GETTING_STARTED, "Predict"), "python")
     predictor += "import numpy; print(predictor(numpy.zeros((96, 80, 3), 'uint8')))"
-    make_balloons(tmp_path / "balloon", num_train=4, num_val=2, image_size=96)
+    make_balloons(tmp_path / "PATH", num_train=4, num_val=2, image_size=96)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     # all detections, as there are hardly good ones after so few steps
     shorter = ["SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()"]
