@@ -350,5 +350,4 @@ def test_your_own_dataset(tmp_path):
         metrics["bbox/AP"], abs=1e-3
     )
     assert (run / "predictions.png").stat().st_size > 1000
-    assert (run / "predictions.png").stat().st_size > 1000
     assert (run / "folded" / "config.yaml").is_file()
