@@ -1,7 +1,7 @@
 """Writes the measured parts of docs/benchmarks.md and docs/memory.md, from the JSON files in
 benchmarks/results.
 
-Those in its folder ``old`` are of versions before the present design, and are shown as that.
+Those in its folder ``version-0.1.0`` are of that version, whose kernels and blocks were others.
 """
 
 import argparse
@@ -28,6 +28,10 @@ DOCS = ROOT / "docs"
 BEGIN = "<!-- begin: written by python -m benchmarks.page -->"
 END = "<!-- end -->"
 
+# The version of which there are files beside those of the present one, and their folder.
+EARLIER = "version 0.1.0"
+_EARLIER_FOLDER = "version-0.1.0"
+
 _TITLES = {
     "layers": "Layers",
     "train": "Training steps",
@@ -37,7 +41,7 @@ _TITLES = {
 _NAMES = ("layers-*.json", "train-*.json", "memory-*.json", "import-time.json")
 _MARKERS = "osD^v"
 _FULL_SIZE = [800, 1333]
-# A figure of a bar, and what it is of.
+# The figures that a target is about, and what each is of.
 Figures = List[Tuple[float, str]]
 
 
@@ -47,12 +51,12 @@ class Measured:
 
     Attributes:
         name: of the file, without ``.json``.
-        old: whether it was measured before the present design.
+        earlier: whether it is of the version EARLIER.
         results: its content.
     """
 
     name: str
-    old: bool
+    earlier: bool
     results: Results
 
     @property
@@ -62,8 +66,8 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Bar:
-    """A limit that is to be kept: an aim that was set before anything was measured.
+class Target:
+    """A limit that is to be kept, set before anything was measured.
 
     Attributes:
         text: what is limited.
@@ -81,13 +85,13 @@ class Bar:
 
 
 def load(folder: Path) -> List[Measured]:
-    """Reads what the commands of this folder have measured, the old last.
+    """Reads what the commands of this folder have measured, the earlier version last.
 
     Raises:
         ValueError: if a file with one of their names holds something else.
     """
     found = []
-    for path in [path for place in (folder, folder / "old") for path in _files(place)]:
+    for path in [path for place in (folder, folder / _EARLIER_FOLDER) for path in _files(place)]:
         try:
             results = json.loads(path.read_text())
             kind = results["kind"]
@@ -112,14 +116,14 @@ def render(measured: Sequence[Measured], plots: str) -> str:
         measured: from :func:`load`.
         plots: folder of the pictures, seen from the page.
     """
-    parts = ["## Bars", "", bars_table(measured), ""]
-    for title, device, old in (
+    parts = ["## Targets", "", targets_table(measured), ""]
+    for title, device, earlier in (
         ("CPU", "cpu", False),
         ("GPU", "cuda", False),
-        ("GPU, before the present design", "cuda", True),
+        (f"GPU, {EARLIER}", "cuda", True),
     ):
-        here = [m for m in measured if (m.results["device"], m.old) == (device, old)]
-        if here or not old:
+        here = [m for m in measured if (m.results["device"], m.earlier) == (device, earlier)]
+        if here or not earlier:
             parts += [f"## {title}", ""]
             parts += [] if here else ["Not measured.", ""]
         for one in here:
@@ -175,35 +179,37 @@ def _with_part(page: Path, part: str) -> str:
     return f"{before}{begin}\n{part}\n{end}{after}"
 
 
-def bars_table(measured: Sequence[Measured]) -> str:
-    """What the bars come to: in the files of the present design or else in the old."""
+def targets_table(measured: Sequence[Measured]) -> str:
+    """What the targets come to: with the present version or else with the earlier one."""
     rows = []
-    for bar in BARS:
-        sign = "≥" if bar.at_least else "≤"
-        row = [bar.text, f"{sign} {bar.limit:.2f}", "", "not measured", ""]
-        for old in (False, True):
+    for target in TARGETS:
+        sign = "≥" if target.at_least else "≤"
+        row = [target.text, f"{sign} {target.limit:.2f}", "", "not measured", ""]
+        for earlier in (False, True):
             figures: Figures = []
             sources = []
             for one in measured:
-                if (one.old, one.results["device"]) == (old, bar.device):
-                    own = bar.figures(one.results)
+                if (one.earlier, one.results["device"]) == (earlier, target.device):
+                    own = target.figures(one.results)
                     figures += own
                     sources += [one.when] * bool(own)
             if figures:
-                row[2:] = [*_verdict(bar, figures), "; ".join(dict.fromkeys(sources))]
-                row[3] += ", before the present design" * old
+                row[2:] = [*_verdict(target, figures), "; ".join(dict.fromkeys(sources))]
+                row[3] += f", {EARLIER}" * earlier
                 break
         rows.append(row)
-    return table(["bar", "limit", "figures", "", "measured"], rows, left=5)
+    return table(["target", "limit", "figures", "", "measured"], rows, left=5)
 
 
-def _verdict(bar: Bar, figures: Figures) -> Tuple[str, str]:
+def _verdict(target: Target, figures: Figures) -> Tuple[str, str]:
     (least, of_least), (most, of_most) = min(figures), max(figures)
-    worst, where = (least, of_least) if bar.at_least else (most, of_most)
-    met = worst >= bar.limit if bar.at_least else worst <= bar.limit
+    worst, where = (least, of_least) if target.at_least else (most, of_most)
+    met = worst >= target.limit if target.at_least else worst <= target.limit
     text = f"{worst:.2f} ({where})"
     if len(figures) > 1:
-        missing = sum((f < bar.limit) if bar.at_least else (f > bar.limit) for f, _ in figures)
+        missing = sum(
+            (f < target.limit) if target.at_least else (f > target.limit) for f, _ in figures
+        )
         text = f"{least:.2f} to {most:.2f}, worst {where}"
         text += f"; {missing} of {len(figures)} miss it" * (not met)
     return text, "met" if met else "**missed**"
@@ -217,13 +223,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -
 
 
 def _plot(one: Measured) -> str:
-    return f"{'old/' * one.old}{one.name}.png"
+    return f"{_EARLIER_FOLDER + '/' if one.earlier else ''}{one.name}.png"
 
 
 def _origin(one: Measured) -> List[str]:
     results = one.results
-    # The command of an old one is no longer there.
-    lines = [f"- {one.when}" + ("" if one.old else f": `{results['command']}`")]
+    # The command of an earlier version is no longer there.
+    lines = [f"- {one.when}" + ("" if one.earlier else f": `{results['command']}`")]
     if "remark" in results:  # added by hand
         lines.append(f"- {results['remark']}")
     lines.append("- " + "; ".join(f"{name}: {text}" for name, text in results["machine"].items()))
@@ -244,7 +250,7 @@ def _cases(results: Results) -> Dict[Tuple[str, str], Dict[str, Dict[str, Dict[s
     """The rows: by (dtype, memory format), layer and contender."""
     grouped: Dict[Tuple[str, str], Dict[str, Dict[str, Dict[str, Any]]]] = {}
     for row in results["rows"]:
-        if row["contender"] in CONTENDERS:  # old files have others
+        if row["contender"] in CONTENDERS:  # earlier files have others
             layers = grouped.setdefault((row["dtype"], row["memory_format"]), {})
             layers.setdefault(row["layer"], {})[row["contender"]] = row
     return grouped
@@ -267,7 +273,7 @@ def _layers_tables(results: Results) -> List[str]:
         names = list(next(iter(layers.values())))
         others = [name for name in ("GroupNorm", "reference") if name in names]
         header = ["layer", "input", *(f"{name}, ms" for name in names)]
-        header += [*(f"BCN / {other}" for other in others), "BCN, of the floor"]
+        header += [*(f"BCN / {other}" for other in others), "floor / BCN"]
         header += [f"{name}, saved MiB" for name in (OURS, *others)]
         lines = []
         for layer, rows in layers.items():
@@ -365,7 +371,7 @@ def _steps(results: Results) -> Steps:
 def _steps_on_cpu(measured: Sequence[Measured]) -> Steps:
     found: Steps = {}
     for one in measured:
-        if (one.old, one.results["device"]) == (False, "cpu"):
+        if (one.earlier, one.results["device"]) == (False, "cpu"):
             for key, row in _steps(one.results).items():
                 found[key] = {**found.get(key, {}), **row}  # one file may have the time
     return found
@@ -482,7 +488,7 @@ def _gib(value: int) -> str:
     return f"{value / 2**30:.2f}"
 
 
-# Bars
+# Targets
 
 
 def _of_layers(
@@ -573,69 +579,69 @@ def _harder(dtype: str, memory_format: str) -> bool:
     return dtype == "bfloat16" or (dtype, memory_format) == ("float32", "channels_last")
 
 
-BARS = (
-    Bar(
+TARGETS = (
+    Target(
         "CPU, layer, BCN / GroupNorm, float32 nchw, 1 M elements or more",
         "cpu",
         1.10,
         _of_layers(_over("GroupNorm"), _plain, 1e6),
     ),
-    Bar(
+    Target(
         "CPU, layer, BCN / reference, float32 nchw",
         "cpu",
         1 / 3,
         _of_layers(_over("reference"), _plain),
     ),
-    Bar(
+    Target(
         "CPU, layer, BCN / GroupNorm, float32 channels_last, and bfloat16",
         "cpu",
         2.0,
         _of_layers(_over("GroupNorm"), _harder),
     ),
-    Bar(
+    Target(
         "CPU, time of a step, BCN+WS / GN, R-18-FPN, 192 pixels, one thread",
         "cpu",
         1.10,
         _of_steps(_time, "R-18-FPN", sizes=[[192, 192]]),
     ),
-    Bar(
+    Target(
         "CPU, time of a step, BCN+WS / GN, R-50-FPN, 256 pixels",
         "cpu",
         1.00,
         _of_steps(_time, sizes=[[256, 256]]),
     ),
-    Bar("CPU, saved for backward, BCN+WS / GN, R-50-FPN", "cpu", 0.86, _of_steps(_saved)),
-    Bar("CPU, peak of a step, BCN+WS / GN, R-50-FPN", "cpu", 0.92, _of_steps(_peak)),
-    Bar(
+    Target("CPU, saved for backward, BCN+WS / GN, R-50-FPN", "cpu", 0.86, _of_steps(_saved)),
+    Target("CPU, peak of a step, BCN+WS / GN, R-50-FPN", "cpu", 0.92, _of_steps(_peak)),
+    Target(
         "CPU, peak of a step, BCN+WS checkpointed / GN, 1×800×1333",
         "cpu",
         0.50,
         _of_checkpointed(_peak),
     ),
-    Bar("CPU, the same with two images / GN with one", "cpu", 1.00, _of_checkpointed(_peak, 2)),
-    Bar("CPU, time of that step with one", "cpu", 1.35, _of_checkpointed(_time)),
-    Bar(
+    Target("CPU, the same with two images / GN with one", "cpu", 1.00, _of_checkpointed(_peak, 2)),
+    Target("CPU, time of that step with one", "cpu", 1.35, _of_checkpointed(_time)),
+    Target(
         "GPU, layer, BCN / GroupNorm, nchw, 1 M elements or more",
         "cuda",
         1.00,
         _of_layers(_over("GroupNorm"), lambda dtype, form: form == "nchw", 1e6),
     ),
-    Bar(
+    Target(
         "GPU, the same, channels_last",
         "cuda",
         0.80,
         _of_layers(_over("GroupNorm"), lambda dtype, form: form == "channels_last", 1e6),
     ),
-    Bar(
-        "GPU, layer, BCN, share of the floor, 8 M elements or more",
+    Target(
+        "GPU, layer, floor / BCN, 8 M elements or more",
         "cuda",
         0.75,
         _of_layers(lambda results, rows: _floor_share(results, rows[OURS]), least_elements=8e6),
         at_least=True,
     ),
-    Bar("GPU, kernels of a step, BCN+WS / GN, R-50-FPN", "cuda", 1.00, _of_steps(_kernels)),
-    Bar("GPU, time of a step, BCN+WS / GN, R-50-FPN", "cuda", 1.10, _of_steps(_time)),
-    Bar("GPU, peak of a step, BCN+WS / GN, R-50-FPN", "cuda", 0.95, _of_steps(_peak)),
+    Target("GPU, kernels of a step, BCN+WS / GN, R-50-FPN", "cuda", 1.00, _of_steps(_kernels)),
+    Target("GPU, time of a step, BCN+WS / GN, R-50-FPN", "cuda", 1.10, _of_steps(_time)),
+    Target("GPU, peak of a step, BCN+WS / GN, R-50-FPN", "cuda", 0.95, _of_steps(_peak)),
 )
 
 

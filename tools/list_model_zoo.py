@@ -38,44 +38,50 @@ _OF_PROJECTS = ("pointrend", "deeplab", "panoptic_deeplab")
 _HEADER = """\
 # Model zoo
 
-Every config of this repository; `tools/list_model_zoo.py` writes this page.
+Which configs there are, how to change norm, GPUs and batch, and what others have published for
+them. `tools/list_model_zoo.py` writes this page.
 
 ```
 tools/train_net.py --num-gpus 8 \\
     --config-file configs/COCO-Detection/faster_rcnn_R_101_FPN_bcn_ws_1x_1img.yaml
 ```
 
-A name says model, backbone, norm, schedule and images per GPU. Mask R-CNN R-50-FPN and the small
-one of the digits are there with many norms, the others as one recipe each of `GN+WS` and `BCN+WS`,
-from random weights, at 1 image per GPU on 8 GPUs. All else is such a file and arguments behind it:
+A name says model, backbone, norm, schedule and images per GPU. There are 81 YAML configs and 7
+LazyConfigs to train; the other files in `configs` are what these are made of. Mask R-CNN R-50-FPN
+and the small model of the digits have a file for each of many norms. Every other model has one file
+for `GN+WS` and one for `BCN+WS`, from random weights, with 1 image per GPU on 8 GPUs. For anything
+else, add keys to the command:
 
-- **Another norm**: the `NORM` keys of the parts, as
+- **Another norm**: the `NORM` keys of the parts, for example
   `MODEL.RESNETS.NORM GN MODEL.FPN.NORM GN MODEL.ROI_BOX_HEAD.NORM GN MODEL.ROI_MASK_HEAD.NORM GN`.
   RetinaNet has `MODEL.RETINANET.NORM` for the latter two, models with semantic segmentation also
   `MODEL.SEM_SEG_HEAD.NORM`, Panoptic-DeepLab also `MODEL.INS_EMBED_HEAD.NORM`.
-- **Another number of GPUs**, with 1 image each: `SOLVER.REFERENCE_WORLD_SIZE 8`.
-- **More images per GPU**: `SOLVER.REFERENCE_WORLD_SIZE 4` for 2 images, `2` for 4, `1` for 8, on
-  any number of GPUs. The key is Detectron2's: the batch becomes GPUs × 8 / its value, and learning
-  rate, steps and iterations follow.
-- **Other weights**: `MODEL.WEIGHTS FILE`, and what to freeze: [docs/weights.md](docs/weights.md).
+- **Another number of GPUs**, with 1 image each: `SOLVER.REFERENCE_WORLD_SIZE 8`. This key of
+  Detectron2 says for how many GPUs a config is meant. On N GPUs, Detectron2 multiplies batch and
+  learning rate by N / 8, and divides steps and iterations by it.
+- **More images per GPU**, on any number of GPUs: the same key with the value 4 for 2 images, 2 for
+  4, 1 for 8.
+- **Other weights**: `MODEL.WEIGHTS FILE`. [docs/weights.md](docs/weights.md) says how to convert
+  them and what to freeze.
 - **The 24 epochs** of mmdetection's GN+WS models, `20-23-24e`:
   `SOLVER.STEPS "(293200, 337180)" SOLVER.MAX_ITER 351840`.
 
-Schedules: `1x` and `3x` are Detectron2's; `2x` is the authors', 180,000 batches of 16 images with
-decays at 150,000 and 170,000; `17e` and the like are as many epochs of the dataset, with
-Detectron2's own decays.
+Schedules: `1x` and `3x` are Detectron2's. `2x` is the authors': 180,000 batches of 16 images, with
+decays at 150,000 and 170,000. `17e` and the like count epochs of the dataset, with Detectron2's own
+decays.
 
-**Nobody has trained these configs with this code yet.** What is published was made by others with
-their code, for the same model and the norm that is named: [authors] are those of the paper. In
-brackets: the source, the images of all GPUs together, and the schedule where it is another one.
-Models with `FrozenBN` have Detectron2's usual box head, of two fully connected layers.
+**Nobody has trained these configs with this code yet, but those of the digits.** The column
+"published" has results of others, with their code, for the same model and the norm that is named.
+In brackets: the source ([authors] are those of the paper), the images of all GPUs together, and the
+schedule if it is another one. Models with `FrozenBN` have Detectron2's usual box head, of two fully
+connected layers.
 """
 
 _LAZY_HEADER = """\
 ## LazyConfig
 
-Detectron2's own, each with every norm, from random weights, at 1 image per GPU; for 2, see
-`configs/LazyConfig/common.py`.
+Detectron2's own LazyConfigs. `train.norm` sets the norm. They start from random weights, with 1
+image per GPU; `configs/LazyConfig/common.py` says how to change that.
 
 ```
 tools/lazyconfig_train_net.py --num-gpus 8 --config-file {example} train.norm=BCN+WS
@@ -170,10 +176,15 @@ def table_of_norms(
     return _table(["norm", "starts from", *columns, "published"], rows)
 
 
-def lazy_configs() -> str:
-    """The section on LazyConfigs."""
+def lazy_configs() -> List[Path]:
+    """The LazyConfigs, relative to the root of the repository."""
     files = sorted((ROOT / "configs" / "LazyConfig").glob("*_*.py"))
-    paths = [path.relative_to(ROOT) for path in files]
+    return [path.relative_to(ROOT) for path in files]
+
+
+def section_of_lazy_configs() -> str:
+    """The section on LazyConfigs."""
+    paths = lazy_configs()
     links = "".join(f"- [{path.stem}]({path})\n" for path in paths)
     return _LAZY_HEADER.format(example=paths[0]) + links
 
@@ -186,8 +197,11 @@ def page() -> str:
     """
     data = yaml.safe_load(PUBLISHED.read_text())
     results = data["results"]
-    parts = [_HEADER]
-    for folder, models in find_configs(ROOT / "configs").items():
+    found = find_configs(ROOT / "configs")
+    files = [f for models in found.values() for s in models.values() for f in s.values()]
+    count = sum(len(by_images) for by_norm in files for by_images in by_norm.values())
+    parts = [_HEADER.format(yaml=count, lazy=len(lazy_configs()))]
+    for folder, models in found.items():
         parts.append(f"## {folder}\n")
         recipes = {
             model: schedules
@@ -207,7 +221,7 @@ def page() -> str:
                 parts.append(table_of_norms(folder, model, schedules, results))
     if results:
         raise ValueError(f"{PUBLISHED}: there is no config for {', '.join(sorted(results))}")
-    parts.append(lazy_configs())
+    parts.append(section_of_lazy_configs())
     parts.append("".join(f"[{name}]: {url}\n" for name, url in data["sources"].items()))
     return "\n".join(parts)
 

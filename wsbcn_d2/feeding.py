@@ -1,5 +1,5 @@
-"""Which convolution feeds a normalization layer: by the structure of the model, or by a pass
-through it."""
+"""Finds the convolution whose output goes into ("feeds") a normalization layer: by the structure of
+the model, or by a pass through it."""
 
 import itertools
 from typing import (

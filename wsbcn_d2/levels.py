@@ -1,4 +1,4 @@
-"""Heads that are called for one feature level after the other: estimates for each of them."""
+"""Gives a head that is called for one feature level after the other estimates for each level."""
 
 from typing import List, Tuple
 

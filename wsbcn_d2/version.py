@@ -8,7 +8,7 @@ from detectron2.layers import FrozenBatchNorm2d
 
 __version__ = "0.2.0"
 
-# The oldest with which the tests pass; see docs/versions.md and setup.py.
+# The oldest that are supported; docs/versions.md says with which the tests have run.
 _PYTHON = (3, 10)
 _TORCH = (2, 4)
 
@@ -21,7 +21,8 @@ def check_versions() -> None:
     numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if numbers and tuple(map(int, numbers.groups())) < _TORCH:
         too_old.append(f"torch {torch.__version__}")
-    # The number of Detectron2's version has been 0.6 since 2021. This came in June 2023.
+    # Its number has been 0.6 since 2021, so a method tells, which came in June 2023: what lies
+    # between that and 2024 is not noticed.
     if not hasattr(FrozenBatchNorm2d, "convert_frozenbatchnorm2d_to_batchnorm2d"):
         too_old.append("a Detectron2 of before 2024, as its release 0.6 is")
     if too_old:

@@ -10,14 +10,14 @@ from benchmarks.page import DOCS, FOR_THE_PAGE, ROOT, Measured
 from benchmarks.results import write
 
 X = 64 * 400 * 672 * 4  # bytes of the activation
-TEXTS = [bar.text for bar in page.BARS]
+TEXTS = [target.text for target in page.TARGETS]
 
 
 def spread(median):
     return {"median": median, "q1": 0.9 * median, "q3": 1.2 * median}
 
 
-def measured(kind, device, rows, old=False, **settings):
+def measured(kind, device, rows, earlier=False, **settings):
     settings.update(repetitions=15, warmup=3)
     results = {
         "kind": kind,
@@ -31,7 +31,7 @@ def measured(kind, device, rows, old=False, **settings):
     }
     if kind == "layers":
         results["copy_bandwidth"] = 64e9
-    return Measured(f"{kind}-{device}", old, results)
+    return Measured(f"{kind}-{device}", earlier, results)
 
 
 def layers(device="cpu", ours=8.0, shape=(1, 64, 400, 672), form="nchw", dtype="float32", **more):
@@ -97,16 +97,16 @@ def cells(markdown, start):
     return [list(zip(table[0], row)) for row in table[2:]]
 
 
-def bars(*everything):
+def targets(*everything):
     """By the beginning of the text: figures and verdict."""
     found = {}
-    for (_, text), _, (_, figures), (_, verdict), _ in cells(page.render(everything, "x"), "## B"):
+    for (_, text), _, (_, figures), (_, verdict), _ in cells(page.render(everything, "x"), "## T"):
         found[text] = (figures, verdict)
     return lambda *words: next(v for t, v in found.items() if all(word in t for word in words))
 
 
-def test_bars_without_results():
-    rows = cells(page.render([], "x"), "## Bars")
+def test_targets_without_results():
+    rows = cells(page.render([], "x"), "## Targets")
     assert [row[0][1] for row in rows] == TEXTS
     assert {(row[2][1], row[3][1], row[4][1]) for row in rows} == {("", "not measured", "")}
     assert [row[1][1] for row in rows] == [
@@ -116,21 +116,23 @@ def test_bars_without_results():
     ]
 
 
-def test_bars_of_layers():
-    of = bars(layers(ours=11.0), layers(ours=12.0, dtype="bfloat16"), layers(ours=21.0, form="l"))
+def test_targets_of_layers():
+    of = targets(
+        layers(ours=11.0), layers(ours=12.0, dtype="bfloat16"), layers(ours=21.0, form="l")
+    )
     assert of("CPU", "float32 nchw, 1 M") == ("1.10 (stem, float32, nchw)", "met")
     # 11 / 40; the others are of other dtypes and formats
     assert of("CPU", "reference") == ("0.28 (stem, float32, nchw)", "met")
-    of = bars(layers(ours=14.0), layers(ours=21.0, form="channels_last"))
+    of = targets(layers(ours=14.0), layers(ours=21.0, form="channels_last"))
     assert of("CPU", "float32 nchw, 1 M") == ("1.40 (stem, float32, nchw)", "**missed**")
     assert of("CPU", "reference")[1] == "**missed**"
     assert of("CPU", "and bfloat16") == ("2.10 (stem, float32, channels_last)", "**missed**")
     assert of("GPU", "nchw")[1] == "not measured"
 
 
-def test_bars_of_layers_on_a_gpu():
+def test_targets_of_layers_on_a_gpu():
     # 8 passes of 68.8 MB at 64 GB/s are 8.6 ms
-    of = bars(layers("cuda", ours=9.0), layers("cuda", ours=14.0, dtype="float16"))
+    of = targets(layers("cuda", ours=9.0), layers("cuda", ours=14.0, dtype="float16"))
     assert of("GPU", "nchw") == (
         "0.90 to 1.40, worst stem, float16, nchw; 1 of 2 miss it",
         "**missed**",
@@ -139,13 +141,13 @@ def test_bars_of_layers_on_a_gpu():
         "0.31 to 0.96, worst stem, float16, nchw; 1 of 2 miss it",
         "**missed**",
     )
-    assert bars(layers("cuda", ours=9.0))("floor") == ("0.96 (stem, float32, nchw)", "met")
-    assert bars(layers("cuda", form="channels_last"))("GPU", "channels_last")[1] == "met"  # 0.80
-    assert bars(layers("cuda", shape=(1, 64, 100, 100)))("GPU", "nchw")[1] == "not measured"
+    assert targets(layers("cuda", ours=9.0))("floor") == ("0.96 (stem, float32, nchw)", "met")
+    assert targets(layers("cuda", form="channels_last"))("GPU", "channels_last")[1] == "met"  # 0.80
+    assert targets(layers("cuda", shape=(1, 64, 100, 100)))("GPU", "nchw")[1] == "not measured"
 
 
-def test_bars_of_steps():
-    of = bars(
+def test_targets_of_steps():
+    of = targets(
         steps(),
         steps(time=120.0, model="R-18-FPN", size=192),
         steps(size=800, time=96.0, peak=91),
@@ -160,19 +162,19 @@ def test_bars_of_steps():
     assert of("GPU", "kernels")[0].startswith("0.80 ")
 
 
-def test_bars_of_checkpointing():
+def test_targets_of_checkpointing():
     # 0.95 and 1.4 of 2.5 GiB, 117 of 100 ms
-    of = bars(memory(peaks), memory(peaks, times), memory(peaks, dtype="bfloat16"))
+    of = targets(memory(peaks), memory(peaks, times), memory(peaks, dtype="bfloat16"))
     one, two = of("CPU", "1×800×1333"), of("CPU", "two images")
     assert one == ("0.38 to 0.38, worst Mask R-CNN, float32", "met")
     assert two == ("0.56 to 0.56, worst Mask R-CNN, float32", "met")
     assert of("time of that step") == ("1.17 (Mask R-CNN, float32)", "met")
-    of = bars(memory(lambda norm, images, what: images, model="RetinaNet"))
+    of = targets(memory(lambda norm, images, what: images, model="RetinaNet"))
     assert of("1×800×1333") == ("1.00 (RetinaNet, float32)", "**missed**")
     assert of("time of that step")[1] == "not measured"
     for other in ({"bitmasks": True}, {"size": [64, 96]}):
-        assert bars(memory(peaks, **other))("1×800×1333")[1] == "not measured"
-    assert bars(memory(peaks, norms=("GN",)))("1×800×1333")[1] == "not measured"
+        assert targets(memory(peaks, **other))("1×800×1333")[1] == "not measured"
+    assert targets(memory(peaks, norms=("GN",)))("1×800×1333")[1] == "not measured"
 
 
 def test_table_of_checkpointing():
@@ -221,15 +223,15 @@ def test_picture_of_checkpointing():
 
 
 def test_old_results_count_only_where_there_are_no_others():
-    old, new = layers("cuda", ours=5.0, old=True), layers("cuda", ours=9.0)
-    assert bars(old)("GPU", "nchw") == (
+    earlier, new = layers("cuda", ours=5.0, earlier=True), layers("cuda", ours=9.0)
+    assert targets(earlier)("GPU", "nchw") == (
         "0.50 (stem, float32, nchw)",
-        "met, before the present design",
+        "met, version 0.1.0",
     )
-    assert bars(new, old)("GPU", "nchw") == ("0.90 (stem, float32, nchw)", "met")
-    text = page.render([old], "x")
-    now, then = text.index("## GPU\n\nNot measured."), text.index("## GPU, before the present")
-    assert now < then < text.index("(x/old/layers-cuda.png)")
+    assert targets(new, earlier)("GPU", "nchw") == ("0.90 (stem, float32, nchw)", "met")
+    text = page.render([earlier], "x")
+    now, then = text.index("## GPU\n\nNot measured."), text.index("## GPU, version 0.1.0")
+    assert now < then < text.index("(x/version-0.1.0/layers-cuda.png)")
     assert "- 2026-01-02, commit abc1234\n" in text
     assert "- 2026-01-02, commit abc1234: `python -m benchmarks.layers`\n" in page.render(
         [new], "x"
@@ -246,7 +248,7 @@ def test_table_of_layers():
         ("reference, ms", "40.0 (36.0–48.0)"),
         ("BCN / GroupNorm", "0.80"),
         ("BCN / reference", "0.20"),
-        ("BCN, of the floor", "108%"),
+        ("floor / BCN", "108%"),
         ("BCN, saved MiB", "65.63"),
         ("GroupNorm, saved MiB", "65.62"),
         ("reference, saved MiB", "196.88"),
@@ -282,10 +284,10 @@ def pages(tmp_path, text):
 def test_rewriting_keeps_what_is_written_by_hand(tmp_path):
     docs = pages(tmp_path, f"# Title\n\n{page.BEGIN}\nto go\n{page.END}\n\nText.\n")
     folder = tmp_path / "benchmarks" / "results"
-    (folder / "old").mkdir(parents=True)
+    (folder / page._EARLIER_FOLDER).mkdir(parents=True)
     write(layers().results, str(folder / "layers-a.json"))
     write(memory(peaks, times).results, str(folder / "memory-a.json"))
-    write(steps("cuda").results, str(folder / "old" / "train-b.json"))
+    write(steps("cuda").results, str(folder / page._EARLIER_FOLDER / "train-b.json"))
     (folder / "other.json").write_text("of another program")
     pictures = [folder / "layers-a.png", docs / "memory.png"]
     for _ in range(2):
@@ -299,7 +301,7 @@ def test_rewriting_keeps_what_is_written_by_hand(tmp_path):
             assert text.startswith(f"# Title\n\n{page.BEGIN}\n")
             assert text.endswith(f"\n{page.END}\n\nText.\n")
             assert "to go" not in text and f"({picture})" in text
-        assert [m.old for m in page.load(folder)] == [False, False, True]
+        assert [m.earlier for m in page.load(folder)] == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -310,14 +312,14 @@ def test_rewriting_keeps_what_is_written_by_hand(tmp_path):
         ("results/layers-a.json", "{", "a.json is not the output of a benchmark .JSONDecodeError"),
         ("results/train-a.json", "[]", "a.json is not the output of a benchmark .TypeError"),
         (
-            "results/old/layers-a.json",
+            "results/version-0.1.0/layers-a.json",
             '{"kind": "norms"}',
             "kind must be of layers, .*, found 'norms'",
         ),
     ],
 )
 def test_errors(tmp_path, file, content, message):
-    (tmp_path / "results" / "old").mkdir(parents=True)
+    (tmp_path / "results" / "version-0.1.0").mkdir(parents=True)
     docs = pages(tmp_path, f"{page.BEGIN}\n{page.END}\n")
     (tmp_path / file).write_text(content)
     before = [path.read_text() for path in docs.iterdir()]

@@ -1,4 +1,4 @@
-"""Checkpoints that are either complete or not there.
+"""Checkpoint files that are either complete or not there: reading and writing.
 
 Detectron2 writes ``model_final.pth`` and ``last_checkpoint`` in place. A process that is killed
 while it does leaves half a file behind, under a name that the next ``--resume`` trusts: the final

@@ -1,4 +1,4 @@
-"""From a config with weights to exported files."""
+"""Exports the checkpoint of a config, in any format: what ``tools/export_model.py`` calls."""
 
 import os
 

@@ -1,5 +1,5 @@
-"""The branch of a residual block, or the convolutions of a head, as one operation where its layers
-allow it."""
+"""Runs the convolution modules of a residual block or head: as one operation
+(:mod:`wsbcn_d2.ops.branch`) where their norms and hooks allow it, else one by one."""
 
 from typing import Any, List, Optional, Sequence
 

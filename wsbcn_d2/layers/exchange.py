@@ -1,4 +1,4 @@
-"""Exchange of modules within a model."""
+"""A module becomes one of another class, and stays the same object."""
 
 from torch import nn
 

@@ -1,4 +1,7 @@
-"""The mark of weights that come from :func:`wsbcn_d2.fold`."""
+"""The mark in state dicts of folded models, by which our layers refuse to load them.
+
+:mod:`wsbcn_d2.export.fold` does the folding.
+"""
 
 from typing import Any, Dict
 

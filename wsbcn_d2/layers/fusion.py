@@ -1,11 +1,13 @@
-"""Normalization together with what follows it, in one pass over the activation where possible."""
+"""One normalization together with the addition and ReLU after it, as one call where possible.
+
+:mod:`wsbcn_d2.modeling.fuse` is about whole blocks and heads.
+"""
 
 from typing import Callable, Optional
 
 from torch import Tensor, nn
-from torch.nn.modules import module as _of_all
 
-from ..ops import name_of_activation
+from ..ops import all_modules_are_hooked, name_of_activation
 from .batch_channel_norm import BatchChannelNorm
 
 
@@ -51,8 +53,5 @@ def is_hooked(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or _of_all._global_forward_hooks
-        or _of_all._global_forward_pre_hooks
-        or _of_all._global_backward_hooks
-        or _of_all._global_backward_pre_hooks
+        or all_modules_are_hooked()
     )

@@ -1,8 +1,8 @@
-"""Layers that feature levels share, with one set of estimates for all, are noticed by themselves.
+"""Warns where feature levels share a BCN layer that has one set of estimates for all of them.
 
-Whoever trains, and without hooks on modules. From its first call in training until a backward pass
-comes by, a layer looks at the sizes of its inputs: if they differ, it is called for several levels.
-Afterwards it looks no more.
+:mod:`wsbcn_d2.levels` mends that. It works whoever trains, and without hooks on modules. From its
+first call in training until a backward pass comes by, a layer looks at the sizes of its inputs: if
+they differ, it is called for several levels. Afterwards it looks no more.
 """
 
 import inspect

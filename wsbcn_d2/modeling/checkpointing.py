@@ -30,7 +30,6 @@ from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead, MaskRCNNCo
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from .heads import FusedConvUpsampleHead, run_layers
@@ -40,6 +39,11 @@ logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where D
 # From the one that needs most memory to the one that needs least.
 CHECKPOINTED = ("", "backbone", "all")
 
+# The layers of PyTorch that may have running statistics.
+_LEARNING = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 # How many regions the last layers of the mask head take at a time, and the losses of RetinaNet and
 # FCOS how many anchors of each image.
 _REGIONS, _ANCHORS = 32, 2**15
@@ -294,7 +298,7 @@ class _Repetition:
         Args:
             part: which is about to be called.
         """
-        norms = (m for m in part.modules() if isinstance(m, _NormBase))
+        norms = (m for m in part.modules() if isinstance(m, _LEARNING))
         self._learning = [m for m in norms if m.training and m.running_mean is not None]
         cycles = (m for m in part.modules() if isinstance(m, CycleBatchNormList))
         self._levels = {cycle: cycle._pos for cycle in cycles}

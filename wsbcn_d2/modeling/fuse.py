@@ -1,4 +1,7 @@
-"""Parts of Detectron2's models that need less time and memory with batch-channel normalization."""
+"""Gives Detectron2's blocks and heads with BCN the faster classes of this folder.
+
+:mod:`wsbcn_d2.layers.fusion` is about one normalization and the ReLU after it.
+"""
 
 from typing import Dict, Type
 

@@ -7,13 +7,14 @@ from .estimates import several_ranks
 from .formula import batch_channel_norm_by, channel_norm, standardize_weight
 from .normalization import Normalization
 from .standardized_convolution import Geometry, standardized_conv2d
-from .state import in_backward, is_compiling, is_plain
+from .state import all_modules_are_hooked, in_backward, is_compiling, is_plain
 
 __all__ = [
     "BACKENDS",
     "Geometry",
     "Link",
     "Normalization",
+    "all_modules_are_hooked",
     "backend_name",
     "batch_channel_norm",
     "batch_channel_norm_by",

@@ -1,4 +1,6 @@
-"""Convolutions and the normalization of their outputs as one differentiable operation.
+"""Several convolutions, each with BCN, as one differentiable operation on tensors.
+
+:mod:`wsbcn_d2.layers.branch` calls it for modules.
 
 It is the branch of a residual block: convolutions, each followed by batch-channel normalization and
 ReLU, and at the end the addition of a residual. Results are those of the single operations. But

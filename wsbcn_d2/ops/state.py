@@ -1,8 +1,8 @@
-"""What PyTorch is doing at the moment.
+"""What PyTorch is doing at the moment: whether it compiles, traces, repeats a forward pass.
 
-The only file of the package that asks PyTorch through names that are not public, each because there
-is no public one: ``tests/ops/test_state.py`` fails where one of them is gone or means something
-else.
+The only file of the package that takes functions and variables from PyTorch by names that are not
+public, each because there is no public one: ``tests/ops/test_state.py`` fails where one of them is
+gone or means something else.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
 
 # Types of tensors that are nothing else.
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -53,6 +54,17 @@ def is_plain(*tensors: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not is_transformed()
         and forward_ad._current_level < 0
+    )
+
+
+def all_modules_are_hooked() -> bool:
+    """Whether a hook listens to the modules of all models, such as those of
+    :func:`torch.nn.modules.module.register_module_forward_hook`."""
+    return bool(
+        modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
     )
 
 

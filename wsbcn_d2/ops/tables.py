@@ -1,4 +1,4 @@
-"""What batch-channel normalization finds out about an activation: small tables in one tensor.
+"""The statistics and coefficients that a BCN kernel computes of its input: tables in one tensor.
 
 One tensor is one allocation, one thing to save for the backward pass, and one argument of a kernel.
 It holds ``mu`` and ``rstd``, then for each image a row of ``m``, ``v``, ``d``, ``scale``, ``shift``
