@@ -234,8 +234,8 @@ def _formula(layout: Layout, names: Iterable[str], text: str, formula: str) -> O
         if standardized and others:
             raise ConversionError(
                 f"the config in the file standardizes the filters of {', '.join(standardized)} and "
-                f"not those of {', '.join(others)} (conv_cfg), which have norms, too. Files in which "
-                "only some parts are standardized cannot be converted"
+                f"not those of {', '.join(others)} (conv_cfg), which have norms, too. Files in "
+                "which only some parts are standardized cannot be converted"
             )
         return "gn" if re.search(r"['\"]ConvWS['\"]", text) else None
     raise ConversionError(

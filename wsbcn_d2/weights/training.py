@@ -1,4 +1,4 @@
-"""What weights were trained with: the format of the images, the stride of bottleneck blocks, and the
+"""What weights were trained with: the format of the images, the stride of bottleneck blocks, the
 poolers of detectors.
 
 The weights themselves do not show it: a model with other values runs, and computes something else.
@@ -136,7 +136,7 @@ def _value(cfg: Any, key: str) -> Any:
 
 
 def _zoo_config(file: str) -> str:
-    """The config in Detectron2's model zoo of a file from there, whose names are unique; else empty."""
+    """The config in Detectron2's model zoo of a file from there; empty if it is from elsewhere."""
     root = Path(model_zoo.__file__).parent / "configs"
     for path in sorted(root.rglob("*.yaml")):
         config = path.relative_to(root).as_posix()
