@@ -42,6 +42,8 @@ from wsbcn_d2.export.stock import save_for_detectron2
 from wsbcn_d2.layers import WeightStandardized
 from wsbcn_d2.weights import CheckpointError, ConversionError, convert_state_dict, read_checkpoint
 from wsbcn_d2.weights.formulas import rescaled_weight, source_filters
+from wsbcn_d2.weights.training import MASKRCNN_BENCHMARK as BENCHMARK_KEYS
+from wsbcn_d2.weights.training import MSRA
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -294,17 +296,19 @@ def test_caffe2_names(kind, tmp_path):
     path.write_bytes(pickle.dumps({"blobs": blobs}))
     blobs["conv1_b"] = np.ones(32, np.float32)  # which Detectron2 leaves out, too
     path.write_bytes(pickle.dumps({"blobs": blobs}))
-    model, report = loaded(str(path), config("FrozenBN", kind=kind), tmp_path)
+    msra = [x for pair in MSRA.items() for x in pair]
+    model, report = loaded(str(path), config("FrozenBN", msra, kind), tmp_path)
     assert not report.missing and not report.left_over
     cfg = model_zoo.get_config(f"COCO-InstanceSegmentation/mask_rcnn_R_50_{kind}_1x.yaml")
-    cfg.merge_from_list([*SMALL, "MODEL.RESNETS.STRIDE_IN_1X1", False])
+    cfg.merge_from_list(SMALL)
     stock = build_model(cfg).eval()
     DetectionCheckpointer(stock).load(str(path))
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         ours = last_stages(model, x)
         assert_same(ours, last_stages(stock, x), 1e-6)
-        theirs = resnet50(x, random.sd, lambda w: w, batch_norm, dilated=kind == "DC5")
+        options = {"dilated": kind == "DC5", "stride_in_1x1": True}
+        theirs = resnet50(x, random.sd, lambda w: w, batch_norm, **options)
         assert_same(ours, theirs[-len(ours) :], 1e-3)
 
 
@@ -338,7 +342,8 @@ def test_detectors(project, masks, tmp_path):
     if not first:
         wrappers["meta"] = {"config": "conv_cfg = dict(type='ConvWS')"}
     path = save(None, tmp_path / "detector.pth", **wrappers)
-    cfg = config(extra=["MODEL.MASK_ON", masks])
+    keys = [x for pair in BENCHMARK_KEYS.items() for x in pair] if first else []
+    cfg = config(extra=["MODEL.MASK_ON", masks, *keys])
     model, report = loaded(path, cfg, tmp_path, "gn" if first else "auto")
     assert report.layout == project and report.formula == "gn"
     assert not report.missing and not report.left_over
@@ -439,7 +444,7 @@ def test_names_do_not_tell_whether_filters_are_standardized(kind, tmp_path):
     with pytest.raises(ConversionError, match=f"as in {layout}.*do not tell.*formula: none; gn,"):
         convert_state_dict(checkpoint, model)
     model.backbone.bottom_up.double()
-    state, report = convert_state_dict(checkpoint, model, formula="none")
+    state, report = convert_state_dict(checkpoint, model, formula="none", trust_model=True)
     assert report.layout == layout and not report.filters
     stages = {k: v for k, v in state.items() if k.startswith("backbone.bottom_up")}
     model.load_state_dict(stages, strict=False)

@@ -186,11 +186,11 @@ def convert_state_dict(
     )
     if not trust_model:
         report.trained_with, report.origin = trained_with(checkpoint, source.name)
-    _check(report, problems, keys_of(model), leave_out)
     for name in list(state):
         if name in convs and state[name].dim() == 4:
             _convert_filters(name, convs[name], state, formula, report)
     _account_for_the_rest(model, shapes, stages, state, report)
+    _check(report, problems, keys_of(model), leave_out)
     return state, report
 
 
@@ -294,11 +294,9 @@ def _check(
             "They belong into the config of all that uses the weights. --trust-config, if the "
             "weights were trained with the values of the config"
         )
-    if left and not report.fitting:
-        wrong.append(
-            "Use a config that has them, or leave them out by names, with * for anything "
-            f"(--leave-out '*{left[0][left[0].rfind('.') :]}')"
-        )
+    if left and not report.missing:
+        patterns = dict.fromkeys(f"--leave-out '*{name[name.rfind('.') :]}'" for name in left)
+        wrong.append(f"To convert the rest alone, leave them out by names: {' '.join(patterns)}")
     raise ConversionError(". ".join(wrong))
 
 
