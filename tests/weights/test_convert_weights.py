@@ -3,6 +3,7 @@
 import functools
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 import threading
@@ -700,34 +701,61 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
 
 
-def run(*args):
-    command = [sys.executable, str(ROOT / "tools/convert_weights.py"), *map(str, args)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+TOOL = ROOT / "tools/convert_weights.py"
 
 
-def test_tool(tmp_path):
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the tool in this process: exit status, standard output, standard error."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, args)])
+        status = runpy.run_path(str(TOOL))["main"]()
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+def test_tool(run, tmp_path):
     random = Random()
     make_resnet50(random, gn_entries)
     path = save(random.sd, tmp_path / "gn_ws.pth.tar")
     output = tmp_path / "converted.pth"
     arguments = ["--input", path, "--config-file", MASK_RCNN, "--output", output]
     arguments += ["--formula", "gn"]
-    dry = run(*arguments, "--dry-run", *SMALL)
-    assert dry.returncode == 0 and not output.exists(), dry.stderr
-    assert "layer1.0.conv1.weight -> backbone.bottom_up.res2.0.conv1.weight" in dry.stdout
-    done = run(*arguments, *SMALL)
-    assert done.returncode == 0 and sorted(os.listdir(tmp_path)) == [output.name, "gn_ws.pth.tar"]
+    status, out, err = run(*arguments, "--dry-run", *SMALL)
+    assert status == 0 and not output.exists(), err
+    assert "layer1.0.conv1.weight -> backbone.bottom_up.res2.0.conv1.weight" in out
+    command = [sys.executable, TOOL, *arguments, *SMALL]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*map(str, command)], env=environment, check=True)
+    assert sorted(os.listdir(tmp_path)) == [output.name, "gn_ws.pth.tar"]
     model = torch.load(output, weights_only=True)["model"]
     assert "backbone.bottom_up.stem.conv1.ws_eps" in model
 
     output.unlink()
     del random.sd["layer3.1.conv2.weight"]
     save(random.sd, path)
-    failed = run(*arguments, *SMALL)
-    assert failed.returncode == 1 and not output.exists()
-    assert "backbone.bottom_up.res4.1.conv2.weight" in failed.stdout
+    status, out, err = run(*arguments, *SMALL)
+    assert status == 1 and not output.exists()
+    assert "backbone.bottom_up.res4.1.conv2.weight" in out
+    assert "2 weights are missing, as backbone.bottom_up.res4.1.conv2.weight. No conv" in err
     random.sd["layer3.1.conv2.weight"] = torch.ones(2, 2)
     save(random.sd, path)
-    failed = run(*arguments, *SMALL)
-    assert failed.returncode == 2 and "layer3.1.conv2.weight (2, 2)" in failed.stderr
+    status, _, err = run(*arguments, *SMALL)
+    assert status == 2 and "layer3.1.conv2.weight (2, 2)" in err
+
+
+def test_tool_with_other_inputs(run, tmp_path):
+    """The format of images is compared for models that do not keep it, too: semantic segmentors."""
+    random = Random()
+    make_resnet50(random, gn_entries)
+    path, output = save(random.sd, tmp_path / "gn_ws.pth.tar"), tmp_path / "converted.pth"
+    config_file = CONFIGS / "Cityscapes/semantic_R_50_FPN_gn_ws_699e_1img.yaml"
+    arguments = ["--input", path, "--config-file", config_file, "--output", output]
+    arguments += ["--formula", "gn"]
+    keys = [*SMALL, "INPUT.FORMAT", "BGR"]
+    status, _, err = run(*arguments, *keys)
+    assert status == 2 and not output.exists() and err.count("\n") == 1
+    assert "INPUT.FORMAT is 'BGR' and was 'RGB'" in err
+    assert run(*arguments, "--trust-config", *keys)[0] == 0 and output.exists()
