@@ -15,6 +15,7 @@ import detectron2
 import torch
 
 from wsbcn_d2 import ops
+from wsbcn_d2.command_line import HelpFormatter
 from wsbcn_d2.engine.checkpoint import atomic_write, check_output
 from wsbcn_d2.version import __version__
 
@@ -36,7 +37,7 @@ def parser(description: Optional[str], repetitions: int) -> argparse.ArgumentPar
     made = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{_module()}",
         description=(description or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     made.add_argument("--repetitions", type=positive, default=repetitions, help="rounds that count")
     made.add_argument("--warmup", type=positive, default=2, help="rounds before those")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from wsbcn_d2.command_line import HelpFormatter
 from wsbcn_d2.engine import ConfigError, load_config
 from wsbcn_d2.engine.checkpoint import atomic_write, check_output
 from wsbcn_d2.norm_options import NormOption
@@ -276,7 +277,7 @@ def main() -> int:
         description="Pretrains the backbone of a config by classifying crops of handwritten digits "
         "at a large batch. The config is then trained from it with MODEL.WEIGHTS OUTPUT. It needs "
         "scikit-learn, from which the images come, and no dataset.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--config-file", required=True, help="config of the detector")
     parser.add_argument("--output", required=True, help="checkpoint to write")

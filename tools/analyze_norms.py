@@ -18,6 +18,7 @@ from wsbcn_d2.analysis.norm_analysis import (
 from wsbcn_d2.analysis.norms_page import norms_page
 from wsbcn_d2.analysis.probe import STEPS
 from wsbcn_d2.analysis.runs import read_run, split_label
+from wsbcn_d2.command_line import HelpFormatter
 from wsbcn_d2.engine import load_config
 from wsbcn_d2.engine.checkpoint import check_output
 
@@ -25,9 +26,7 @@ _NEEDS = ("TRAIN", "WEIGHTS")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "runs",
         nargs="*",

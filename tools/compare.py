@@ -15,6 +15,7 @@ from wsbcn_d2.analysis.comparison import (
 )
 from wsbcn_d2.analysis.comparison_page import check_baseline, comparison_page
 from wsbcn_d2.analysis.runs import Run, label_by_config, label_by_folder, read_run, split_label
+from wsbcn_d2.command_line import HelpFormatter
 from wsbcn_d2.engine.checkpoint import check_output
 
 GROUPINGS = {
@@ -25,9 +26,7 @@ GROUPINGS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "runs",
         nargs="*",

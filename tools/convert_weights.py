@@ -10,8 +10,16 @@ from detectron2.modeling import build_model
 
 from wsbcn_d2.engine import load_config
 from wsbcn_d2.engine.checkpoint import atomic_write, check_output
-from wsbcn_d2.weights import LAYOUTS, convert_state_dict, read_checkpoint
+from wsbcn_d2.weights import LAYOUTS, ConversionReport, convert_state_dict, read_checkpoint
 from wsbcn_d2.weights.formulas import FORMULAS
+from wsbcn_d2.weights.training import as_options
+
+
+def _missing(report: ConversionReport) -> str:
+    message = f"{len(report.missing)} weights are missing, as {report.missing[0]}"
+    if not report.fitting:
+        return f"{message}. No conversion makes them: use a config of the file's model"
+    return f"{message}. With these keys the config fits: {as_options(report.fitting)}"
 
 
 def main() -> int:
@@ -39,6 +47,12 @@ def main() -> int:
         metavar="PATTERN",
         help="weights that may be left over in parts of the model that are converted, as '*.se.*'",
     )
+    parser.add_argument(
+        "--trust-config",
+        action="store_true",
+        help="the weights were trained with the input format, the stride and the poolers of the "
+        "config, whatever the file and its names tell",
+    )
     parser.add_argument("--dry-run", action="store_true", help="report, and write nothing")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     args = parser.parse_args()
@@ -50,15 +64,17 @@ def main() -> int:
         opts = [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
         cfg = load_config(args.config_file, opts, needs=())
         checkpoint = read_checkpoint(args.input)
+        model = build_model(cfg)
+        model.input_format = cfg.INPUT.FORMAT  # semantic segmentors do not keep it
         state, report = convert_state_dict(
-            checkpoint, build_model(cfg), args.layout, args.formula, args.leave_out
+            checkpoint, model, args.layout, args.formula, args.leave_out, args.trust_config
         )
     except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print(report)
     if report.missing:
-        print(f"{parser.prog}: {len(report.missing)} weights are missing", file=sys.stderr)
+        print(f"{parser.prog}: {_missing(report)}", file=sys.stderr)
         return 1
     if not args.dry_run:
         with atomic_write(args.output) as file:

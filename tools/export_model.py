@@ -6,14 +6,13 @@ import sys
 
 from detectron2.utils.logger import setup_logger
 
+from wsbcn_d2.command_line import HelpFormatter
 from wsbcn_d2.engine import ConfigError, load_config
 from wsbcn_d2.export.checkpoint import FORMATS, export_checkpoint
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--config-file", required=True, help="config the checkpoint was made with")
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="what to write")
     parser.add_argument(

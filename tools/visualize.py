@@ -8,13 +8,12 @@ import sys
 from typing import Optional, Tuple
 
 from wsbcn_d2.analysis.runs import read_run, register_datasets, split_label
+from wsbcn_d2.command_line import HelpFormatter
 from wsbcn_d2.visualization import draw_comparison, draw_predictions, load_predictions
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--dataset",
         help="one of Detectron2's, or of the first model's run; default: what that was tested on",

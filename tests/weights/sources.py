@@ -99,9 +99,19 @@ def make_resnet50(random, norm_entries, prefix="", norm="bn", stem="", groups=1,
             into = o
 
 
-def resnet50(x, sd, filters, normalize, prefix="", norm="bn", stem="", groups=1, dilated=False):
-    """The outputs of its stages; the stride is in the 3x3 convolution, and the last stage has none
-    if it is dilated."""
+def resnet50(
+    x,
+    sd,
+    filters,
+    normalize,
+    prefix="",
+    norm="bn",
+    stem="",
+    groups=1,
+    dilated=False,
+    stride_in_1x1=False,
+):
+    """The outputs of its stages; the last stage has no stride if it is dilated."""
 
     def conv(x, name, stride=1, padding=0, groups=1, dilation=1):
         return F.conv2d(x, filters(sd[name + ".weight"]), None, stride, padding, dilation, groups)
@@ -114,8 +124,9 @@ def resnet50(x, sd, filters, normalize, prefix="", norm="bn", stem="", groups=1,
             name = f"{prefix}layer{s + 1}.{b}."
             dilation = 2 if dilated and s == 3 else 1
             stride = 2 if s > 0 and b == 0 and dilation == 1 else 1
-            y = F.relu(normalize(conv(x, name + "conv1"), sd, name + f"{norm}1"))
-            y = conv(y, name + "conv2", stride, dilation, groups, dilation)
+            strides = (stride, 1) if stride_in_1x1 else (1, stride)
+            y = F.relu(normalize(conv(x, name + "conv1", strides[0]), sd, name + f"{norm}1"))
+            y = conv(y, name + "conv2", strides[1], dilation, groups, dilation)
             y = F.relu(normalize(y, sd, name + f"{norm}2"))
             y = normalize(conv(y, name + "conv3"), sd, name + f"{norm}3")
             if b == 0:

@@ -3,6 +3,7 @@
 import functools
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 import threading
@@ -42,6 +43,8 @@ from wsbcn_d2.export.stock import save_for_detectron2
 from wsbcn_d2.layers import WeightStandardized
 from wsbcn_d2.weights import CheckpointError, ConversionError, convert_state_dict, read_checkpoint
 from wsbcn_d2.weights.formulas import rescaled_weight, source_filters
+from wsbcn_d2.weights.training import MASKRCNN_BENCHMARK as BENCHMARK_KEYS
+from wsbcn_d2.weights.training import MSRA
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -294,17 +297,19 @@ def test_caffe2_names(kind, tmp_path):
     path.write_bytes(pickle.dumps({"blobs": blobs}))
     blobs["conv1_b"] = np.ones(32, np.float32)  # which Detectron2 leaves out, too
     path.write_bytes(pickle.dumps({"blobs": blobs}))
-    model, report = loaded(str(path), config("FrozenBN", kind=kind), tmp_path)
+    msra = [x for pair in MSRA.items() for x in pair]
+    model, report = loaded(str(path), config("FrozenBN", msra, kind), tmp_path)
     assert not report.missing and not report.left_over
     cfg = model_zoo.get_config(f"COCO-InstanceSegmentation/mask_rcnn_R_50_{kind}_1x.yaml")
-    cfg.merge_from_list([*SMALL, "MODEL.RESNETS.STRIDE_IN_1X1", False])
+    cfg.merge_from_list(SMALL)
     stock = build_model(cfg).eval()
     DetectionCheckpointer(stock).load(str(path))
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         ours = last_stages(model, x)
         assert_same(ours, last_stages(stock, x), 1e-6)
-        theirs = resnet50(x, random.sd, lambda w: w, batch_norm, dilated=kind == "DC5")
+        options = {"dilated": kind == "DC5", "stride_in_1x1": True}
+        theirs = resnet50(x, random.sd, lambda w: w, batch_norm, **options)
         assert_same(ours, theirs[-len(ours) :], 1e-3)
 
 
@@ -338,7 +343,8 @@ def test_detectors(project, masks, tmp_path):
     if not first:
         wrappers["meta"] = {"config": "conv_cfg = dict(type='ConvWS')"}
     path = save(None, tmp_path / "detector.pth", **wrappers)
-    cfg = config(extra=["MODEL.MASK_ON", masks])
+    keys = [x for pair in BENCHMARK_KEYS.items() for x in pair] if first else []
+    cfg = config(extra=["MODEL.MASK_ON", masks, *keys])
     model, report = loaded(path, cfg, tmp_path, "gn" if first else "auto")
     assert report.layout == project and report.formula == "gn"
     assert not report.missing and not report.left_over
@@ -439,7 +445,7 @@ def test_names_do_not_tell_whether_filters_are_standardized(kind, tmp_path):
     with pytest.raises(ConversionError, match=f"as in {layout}.*do not tell.*formula: none; gn,"):
         convert_state_dict(checkpoint, model)
     model.backbone.bottom_up.double()
-    state, report = convert_state_dict(checkpoint, model, formula="none")
+    state, report = convert_state_dict(checkpoint, model, formula="none", trust_model=True)
     assert report.layout == layout and not report.filters
     stages = {k: v for k, v in state.items() if k.startswith("backbone.bottom_up")}
     model.load_state_dict(stages, strict=False)
@@ -695,34 +701,61 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
 
 
-def run(*args):
-    command = [sys.executable, str(ROOT / "tools/convert_weights.py"), *map(str, args)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+TOOL = ROOT / "tools/convert_weights.py"
 
 
-def test_tool(tmp_path):
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the tool in this process: exit status, standard output, standard error."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, args)])
+        status = runpy.run_path(str(TOOL))["main"]()
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+def test_tool(run, tmp_path):
     random = Random()
     make_resnet50(random, gn_entries)
     path = save(random.sd, tmp_path / "gn_ws.pth.tar")
     output = tmp_path / "converted.pth"
     arguments = ["--input", path, "--config-file", MASK_RCNN, "--output", output]
     arguments += ["--formula", "gn"]
-    dry = run(*arguments, "--dry-run", *SMALL)
-    assert dry.returncode == 0 and not output.exists(), dry.stderr
-    assert "layer1.0.conv1.weight -> backbone.bottom_up.res2.0.conv1.weight" in dry.stdout
-    done = run(*arguments, *SMALL)
-    assert done.returncode == 0 and sorted(os.listdir(tmp_path)) == [output.name, "gn_ws.pth.tar"]
+    status, out, err = run(*arguments, "--dry-run", *SMALL)
+    assert status == 0 and not output.exists(), err
+    assert "layer1.0.conv1.weight -> backbone.bottom_up.res2.0.conv1.weight" in out
+    command = [sys.executable, TOOL, *arguments, *SMALL]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*map(str, command)], env=environment, check=True)
+    assert sorted(os.listdir(tmp_path)) == [output.name, "gn_ws.pth.tar"]
     model = torch.load(output, weights_only=True)["model"]
     assert "backbone.bottom_up.stem.conv1.ws_eps" in model
 
     output.unlink()
     del random.sd["layer3.1.conv2.weight"]
     save(random.sd, path)
-    failed = run(*arguments, *SMALL)
-    assert failed.returncode == 1 and not output.exists()
-    assert "backbone.bottom_up.res4.1.conv2.weight" in failed.stdout
+    status, out, err = run(*arguments, *SMALL)
+    assert status == 1 and not output.exists()
+    assert "backbone.bottom_up.res4.1.conv2.weight" in out
+    assert "2 weights are missing, as backbone.bottom_up.res4.1.conv2.weight. No conv" in err
     random.sd["layer3.1.conv2.weight"] = torch.ones(2, 2)
     save(random.sd, path)
-    failed = run(*arguments, *SMALL)
-    assert failed.returncode == 2 and "layer3.1.conv2.weight (2, 2)" in failed.stderr
+    status, _, err = run(*arguments, *SMALL)
+    assert status == 2 and "layer3.1.conv2.weight (2, 2)" in err
+
+
+def test_tool_with_other_inputs(run, tmp_path):
+    """The format of images is compared for models that do not keep it, too: semantic segmentors."""
+    random = Random()
+    make_resnet50(random, gn_entries)
+    path, output = save(random.sd, tmp_path / "gn_ws.pth.tar"), tmp_path / "converted.pth"
+    config_file = CONFIGS / "Cityscapes/semantic_R_50_FPN_gn_ws_699e_1img.yaml"
+    arguments = ["--input", path, "--config-file", config_file, "--output", output]
+    arguments += ["--formula", "gn"]
+    keys = [*SMALL, "INPUT.FORMAT", "BGR"]
+    status, _, err = run(*arguments, *keys)
+    assert status == 2 and not output.exists() and err.count("\n") == 1
+    assert "INPUT.FORMAT is 'BGR' and was 'RGB'" in err
+    assert run(*arguments, "--trust-config", *keys)[0] == 0 and output.exists()

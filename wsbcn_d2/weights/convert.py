@@ -1,12 +1,10 @@
 """Weights of other projects for a given Detectron2 model."""
 
-import ast
-import contextlib
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
@@ -14,9 +12,12 @@ from torch import Tensor, nn
 
 from ..layers import BatchChannelNorm, ChannelNorm, WeightStandardized
 from ..layers.folded import refuse_folded
-from .files import Checkpoint
+from .architecture import keys_that_fit
+from .files import Checkpoint, checkpoint_of
 from .formulas import FORMULAS, adaptation, rescaled_weight, source_filters
 from .layouts import LAYOUTS, Layout, detect_layout
+from .mmdetection import parts_by_standardization
+from .training import as_options, differences, keys_of, trained_with
 
 # What a model has without a checkpoint.
 _NOT_TRAINED = r"pixel_(?:mean|std)|.*anchor_generator\..*|.*\.num_batches_tracked"
@@ -43,6 +44,10 @@ class ConversionReport:
         missing: names of the model that should have been in the checkpoint.
         other_norms: norms, by their names in the model, with entries in the checkpoint that the
             model has no place for: it has norms of another kind after these convolutions, or none.
+        trained_with: what the weights were trained with, by keys of the config, as far as known.
+        origin: how that is known, or what is assumed.
+        fitting: keys of the config with which the model has a place for all norms and heads of the
+            checkpoint; empty if it has.
     """
 
     layout: str
@@ -53,11 +58,16 @@ class ConversionReport:
     left_over: List[str] = field(default_factory=list)
     missing: List[str] = field(default_factory=list)
     other_norms: List[str] = field(default_factory=list)
+    trained_with: Dict[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    fitting: Dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         standardization = f"formula {self.formula!r}" if self.formula else "none"
         lines = [
             f"source: {self.layout}, weight standardization: {standardization}",
+            " ".join(filter(None, ["trained with:", as_options(self.trained_with)]))
+            + f" ({self.origin})",
             f"taken: {len(self.taken)}",
             *(f"  {source} -> {target}" for source, target in self.taken.items()),
             *(f"filters {what}: {count} convolutions" for what, count in self.filters.items()),
@@ -76,11 +86,12 @@ class ConversionReport:
 
 
 def convert_state_dict(
-    checkpoint: Checkpoint,
+    checkpoint: Union[Checkpoint, Mapping[str, Any]],
     model: nn.Module,
     layout: Optional[str] = None,
     formula: str = "auto",
     leave_out: Sequence[str] = (),
+    trust_model: bool = False,
 ) -> Tuple[Dict[str, Tensor], ConversionReport]:
     """Makes a state dict for a model of what another project has trained.
 
@@ -97,13 +108,15 @@ def convert_state_dict(
     whose channel normalization starts as it is built and is new to the function.
 
     Args:
-        checkpoint: from :func:`wsbcn_d2.weights.read_checkpoint`.
+        checkpoint: from :func:`wsbcn_d2.weights.read_checkpoint`, or a state dict.
         model: the Detectron2 model to convert for; it is not changed.
         layout: a name in ``LAYOUTS``. Default: found out from the names.
         formula: the weight standardization of the source: one of ``FORMULAS``, "none", or "auto":
             what the file says, or the layout if it is given.
         leave_out: patterns, as of file names, of what may be left over in parts of the model that
             are converted: ``"*.se.*"``, for example.
+        trust_model: whether the weights were trained with the format of images, the stride and the
+            poolers of the model, whatever the file and its names tell.
 
     Returns:
         The state dict, under the names of the model, and the report. The report may list missing
@@ -112,8 +125,17 @@ def convert_state_dict(
     Raises:
         ConversionError: if the layout is not known, the file does not say whether its filters are
             standardized, a shape differs, the model has no place for any of the weights, or for
-            some of a part that others are converted for, or they come from a folded model.
+            some of a part that others are converted for, it has other inputs, strides or poolers
+            than they were trained with, or they come from a folded model.
+        TypeError: if ``checkpoint`` is neither a Checkpoint nor a dictionary.
     """
+    if isinstance(checkpoint, Mapping):
+        checkpoint = checkpoint_of(dict(checkpoint), "the state dict")
+    if not isinstance(checkpoint, Checkpoint):
+        raise TypeError(
+            "checkpoint must be what read_checkpoint returns, or a state dict; got a "
+            + type(checkpoint).__name__
+        )
     _refuse_folded(checkpoint, model)
     tensors = checkpoint.tensors
     if checkpoint.caffe2:
@@ -131,7 +153,8 @@ def convert_state_dict(
         if isinstance(getattr(module, "weight", None), nn.Parameter)
     }
     state: Dict[str, Tensor] = {}
-    problems = []
+    problems: List[str] = []
+    in_file: Dict[str, Tuple[int, ...]] = {}
     for name, value in tensors.items():
         if source.ignores(name):
             continue
@@ -140,6 +163,7 @@ def convert_state_dict(
             report.left_over.append(name)
             continue
         target = _placed(target, stages)
+        in_file[target] = tuple(source.transform(target, value).shape)
         if target.endswith(".ws_eps") and target not in shapes:
             raise ConversionError(
                 f"{name}: the convolution was trained with weight standardization, which that of "
@@ -155,20 +179,18 @@ def convert_state_dict(
             continue
         state[target] = value
         report.taken[name] = target
-    if problems:
-        raise ConversionError(
-            "the checkpoint is of another model than the config: " + "; ".join(problems)
-        )
-    if not report.taken:
-        raise ConversionError(
-            f"the model has no place for any of the {len(report.left_over)} weights (layout "
-            f"{source.name}): {', '.join(report.left_over[:3])}, ..."
-        )
-    _check_left_over(report, leave_out)
+    report.fitting = keys_that_fit(in_file, shapes)
+    report.trained_with, report.origin = (
+        {},
+        "assumed: with the inputs and the stride of the model",
+    )
+    if not trust_model:
+        report.trained_with, report.origin = trained_with(checkpoint, source.name)
     for name in list(state):
         if name in convs and state[name].dim() == 4:
             _convert_filters(name, convs[name], state, formula, report)
     _account_for_the_rest(model, shapes, stages, state, report)
+    _check(report, problems, keys_of(model), leave_out)
     return state, report
 
 
@@ -208,7 +230,13 @@ def _formula(layout: Layout, names: Iterable[str], text: str, formula: str) -> O
     if not layout.ambiguous:
         return layout.formula
     if layout.name == "mmdetection" and text:  # its files contain their config
-        _check_parts(text)
+        standardized, others = parts_by_standardization(text)
+        if standardized and others:
+            raise ConversionError(
+                f"the config in the file standardizes the filters of {', '.join(standardized)} and "
+                f"not those of {', '.join(others)} (conv_cfg), which have norms, too. Files in "
+                "which only some parts are standardized cannot be converted"
+            )
         return "gn" if re.search(r"['\"]ConvWS['\"]", text) else None
     raise ConversionError(
         f"the names in the file, as in {layout.name}, do not tell whether its filters are "
@@ -217,71 +245,70 @@ def _formula(layout: Layout, names: Iterable[str], text: str, formula: str) -> O
     )
 
 
-def _check_parts(text: str) -> None:
+def _check(
+    report: ConversionReport,
+    shapes: List[str],
+    built_with: Dict[str, Any],
+    leave_out: Sequence[str],
+) -> None:
     """
+    Args:
+        report: of all names.
+        shapes: what is wrong with those of the weights.
+        built_with: what the model was built with, by keys of the config.
+        leave_out: see :func:`convert_state_dict`.
+
     Raises:
-        ConversionError: if a config of mmdetection standardizes some parts that have norms, and not
-            all of them.
+        ConversionError: if the model cannot take the weights, or would not compute with them what
+            the source does.
     """
-    parts: Dict[bool, Dict[str, None]] = {True: {}, False: {}}
-    for node in _nodes(text):
-        for name, value in _entries(node):
-            for item in value.elts if isinstance(value, ast.List) else [value]:
-                keys = dict(_entries(item))
-                norm, conv = keys.get("norm_cfg"), keys.get("conv_cfg")
-                if norm is None or getattr(norm, "value", norm) is None:
-                    continue
-                # A name stands for what is set elsewhere in the config.
-                named = isinstance(conv, ast.Name)
-                parts[named or (conv is not None and "ConvWS" in ast.dump(conv))][name] = None
-    if parts[True] and parts[False]:
-        raise ConversionError(
-            f"the config in the file standardizes the filters of {', '.join(parts[True])} and not "
-            f"those of {', '.join(parts[False])} (conv_cfg), which have norms, too. Files in which "
-            "only some parts are standardized cannot be converted"
+    wrong = []
+    other = differences(report.trained_with, built_with)
+    if other:
+        values = (f"{key} is {built_with[key]!r} and was {value!r}" for key, value in other.items())
+        wrong.append(
+            f"the config is not what the weights were trained with ({report.origin}): "
+            + ", ".join(values)
         )
+    left = _left_over(report, leave_out)
+    if shapes:
+        wrong.append("the checkpoint is of another model than the config: " + "; ".join(shapes))
+    elif not report.taken:
+        wrong.append(
+            f"the model has no place for any of the {len(report.left_over)} weights (layout "
+            f"{report.layout}): {', '.join(report.left_over[:3])}, ..."
+        )
+    elif left:
+        wrong.append(
+            f"the model has no place for {len(left)} weights of parts that are converted, so it "
+            f"would not compute what the source does: {', '.join(left[:5])}"
+            + (", ..." if len(left) > 5 else "")
+        )
+    if not wrong:
+        return
+    keys = {**other, **report.fitting}
+    if keys:
+        wrong.append(f"With these keys the config fits: {as_options(keys)}")
+    if other:
+        wrong.append(
+            "They belong into the config of all that uses the weights. --trust-config, if the "
+            "weights were trained with the values of the config"
+        )
+    if left and not report.missing:
+        patterns = dict.fromkeys(f"--leave-out '*{name[name.rfind('.') :]}'" for name in left)
+        wrong.append(f"To convert the rest alone, leave them out by names: {' '.join(patterns)}")
+    raise ConversionError(". ".join(wrong))
 
 
-def _nodes(code: str) -> Iterator[ast.AST]:
-    """The syntax of Python code, and of configs in texts within it."""
-    with contextlib.suppress(SyntaxError, ValueError):
-        for node in ast.walk(ast.parse(code)):
-            yield node
-            value = getattr(node, "value", None)
-            if isinstance(value, str) and "norm_cfg" in value:
-                yield from _nodes(value)
-
-
-def _entries(node: Any) -> List[Tuple[str, Any]]:
-    """Keys and values of a dictionary in Python code."""
-    if isinstance(node, ast.Call):
-        return [(keyword.arg, keyword.value) for keyword in node.keywords if keyword.arg]
-    if isinstance(node, ast.Dict):
-        return [(k.value, v) for k, v in zip(node.keys, node.values) if isinstance(k, ast.Constant)]
-    return []
-
-
-def _check_left_over(report: ConversionReport, leave_out: Sequence[str]) -> None:
-    """
-    Raises:
-        ConversionError: if weights of a part that is converted are left over: the model does not
-            compute what the source does.
-    """
+def _left_over(report: ConversionReport, leave_out: Sequence[str]) -> List[str]:
+    """What is left over of parts that are converted, without which these compute something else."""
     converted = {prefix for name in report.taken for prefix in _prefixes(name)}
-    left = [
+    return [
         name
         for name in report.left_over
         if converted.intersection(_prefixes(name))
         and not any(fnmatchcase(name, pattern) for pattern in leave_out)
     ]
-    if left:
-        raise ConversionError(
-            f"the model has no place for {len(left)} weights of parts that are converted, so it "
-            f"would not compute what the source does: {', '.join(left[:5])}"
-            + (", ..." if len(left) > 5 else "")
-            + ". Use a config that has them, or leave them out by names, with * for anything "
-            f"(--leave-out '*{left[0][left[0].rfind('.') :]}')"
-        )
 
 
 def _prefixes(name: str) -> Iterable[str]:

@@ -52,12 +52,16 @@ class Checkpoint:
         text: what the file says of its config, if it does, otherwise empty.
         caffe2: whether the names are those of Caffe2, as in Detectron2's MSRA models.
         metadata: what the state dict says of the modules, by their names; empty if it says nothing.
+        author: what the file says of where it is from, if it does, as those of Detectron2 do.
+        file: its name, without folders; empty if the weights are from no file.
     """
 
     tensors: Dict[str, Tensor]
     text: str
     caffe2: bool
     metadata: Dict[str, Dict[str, Any]] = field(default_factory=dict)
+    author: str = ""
+    file: str = ""
 
 
 def read_checkpoint(path: str) -> Checkpoint:
@@ -92,8 +96,23 @@ def read_checkpoint(path: str) -> Checkpoint:
         content = _read_arrays(path) if path.endswith(".pkl") else _read_tensors(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary")
+    checkpoint = checkpoint_of(content, path)
+    checkpoint.file = os.path.basename(path)
+    return checkpoint
+
+
+def checkpoint_of(content: Dict[str, Any], source: str) -> Checkpoint:
+    """The weights in what a file holds: a state dict, within wrappers or without.
+
+    Args:
+        content: the dictionary in the file.
+        source: what it is, for messages.
+
+    Raises:
+        CheckpointError: if it has no weights, or some that are not finite.
+    """
     text = str(content.get("meta") or "")
-    caffe2 = content.get("__author__") == "Caffe2"  # as Detectron2 has it
+    author = str(content.get("__author__") or "")
     weights = without_wrappers(unwrapped(content))
     tensors = {}
     for name, value in weights.items():
@@ -102,15 +121,15 @@ def read_checkpoint(path: str) -> Checkpoint:
         if isinstance(value, Tensor) and isinstance(name, str):
             tensors[name] = value
     if not tensors:
-        raise CheckpointError(f"{path}: no weights in it; its keys are {_some(list(content))}")
+        raise CheckpointError(f"{source}: no weights in it; its keys are {_some(content)}")
     prefix = _common_prefix(tensors)
     tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
     for name, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise CheckpointError(f"{path}: {name} has infinite or NaN values")
-    caffe2 = caffe2 or any(name.endswith("_w") for name in tensors)
+            raise CheckpointError(f"{source}: {name} has infinite or NaN values")
+    caffe2 = author == "Caffe2" or any(name.endswith("_w") for name in tensors)
     metadata = {k.removeprefix(prefix): entry for k, entry in _metadata(weights).items()}
-    return Checkpoint(tensors, text, caffe2, metadata)
+    return Checkpoint(tensors, text, caffe2, metadata, author)
 
 
 def _downloaded(address: str) -> str:
