@@ -1,9 +1,10 @@
 """Draws docs/masks.png: python docs/masks_figure.py [FOLDER]
 
 Why BCN+WS learns masks late (docs/results.md). On the left is the loss of the mask head, on the
-right how far the outputs of its normalization layers are from mean 0, and the mask AP. With a FOLDER
-of runs, named SETTING_sSEED, losses and distances are read from them first and written to
-docs/results/masks-heads.json. The picture is drawn from that file, and AP from
+right how far the outputs of its normalization layers are from mean 0, and the mask AP.
+
+With a FOLDER of runs, named SETTING_sSEED, losses and distances are read from them first and
+written to docs/results/masks-heads.json. The picture is drawn from that file, and AP from
 docs/results/masks.json.
 """
 
@@ -30,12 +31,12 @@ DATA = DOCS / "results" / "masks-heads.json"
 IMAGES = 12
 # By the name of a setting, its title and colour.
 SETTINGS = {
-    "gn_ws_lr0.01": ("GN+WS", "#1f5fa8"),
-    "mask_gn_ws_lr0.01": ("BCN+WS, mask head GN+WS", "#5f9fd8"),
-    "mask_cn_ws_lr0.01": ("BCN+WS, mask head CN+WS", "#3a9a5b"),
-    "bias10_lr0.01": ("BCN+WS, biases learn 10 times as fast", "#8a5fc0"),
-    "mask_batch_lr0.01": ("BCN+WS, mask head BatchBCN+WS", "#e0a030"),
-    "bcn_ws_lr0.01": ("BCN+WS", "#c8452d"),
+    "gn_ws": ("GN+WS", "#1f5fa8"),
+    "mask_gn": ("BCN+WS, mask head GN+WS", "#5f9fd8"),
+    "mask_cn": ("BCN+WS, mask head CN+WS", "#3a9a5b"),
+    "bias10": ("BCN+WS, biases learn 10 times as fast", "#8a5fc0"),
+    "mask_batch": ("BCN+WS, mask head BatchBCN+WS", "#e0a030"),
+    "bcn_ws": ("BCN+WS", "#c8452d"),
 }
 
 
