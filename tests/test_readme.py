@@ -1,6 +1,7 @@
 """What the documents say and tell people to run."""
 
 import argparse
+import ast
 import importlib.util
 import json
 import os
@@ -351,3 +352,32 @@ def test_your_own_dataset(tmp_path):
     )
     assert (run / "predictions.png").stat().st_size > 1000
     assert (run / "folded" / "config.yaml").is_file()
+
+
+# ----------------------------------------------------------------------------------- architecture
+
+
+def imports(path, package):
+    """The files and folders of the package that a file imports, by their names in the page."""
+    relative = path.relative_to(package)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = relative.parts[: len(relative.parts) - node.level]
+            names = [folder + tuple((node.module or "").split("."))] if node.module else []
+            names = names or [folder + (alias.name,) for alias in node.names]
+            yield from (name[0] for name in names)
+
+
+def test_rows_of_the_architecture_import_from_rows_below():
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("## What runs")[0]
+    cells = re.findall(r"^\| (`.*?) \|", text, re.M)
+    rows = [re.findall(r"`([\w.]+)/?`", cell) for cell in cells]
+    level = {name.partition(".")[0]: number for number, row in enumerate(rows) for name in row}
+    package = ROOT / "wsbcn_d2"
+    wrong = set()
+    for path in sorted(package.rglob("*.py")):
+        own = path.relative_to(package).parts[0].partition(".")[0]
+        for other in imports(path, package) if own != "__init__" else ():
+            if other != own and level[other] <= level[own]:
+                wrong.add((own, other))
+    assert wrong == set()

@@ -27,7 +27,7 @@ from wsbcn_d2.engine.checkpoint import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ROOT / "requirements" / "versions.yaml"
-RESULTS = ROOT / "docs" / "versions.json"
+RESULTS = ROOT / "docs" / "data" / "versions.json"
 PAGE = ROOT / "docs" / "versions.md"
 BEGIN = "<!-- begin: written by tools/check_versions.py -->"
 END = "<!-- end -->"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes MODEL_ZOO.md, the list of all configs, from them and from docs/published_results.yaml."""
+"""Writes MODEL_ZOO.md, the list of all configs; docs/data/published_results.yaml has the results."""
 
 import argparse
 import re
@@ -14,7 +14,7 @@ from wsbcn_d2.engine.checkpoint import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "MODEL_ZOO.md"
-PUBLISHED = ROOT / "docs" / "published_results.yaml"
+PUBLISHED = ROOT / "docs" / "data" / "published_results.yaml"
 
 # The words for norms in file names, in the order of rows and links.
 _NORMS = {

@@ -20,7 +20,7 @@ def load_tool():
 
 
 def test_page():
-    results = json.loads((ROOT / "docs" / "versions.json").read_text())
+    results = json.loads((ROOT / "docs" / "data" / "versions.json").read_text())
     sets = yaml.safe_load((ROOT / "requirements" / "versions.yaml").read_text())
     assert results
     for name, result in results.items():  # no row of a set that was changed since

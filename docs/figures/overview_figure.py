@@ -1,4 +1,4 @@
-"""Draws docs/overview.png: python docs/overview_figure.py
+"""Draws docs/overview.png: python docs/figures/overview_figure.py
 
 Box and mask AP of the runs in docs/results/rates.json (1,000 steps) and docs/results/long.json
 (4,000 steps): a small dot is a run, a bar the mean over the seeds.
@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[1]
 KINDS = {"bbox": ("box AP", "#1f5fa8"), "segm": ("mask AP", "#d9822b")}
 # Title, file, and the settings by the names below the bars.
 PANELS = (

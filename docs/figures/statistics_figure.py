@@ -1,4 +1,4 @@
-"""Draws docs/statistics.png: python docs/statistics_figure.py
+"""Draws docs/statistics.png: python docs/figures/statistics_figure.py
 
 A channel whose mean differs from image to image, as in a detector that sees one image at a time,
 goes through the real layers.
@@ -61,7 +61,7 @@ def main() -> None:
         axis.set_xlabel("iteration")
         axis.legend(loc="upper left", bbox_to_anchor=(0, -0.18), ncols=3, fontsize=9)
     axes[0].set_ylabel("mean of a channel\n(grey: of each image)")
-    figure.savefig(Path(__file__).with_name("statistics.png"), dpi=110)
+    figure.savefig(Path(__file__).parents[1] / "statistics.png", dpi=110)
 
 
 if __name__ == "__main__":
