@@ -1,4 +1,4 @@
-"""Draws docs/masks.png: python docs/masks_figure.py [FOLDER]
+"""Draws docs/masks.png: python docs/figures/masks_figure.py [FOLDER]
 
 Why BCN+WS learns masks late (docs/results.md). On the left is the loss of the mask head, on the
 right how far the outputs of its normalization layers are from mean 0, and the mask AP.
@@ -26,7 +26,7 @@ from wsbcn_d2.engine import load_config
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[1]
 DATA = DOCS / "results" / "masks-heads.json"
 IMAGES = 12
 # By the name of a setting, its title and colour.
