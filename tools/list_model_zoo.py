@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes MODEL_ZOO.md, the list of all configs; docs/data/published_results.yaml has the results."""
+"""Writes MODEL_ZOO.md, the list of all configs, from them and docs/data/published_results.yaml."""
 
 import argparse
 import re
