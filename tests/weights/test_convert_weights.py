@@ -757,5 +757,5 @@ def test_tool_with_other_inputs(run, tmp_path):
     keys = [*SMALL, "INPUT.FORMAT", "BGR"]
     status, _, err = run(*arguments, *keys)
     assert status == 2 and not output.exists() and err.count("\n") == 1
-    assert "INPUT.FORMAT is 'BGR' and was 'RGB'" in err
+    assert "INPUT.FORMAT is 'BGR', not 'RGB'" in err
     assert run(*arguments, "--trust-config", *keys)[0] == 0 and output.exists()

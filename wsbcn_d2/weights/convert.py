@@ -265,7 +265,7 @@ def _check(
     wrong = []
     other = differences(report.trained_with, built_with)
     if other:
-        values = (f"{key} is {built_with[key]!r} and was {value!r}" for key, value in other.items())
+        values = (f"{key} is {built_with[key]!r}, not {value!r}" for key, value in other.items())
         wrong.append(
             f"the config is not what the weights were trained with ({report.origin}): "
             + ", ".join(values)
@@ -291,13 +291,13 @@ def _check(
         wrong.append(f"With these keys the config fits: {as_options(keys)}")
     if other:
         wrong.append(
-            "They belong into the config of all that uses the weights. --trust-config, if the "
-            "weights were trained with the values of the config"
+            "They belong into the config of all that uses the weights. If the config is right as "
+            "it is, and this source is not: --trust-config"
         )
     if left and not report.missing:
         patterns = dict.fromkeys(f"--leave-out '*{name[name.rfind('.') :]}'" for name in left)
         wrong.append(f"To convert the rest alone, leave them out by names: {' '.join(patterns)}")
-    raise ConversionError(". ".join(wrong))
+    raise ConversionError(". ".join(part[0].upper() + part[1:] for part in wrong))
 
 
 def _left_over(report: ConversionReport, leave_out: Sequence[str]) -> List[str]:

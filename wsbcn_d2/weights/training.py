@@ -91,7 +91,7 @@ def keys_of(model: nn.Module) -> Keys:
         keys[FORMAT] = model.input_format
     for key, buffer in ((MEAN, "pixel_mean"), (STD, "pixel_std")):
         if hasattr(model, buffer):
-            keys[key] = getattr(model, buffer).flatten().tolist()
+            keys[key] = [round(x, 4) for x in getattr(model, buffer).flatten().tolist()]
     for block in model.modules():
         if isinstance(block, (BottleneckBlock, DeformBottleneckBlock)):
             strides = [max(c.stride) for c in (block.conv1, block.conv2)]
