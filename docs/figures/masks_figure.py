@@ -84,13 +84,15 @@ def draw() -> None:
     for setting, (title, color) in SETTINGS.items():
         names = [name for name in heads if name.rpartition("_s")[0] == setting]
         columns = [torch.tensor(heads[name]["loss_mask"][1]) for name in names]
-        curves.plot(heads[names[0]]["loss_mask"][0], sum(columns) / len(columns), color=color)
+        curves.plot(
+            heads[names[0]]["loss_mask"][0], sum(columns) / len(columns), color=color, label=title
+        )
         x = [sum(heads[name]["offsets"]) / len(heads[name]["offsets"]) for name in names]
         y = [ap[name] for name in names]
-        points.scatter(x, y, color=color, edgecolor="black", linewidth=0.6, label=title, zorder=3)
+        points.scatter(x, y, color=color, edgecolor="black", linewidth=0.6, zorder=3)
     curves.set(xlabel="iteration", ylabel="loss of the mask head")
     points.set(xlabel="offsets in the mask head after training", ylabel="mask AP", xlim=(0, None))
-    points.legend(fontsize=7, loc="lower right")
+    curves.legend(fontsize=7, loc="lower left")
     for axes in (curves, points):
         axes.grid(alpha=0.3)
     figure.savefig(DOCS / "masks.png", dpi=110)
