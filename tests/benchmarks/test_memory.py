@@ -93,7 +93,7 @@ class TestWords:
         with_ws = [key for key in self.peaks if key[2] == "GN+WS"]
         ratios = self.ratios(*((key, (*key[:2], "GN", *key[3:])) for key in with_ws))
         assert len(ratios) >= 24 and 0.96 < min(ratios) and max(ratios) < 1.02
-        assert "GN+WS needs what GN needs" in self.text
+        assert "GN+WS needs as much memory as GN" in self.text
         for model in ("Mask R-CNN", "RetinaNet"):
             mixed = [(model, "bfloat16", norm, "", 1) for norm in ("GN", "BCN+WS")]
             assert self.peaks[mixed[0]] > self.peaks[model, "float32", "GN", "", 1]
@@ -105,8 +105,7 @@ class TestWords:
             for model in ("Mask R-CNN", "RetinaNet")
         ]
         mask, retina = self.ratios(*pairs)
-        assert f"at {mask:.2f} of GN with nothing checkpointed in Mask R-CNN" in self.text
-        assert f"and at {retina:.2f} in RetinaNet" in self.text
+        assert f'"all"` is {mask:.2f} in Mask R-CNN and {retina:.2f} in RetinaNet' in self.text
 
     def test_parts_of_the_peak(self):
         *parts, (_, peak) = re.findall(r"\| ([^|]+) \| \**(\d+)\** \|", self.text)
@@ -120,4 +119,18 @@ class TestWords:
             (r["norm"], r["checkpointed"]): r["peak_bytes"] / 2**30 for r in file.results["rows"]
         }
         gn, ours = of["GN", ""], of["BCN+WS", "all"]
-        assert f'needs {gn:.2f} GiB with GN and {ours:.2f} with BCN+WS and `"all"`' in self.text
+        assert f'needs {gn:.2f} GiB with GN, and {ours:.2f} with BCN+WS and `"all"`' in self.text
+
+    def test_of_times(self):
+        (file,) = (
+            m
+            for m in self.measured
+            if "step" in m.results["rows"][0] and "checkpointed" in m.results["rows"][0]
+        )
+        step = {(r["norm"], r["checkpointed"]): r["step"]["median"] for r in file.results["rows"]}
+        ratios = [step["BCN+WS", what] / step["GN", ""] for what in ("", "backbone", "all")]
+        none, backbone, everything = (f"{ratio:.2f}" for ratio in ratios)
+        assert (
+            f'`BCN+WS` takes {none} of GN\'s time here, {backbone} with `"backbone"` and '
+            f'{everything} with `"all"`'
+        ) in self.text
