@@ -11,8 +11,10 @@ from ops.cases import (
     make_inputs,
     run,
 )
+from oracles import standardized_weight
 
 from wsbcn_d2.ops import moments
+from wsbcn_d2.ops.backend import kernels_for
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 NCHW, LAST = torch.contiguous_format, torch.channels_last
@@ -313,3 +315,46 @@ def test_moments(shape, memory_format):
     for empty in (torch.ones(0, 3, 2, 2), torch.ones(2, 3, 0, 2)):
         for table in moments(empty.to(DEVICE)):
             assert table.shape == empty.shape[:2] and not table.any()
+
+
+WEIGHTS = [
+    # (C_out, C_in / groups, kh, kw), memory format
+    ((7, 5, 3, 3), NCHW),
+    ((7, 5, 3, 3), LAST),
+    ((9, 300, 3, 3), NCHW),  # more values than the kernels in C sum at a time
+    ((4, 1, 3, 3), LAST),
+    ((64, 16, 1, 1), NCHW),  # enough for several threads
+    ((2, 1, 1, 1), NCHW),  # filters of one value
+]
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+@pytest.mark.parametrize("shape,memory_format", WEIGHTS)
+def test_standardization(shape, memory_format, dtype):
+    weight = (random(shape, F32) * 0.02 + 0.1).to(dtype).contiguous(memory_format=memory_format)
+    grad = random(shape, torch.promote_types(dtype, F32))
+    kernels = kernels_for(weight)
+    filters, statistics = kernels.standardize(weight, 1e-5)
+    assert filters.dtype == grad.dtype and filters.stride() == weight.stride()
+    exact = weight.double().requires_grad_()
+    theirs = standardized_weight(exact)
+    theirs.backward(grad.double())
+    of_weight = kernels.standardize_backward(grad, weight, statistics)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype != F64 else {}
+    torch.testing.assert_close(filters.double(), theirs.detach(), **tolerance)
+    scale = exact.grad.abs().max().clamp(min=1)
+    torch.testing.assert_close(of_weight.double() / scale, exact.grad / scale, **tolerance)
+
+
+def test_standardization_far_from_zero():
+    """Where squares of float32 are all the same."""
+    weight = torch.tensor([1e3, 1e3 + 1 / 64]).repeat(4, 150).view(4, 3, 10, 10).to(DEVICE)
+    filters, _ = kernels_for(weight).standardize(weight, 1e-12)
+    torch.testing.assert_close(filters.abs(), torch.ones_like(filters), rtol=1e-2, atol=0)
+
+
+def test_standardization_of_no_filters():
+    kernels, weight = kernels_for(torch.ones(1, device=DEVICE)), torch.ones(0, 3, 3, 3)
+    filters, statistics = kernels.standardize(weight.to(DEVICE), 1e-5)
+    assert filters.shape == weight.shape
+    assert kernels.standardize_backward(filters, filters, statistics).shape == weight.shape

@@ -1,6 +1,7 @@
 """Branches of residual blocks against the single operations, and those against the formulas."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wsbcn_d2.ops import Link, Normalization, batch_channel_norm, branch, standardize_weight
+from wsbcn_d2.ops import (
+    Link,
+    Normalization,
+    batch_channel_norm,
+    branch,
+    standardize_weight,
+    standardized_conv2d,
+)
 
 NCHW, LAST = torch.contiguous_format, torch.channels_last
 pytestmark = [
@@ -66,13 +74,21 @@ def leaves_of(links):
     return [t for link in links for t in (link.weight, *link.norm.parameters)]
 
 
-def one_by_one(x, links, residual, activation):
+def convolved(x, link):
+    filters = link.weight
+    if link.eps is not None:
+        filters = standardize_weight(filters, link.eps)
+    return F.conv2d(x, filters, None, *link.geometry)
+
+
+def convolved_by_kernels(x, link):
+    return standardized_conv2d(x, link.weight, None, link.eps, link.geometry)
+
+
+def one_by_one(x, links, residual, activation, convolved=convolved):
     for link in links:
         last = link is links[-1]
-        filters = link.weight
-        if link.eps is not None:
-            filters = standardize_weight(filters, link.eps)
-        z = F.conv2d(x, filters, None, *link.geometry)
+        z = convolved(x, link)
         after = activation if last else "relu"
         x = batch_channel_norm(z, link.norm, residual if last else None, after)
     return x
@@ -120,7 +136,8 @@ def test_dtypes_and_memory_formats(dtype, memory_format):
     x, residual = inputs(3, dtype, memory_format)
     links = make_links(3, dtype, parameters=torch.float32)
     ours = outcome(branch, x, links, residual, "relu")
-    theirs = outcome(one_by_one, x, links, residual, "relu")
+    theirs = partial(one_by_one, convolved=convolved_by_kernels)
+    theirs = outcome(theirs, x, links, residual, "relu")
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert {g.dtype for g in ours[1]} == {dtype, torch.float32}
 

@@ -28,7 +28,8 @@ and every other gradient is a sum of dz or dz t over H and W, which again are ta
 What follows a normalization in a residual network can be part of the operation, which saves its
 passes over the activation: the addition of a residual, and an activation function.
 
-A backend (:mod:`.eager`, :mod:`.native_backend`, :mod:`.triton_backend`) has four functions:
+A backend (:mod:`.eager`, :mod:`.native_backend`, :mod:`.triton_backend`) has four functions for
+that:
 
 - ``forward(x, norm, residual, activation)`` returns ``y`` and ``tables`` (:mod:`.tables`), with
   ``m, v, d``, ``scale = k a`` and ``shift = k d + beta'_g`` for each image and channel, ``r`` for

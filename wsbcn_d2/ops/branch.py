@@ -20,13 +20,7 @@ from .differentiable import aliases, gradients_of
 from .formula import batch_channel_norm_by, standardize_weight
 from .normalization import Normalization
 from .recomputation import forward
-from .standardized_convolution import (
-    Geometry,
-    cast_input,
-    compute_dtype,
-    conv2d_backward,
-    standardize,
-)
+from .standardized_convolution import Geometry, cast_input, compute_dtype, conv2d_backward
 from .state import is_transformed, may_be_repeated
 
 
@@ -105,7 +99,7 @@ class _Branch(torch.autograd.Function):
         for link in links:
             filters, dtype = link.weight, compute_dtype(link.weight)
             if link.eps is not None:
-                filters = standardize(link.weight, link.eps)[0]
+                filters = kernels.standardize(link.weight, link.eps)[0]
             z = torch.conv2d(y, filters.to(dtype), None, *link.geometry)
             last = link is links[-1]
             added = residual if last else None

@@ -4,6 +4,9 @@ For batch-channel normalization plain PyTorch calls a hundred operations, nearly
 tables, and reads and writes the activation for each of those that are not. These kernels are called
 once for a pass and move what has to be moved. ``setup.py`` builds them where there is a compiler.
 They are for float32, bfloat16 and float16; float64 is :mod:`.eager`'s, whose tables are the same.
+
+Weight standardization takes 28 ms of a step of 267 ms (the demo's R-18, 192 pixels, one thread),
+and 35 ms with the layer normalization of PyTorch.
 """
 
 import ctypes
@@ -62,8 +65,12 @@ def library() -> ctypes.CDLL:
     if path is None:
         raise OSError("they were not built when wsbcn_d2 was installed, for which see its log")
     loaded = ctypes.CDLL(str(path))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    of_filters = (pointer, pointer, pointer, integer, integer)
     try:
         size = loaded.wsbcn_size_of_pass()
+        loaded.wsbcn_standardize.argtypes = (*of_filters, ctypes.c_double, ctypes.c_int32)
+        loaded.wsbcn_standardize_backward.argtypes = (*of_filters, ctypes.c_int32)
     except AttributeError as error:
         raise OSError(f"{path} is none of this version: install wsbcn_d2 again") from error
     if size != ctypes.sizeof(_Pass):
@@ -189,6 +196,44 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     _call("moments", x, 1, tables=tables)
     split = split_tables(tables, x.shape[0], x.shape[1], 1)
     return split.m, split.v
+
+
+def standardize(weight: Tensor, eps: float) -> Tuple[Tensor, Any]:
+    """See :mod:`.standardized_convolution`."""
+    if not (_is_for_kernels(weight) and weight.dtype == _F32):
+        return eager.standardize(weight, eps)
+    weight = dense(weight)
+    filters = torch.empty_like(weight)
+    count = len(weight)
+    tables = new_tables(weight[None], 1, False)
+    library().wsbcn_standardize(
+        _address_of(weight),
+        filters.data_ptr(),
+        tables.data_ptr(),
+        count,
+        weight.numel() // count,
+        eps,
+        torch.get_num_threads(),
+    )
+    return filters, tables
+
+
+def standardize_backward(grad: Tensor, weight: Tensor, statistics: Any) -> Tensor:
+    """See :mod:`.standardized_convolution`."""
+    if not (_is_for_kernels(weight) and weight.dtype == _F32):
+        return eager.standardize_backward(grad, weight, statistics)
+    weight = dense(weight)
+    grad = in_format_of(weight, grad.to(_F32))
+    count = len(weight)
+    library().wsbcn_standardize_backward(
+        _address_of(grad),
+        weight.data_ptr(),
+        statistics.data_ptr(),
+        count,
+        weight.numel() // count,
+        torch.get_num_threads(),
+    )
+    return grad
 
 
 def _is_for_kernels(x: Tensor) -> bool:

@@ -1,5 +1,5 @@
 /* Batch-channel normalization for the CPU: activations of float32, bfloat16 or float16, in NCHW or
-   channels_last.
+   channels_last. Weight standardization in float32.
 
    setup.py builds it as plain C; native_backend.py calls it and checks what it is given. The formulas
    and the names of the tables are those of batch_channel_norm.py. Tables and parameters are float32.
@@ -193,12 +193,13 @@ INLINE void apply_to(
     }
 }
 
+/* `grad_x` may be `grad`. */
 INLINE void apply_backward_to(
-    const void *restrict grad, const void *restrict x, void *restrict grad_x, int64_t from,
-    int64_t count, const float *restrict m, const float *restrict scale,
-    const float *restrict shift, const float *restrict q, const float *restrict c, const int step,
+    const void *grad, const void *x, void *grad_x, int64_t from, int64_t count, const float *m,
+    const float *scale, const float *shift, const float *q, const float *c, const int step,
     const int dtype, const int activation
 ) {
+#pragma omp simd
     for (int64_t i = 0; i < count; i++) {
         int64_t j = i * step;
         float value = get(x, from + i, dtype);
@@ -940,6 +941,54 @@ int wsbcn_backward_through_batch(const Pass *pass) {
         }
     }
     return DONE;
+}
+
+/* ---------------------------------------------------------------------------- weight standardization
+
+   Filters are the planes of one image. Of its tables, m, v, scale and shift are used. */
+
+static Pass pass_of_filters(
+    const float *weight, float *tables, int64_t filters, int64_t size, int32_t threads
+) {
+    Pass pass = {
+        .x = weight, .tables = tables, .dtype = F32, .threads = threads,
+        .images = 1, .channels = filters, .groups = 1, .pixels = size,
+    };
+    return pass;
+}
+
+/* The standardized filters y of a weight of `size` values a filter, and the tables. */
+void wsbcn_standardize(
+    const float *weight, float *y, float *tables, int64_t filters, int64_t size, double eps,
+    int32_t threads
+) {
+    Pass pass = pass_of_filters(weight, tables, filters, size, threads);
+    Row row = row_of(&pass, 0);
+    pass.y = y;
+#pragma omp parallel for num_threads(threads_for(&pass))
+    for (int64_t i = 0; i < filters; i++) {
+        find_moments_of_planes(&pass, 0, i, 1);
+        row.scale[i] = 1 / sqrt(row.v[i] + eps);
+        row.shift[i] *= -row.scale[i];
+        apply_to_planes(&pass, 0, i, 1);
+    }
+}
+
+/* The gradient of the weight, in the place of that of the filters. */
+void wsbcn_standardize_backward(
+    float *grad, const float *weight, float *tables, int64_t filters, int64_t size, int32_t threads
+) {
+    Pass pass = pass_of_filters(weight, tables, filters, size, threads);
+    Row row = row_of(&pass, 0);
+    pass.grad = pass.grad_x = grad;
+#pragma omp parallel for num_threads(threads_for(&pass))
+    for (int64_t i = 0; i < filters; i++) {
+        const float *m = row.m + i, *rstd = row.scale + i, *shift = row.shift + i;
+        float sum, sum_x;
+        sum_planes(&pass, i * size, 1, m, rstd, shift, &sum, &sum_x);
+        float q = -*rstd * *rstd * *rstd * sum_x / size, c = -*rstd * sum / size;
+        apply_backward(&pass, i * size, 1, size, size, m, rstd, shift, &q, &c, 0);
+    }
 }
 
 /* For native_backend.py to see whether it has the same idea of the arguments. */

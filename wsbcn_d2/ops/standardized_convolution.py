@@ -10,7 +10,13 @@ computes with the weight that there is. With ``g`` the gradient of ``W_hat``, th
 The graph keeps x and W, as that of a plain convolution does. ``W_hat`` would be a second copy of
 the weights while memory is fullest (94 MB of a ResNet-50): the backward pass makes it again.
 
-Both are layer normalization of the rows of W, for which PyTorch has kernels.
+A backend (:mod:`.eager`, :mod:`.native_backend`, :mod:`.triton_backend`) has two functions for
+that:
+
+- ``standardize(weight, eps)`` returns ``W_hat``, in the memory format of the weight and at least
+  float32, and the statistics of the filters in a form of its own.
+- ``standardize_backward(grad, weight, statistics)`` takes them, and returns the gradient of the
+  weight. It may write that into ``grad``.
 """
 
 from typing import Any, Optional, Sequence, Tuple
@@ -18,6 +24,7 @@ from typing import Any, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from .backend import kernels_for
 from .differentiable import aliases, gradients_of
 from .formula import standardize_weight
 from .state import is_plain, is_transformed
@@ -65,31 +72,6 @@ def cast_input(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x))
 
 
-def standardize(weight: Tensor, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
-    """Standardized filters, without autograd.
-
-    Args:
-        weight: (C_out, C_in / groups, kh, kw).
-        eps: added to the biased variance of a filter, inside the root.
-
-    Returns:
-        The filters, in the memory format of ``weight`` and at least float32, and the means and
-        reciprocal deviations of the weight's, (C_out, 1).
-    """
-    rows = _rows(weight).to(torch.promote_types(weight.dtype, torch.float32))
-    filters, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], None, None, eps)
-    return _like(filters, weight), mean, rstd
-
-
-def _standardize_backward(grad: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    rows = _rows(weight).to(mean.dtype)
-    grad = _rows(grad.to(mean.dtype), like=weight)
-    out, _, _ = torch.ops.aten.native_layer_norm_backward(
-        grad, rows, rows.shape[1:], mean, rstd, None, None, [True, False, False]
-    )
-    return _like(out, weight)
-
-
 def conv2d_backward(
     grad: Tensor,
     x: Tensor,
@@ -111,9 +93,9 @@ def conv2d_backward(
         needed: of input, weight and bias.
         bias_size: shape of the bias, if there is one.
     """
-    filters = weight
+    filters, kernels = weight, kernels_for(weight)
     if eps is not None:
-        filters, mean, rstd = standardize(weight, eps)
+        filters, statistics = kernels.standardize(weight, eps)
     stride, padding, dilation, groups = geometry
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad,
@@ -128,10 +110,10 @@ def conv2d_backward(
         groups,
         needed,
     )
-    del filters  # the next tensor of this size, which is the gradient, takes its memory
+    del filters
     if grad_weight is not None:
         if eps is not None:
-            grad_weight = _standardize_backward(grad_weight, weight, mean, rstd)
+            grad_weight = kernels.standardize_backward(grad_weight, weight, statistics)
         grad_weight = grad_weight.to(weight.dtype)
     return grad_x, grad_weight, grad_bias
 
@@ -149,7 +131,8 @@ class _StandardizedConv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.options = (eps, dtype, geometry)
-        return torch.conv2d(x, standardize(weight, eps)[0].to(dtype), bias, *geometry)
+        filters, _ = kernels_for(weight).standardize(weight, eps)
+        return torch.conv2d(x, filters.to(dtype), bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
@@ -167,23 +150,3 @@ class _StandardizedConv2d(torch.autograd.Function):
         size = None if bias is None else bias.shape
         gradients = conv2d_backward(grad, x, weight, eps, dtype, geometry, needed, size)
         return (*gradients, None, None, None)
-
-
-def _is_channels_last(weight: Tensor) -> bool:
-    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def _rows(weight: Tensor, like: Optional[Tensor] = None) -> Tensor:
-    """Each filter as a row, in the order in which those of ``like`` (default: its own) lie in
-    memory."""
-    if _is_channels_last(weight if like is None else like):
-        weight = weight.permute(0, 2, 3, 1)
-    return weight.flatten(1)
-
-
-def _like(rows: Tensor, weight: Tensor) -> Tensor:
-    """The inverse: filters of the shape and memory format of a weight."""
-    if _is_channels_last(weight):
-        outputs, inputs, height, width = weight.shape
-        return rows.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
-    return rows.view(weight.shape)
