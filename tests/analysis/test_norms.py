@@ -2,6 +2,7 @@
 known and on Detectron2's own."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,16 @@ from detectron2_models import (
     small_config,
     small_model,
 )
+from matplotlib.text import Text
 from torch import nn
 
 from wsbcn_d2 import BatchChannelNorm, ChannelNorm, WSConv2d, add_wsbcn_config
 from wsbcn_d2.analysis import analyze_layers, estimate_drift, filter_statistics
+from wsbcn_d2.analysis.norm_analysis import load_analyses
+from wsbcn_d2.analysis.norms_page import norms_page
+from wsbcn_d2.analysis.page import Picture
+
+ROOT = Path(__file__).parents[2]
 
 RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
@@ -247,3 +254,13 @@ def test_nothing_to_analyze():
         analyze_layers(OneLayer(nn.GroupNorm(4, 8)), [])
     with pytest.raises(ValueError, match="Sequential has no normalization layers"):
         analyze_layers(nn.Sequential(nn.ReLU()), batches())
+
+
+def test_pictures_show_numbers_where_formulas_are_off():
+    """Logarithmic axes of matplotlib write formulas."""
+    page = norms_page(load_analyses(ROOT / "docs" / "results" / "norms.json"))
+    figures = [block.figure for block in page.blocks if isinstance(block, Picture)]
+    assert len(figures) == 3
+    for figure in figures:
+        figure.draw_without_rendering()
+        assert not [text for text in figure.findobj(Text) if "\\math" in text.get_text()]

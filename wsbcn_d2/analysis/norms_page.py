@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from .norm_analysis import Analysis
 from .norms import NEARLY_DEAD
@@ -27,10 +27,9 @@ def norms_page(analyses: Sequence[Analysis]) -> Page:
         Heading("Distance to elimination singularities"),
         Text(
             "A point is a channel: its mean and standard deviation over all images after "
-            "normalization, before the affine transformation. Batch normalization puts every "
-            "channel on the cross, (0, 1); the farther from it, the nearer a channel can come to "
-            "being switched off by ReLU for good. Red: ReLU lets nothing of it through on any of "
-            "the images."
+            "normalization, before the affine transformation. The cross is (0, 1), where batch "
+            "normalization puts every channel. Far from the cross, a channel can become dead: "
+            "zero at every position after ReLU. Red channels are dead on all of the images."
         ),
         Picture(_channels_figure(analyses), "channels", "Statistics of the channels"),
         Text(
@@ -126,6 +125,10 @@ def _layers_figure(analyses: Sequence[Analysis]) -> Figure:
     panels[1].yaxis.set_major_formatter("{x:.0%}")
     if panels[3].has_data():
         panels[3].set_yscale("log")
+        # The formatters of a logarithmic axis write formulas, and those are off.
+        panels[3].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[3].yaxis.set_major_formatter("{x:g}")
+        panels[3].yaxis.set_minor_formatter(NullFormatter())
     for axes in panels[:3]:
         axes.set_ylim(bottom=0)
     panels[-1].set_xticks(range(len(names)), [_short(name) for name in names], fontsize=7)
