@@ -66,7 +66,7 @@ def test_environment_variable_and_interpreter():
 def test_triton_without_gpu_falls_back_and_says_why_once():
     pytest.importorskip("triton", reason="Triton is not installed")
     chosen = normalize_in_a_process()
-    assert chosen.startswith("eager True 1 Triton cannot be used on cpu, so BCN runs in")
+    assert chosen.startswith("eager True 1 Triton cannot be used on cpu, so wsbcn_d2 runs in")
     assert "compiles for GPUs only" in chosen
 
 

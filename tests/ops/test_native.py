@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ops.cases import batch_channel_norm, make_inputs, run
+from oracles import standardized_weight
 from versions import needs_native_kernels
 
 from wsbcn_d2 import BatchChannelNorm
@@ -86,7 +87,9 @@ def test_without_them_plain_pytorch_runs_and_one_line_says_so(tmp_path, content,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("eager 1 Kernels in C cannot be used on cpu, so BCN runs in")
+    assert result.stdout.startswith(
+        "eager 1 Kernels in C cannot be used on cpu, so wsbcn_d2 runs in"
+    )
     assert reason in result.stdout
 
 
@@ -186,3 +189,40 @@ def test_module_of_doubled_precision_with_a_float32_input():
     x = torch.randn(1, 4, 3, 3)
     y = norm.eval()(x)
     torch.testing.assert_close(y, BatchChannelNorm(4, 2).eval()(x))
+
+
+@needs_native_kernels
+def test_weights_whose_mean_float32_cannot_hold():
+    """Nor does the size of the values matter, where their cubes are none of float32."""
+    far = torch.tensor([16000.0, 16000 + 1 / 512, 16000 + 1 / 512]).repeat(4, 99).view(4, 33, 3, 3)
+    for weight in (far, torch.randn(4, 33, 3, 3) * 1e15):
+        filters, statistics = native_backend.standardize(weight, 1e-12)
+        exact = weight.double().requires_grad_()
+        expected = standardized_weight(exact, 1e-12)
+        torch.testing.assert_close(filters.double(), expected.detach(), rtol=2e-5, atol=2e-5)
+        grad = torch.randn_like(weight)
+        expected.backward(grad.double())
+        of_weight = native_backend.standardize_backward(grad, weight, statistics)
+        scale = exact.grad.abs().max()
+        torch.testing.assert_close(
+            of_weight / scale, (exact.grad / scale).float(), rtol=0, atol=1e-5
+        )
+
+
+@needs_native_kernels
+def test_standardization_by_several_threads():
+    """Which gives the same bits, and the gradient in the memory of that of the filters."""
+    weight, grad = torch.randn(2, 64, 256, 3, 3)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            filters, statistics = native_backend.standardize(weight, 1e-5)
+            own = grad.clone()
+            result = native_backend.standardize_backward(own, weight, statistics)
+            assert result.data_ptr() == own.data_ptr()
+            results.append([filters, result])
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(results[1:], [results[0]] * 2, rtol=0, atol=0)

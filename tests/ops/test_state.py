@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import wsbcn_d2
@@ -84,11 +85,14 @@ def test_plain(x):
 
     with FakeTensorMode():
         function(torch.ones(2))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        function(x.detach())
+    make_fx(function)(x.detach())
     torch.jit.trace(function, x.detach(), check_trace=False)
     torch.func.vmap(function)(x.detach())
     with forward_ad.dual_level():
         function(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
-    assert answers == [False] * 4
+    assert answers == [False] * 6
     compiled = torch.compile(lambda x: x + state.is_compiling(), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x.detach()), x.detach() + 1)
 

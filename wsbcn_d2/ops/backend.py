@@ -59,6 +59,11 @@ def kernels_for(x: Tensor) -> ModuleType:
     return _kernels_of_device(x.device)
 
 
+def kernels_for_weight(weight: Tensor) -> ModuleType:
+    """The same for the standardization of a weight: outside of CPUs PyTorch has a kernel for it."""
+    return kernels_for(weight) if weight.device.type == "cpu" else eager
+
+
 @lru_cache(maxsize=None)
 def _kernels_of_device(device: torch.device) -> ModuleType:
     name = backend_name(device)
@@ -109,6 +114,6 @@ def _triton_fails(device: torch.device) -> bool:
 
 def _say_slower(what: str, device_type: str, problem: Exception) -> None:
     logger.warning(
-        f"{what} cannot be used on {device_type}, so BCN runs in plain PyTorch there, which needs "
-        f"more time: {type(problem).__name__}: {problem}"
+        f"{what} cannot be used on {device_type}, so wsbcn_d2 runs in plain PyTorch there, which "
+        f"needs more time: {type(problem).__name__}: {problem}"
     )

@@ -14,7 +14,7 @@ from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .backend import kernels_for
+from .backend import kernels_for, kernels_for_weight
 from .batch_channel_norm import check_arguments, gradients_by_kernels, statistics_of_call
 from .differentiable import aliases, gradients_of
 from .formula import batch_channel_norm_by, standardize_weight
@@ -99,7 +99,8 @@ class _Branch(torch.autograd.Function):
         for link in links:
             filters, dtype = link.weight, compute_dtype(link.weight)
             if link.eps is not None:
-                filters = kernels.standardize(link.weight, link.eps)[0]
+                standardize = kernels_for_weight(link.weight).standardize
+                filters, _ = standardize(link.weight, link.eps)
             z = torch.conv2d(y, filters.to(dtype), None, *link.geometry)
             last = link is links[-1]
             added = residual if last else None

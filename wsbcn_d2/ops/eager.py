@@ -123,17 +123,17 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 def standardize(weight: Tensor, eps: float) -> Tuple[Tensor, Any]:
     """See :mod:`.standardized_convolution`."""
-    rows = _rows(weight.to(torch.promote_types(weight.dtype, torch.float32)), weight)
-    filters, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], None, None, eps)
+    x = rows(weight.to(torch.promote_types(weight.dtype, torch.float32)), weight)
+    filters, mean, rstd = torch.native_layer_norm(x, x.shape[1:], None, None, eps)
     return _like(filters, weight), (mean, rstd)
 
 
 def standardize_backward(grad: Tensor, weight: Tensor, statistics: Any) -> Tensor:
     """See :mod:`.standardized_convolution`."""
     mean, rstd = statistics
-    grad, rows = (_rows(t.to(mean.dtype), weight) for t in (grad, weight))
+    grad, x = (rows(t.to(mean.dtype), weight) for t in (grad, weight))
     out, _, _ = torch.ops.aten.native_layer_norm_backward(
-        grad, rows, rows.shape[1:], mean, rstd, None, None, [True, False, False]
+        grad, x, x.shape[1:], mean, rstd, None, None, [True, False, False]
     )
     return _like(out, weight)
 
@@ -189,7 +189,7 @@ def _is_channels_last(weight: Tensor) -> bool:
     return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def _rows(filters: Tensor, weight: Tensor) -> Tensor:
+def rows(filters: Tensor, weight: Tensor) -> Tensor:
     """Each filter as a row, in the order in which those of a weight lie in memory."""
     if _is_channels_last(weight):
         filters = filters.permute(0, 2, 3, 1)

@@ -32,6 +32,11 @@ _ACTIVATIONS = {"": 0, "relu": 1}
 _OF_BATCH, _FIXED, _UPDATED = range(3)  # what to normalize by
 _NO_MEMORY, _SKIPPED = -1, 1  # results
 
+_KERNELS = (
+    *("moments", "forward", "again", "backward", "backward_through_batch"),
+    *("standardize", "standardize_backward"),
+)
+
 _POINTERS = (
     "x residual grad y grad_x grad_residual tables scratch parameters weight bias group_weight "
     "group_bias running_mean running_var seen_elements"
@@ -65,12 +70,9 @@ def library() -> ctypes.CDLL:
     if path is None:
         raise OSError("they were not built when wsbcn_d2 was installed, for which see its log")
     loaded = ctypes.CDLL(str(path))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    of_filters = (pointer, pointer, pointer, integer, integer)
     try:
         size = loaded.wsbcn_size_of_pass()
-        loaded.wsbcn_standardize.argtypes = (*of_filters, ctypes.c_double, ctypes.c_int32)
-        loaded.wsbcn_standardize_backward.argtypes = (*of_filters, ctypes.c_int32)
+        [getattr(loaded, f"wsbcn_{kernel}") for kernel in _KERNELS]
     except AttributeError as error:
         raise OSError(f"{path} is none of this version: install wsbcn_d2 again") from error
     if size != ctypes.sizeof(_Pass):
@@ -203,18 +205,9 @@ def standardize(weight: Tensor, eps: float) -> Tuple[Tensor, Any]:
     if not (_is_for_kernels(weight) and weight.dtype == _F32):
         return eager.standardize(weight, eps)
     weight = dense(weight)
-    filters = torch.empty_like(weight)
-    count = len(weight)
-    tables = new_tables(weight[None], 1, False)
-    library().wsbcn_standardize(
-        _address_of(weight),
-        filters.data_ptr(),
-        tables.data_ptr(),
-        count,
-        weight.numel() // count,
-        eps,
-        torch.get_num_threads(),
-    )
+    filters, x = torch.empty_like(weight), _as_planes(weight)
+    tables = new_tables(x, 1, False)
+    _call("standardize", x, 1, y=filters, tables=tables, eps=float(eps))
     return filters, tables
 
 
@@ -224,16 +217,13 @@ def standardize_backward(grad: Tensor, weight: Tensor, statistics: Any) -> Tenso
         return eager.standardize_backward(grad, weight, statistics)
     weight = dense(weight)
     grad = in_format_of(weight, grad.to(_F32))
-    count = len(weight)
-    library().wsbcn_standardize_backward(
-        _address_of(grad),
-        weight.data_ptr(),
-        statistics.data_ptr(),
-        count,
-        weight.numel() // count,
-        torch.get_num_threads(),
-    )
+    _call("standardize_backward", _as_planes(weight), 1, grad=grad, grad_x=grad, tables=statistics)
     return grad
+
+
+def _as_planes(weight: Tensor) -> Tensor:
+    """Filters as the planes of one image, (1, C_out, values, 1)."""
+    return eager.rows(weight, weight)[None, :, :, None]
 
 
 def _is_for_kernels(x: Tensor) -> bool:
@@ -250,7 +240,7 @@ def _floats(parameter: Tensor) -> Tensor:
 def _address_of(tensor: Tensor) -> int:
     address = tensor.data_ptr()
     if not address and tensor.numel():  # zeros that PyTorch only pretends to have
-        raise RuntimeError("a tensor without memory is not for batch-channel normalization")
+        raise RuntimeError("a tensor without memory has no values to compute with")
     return address
 
 
@@ -265,7 +255,7 @@ def _call(kernel: str, x: Tensor, groups: int, **arguments: Any) -> int:
     result = getattr(library(), "wsbcn_" + kernel)(
         ctypes.byref(
             _Pass(
-                x=x.data_ptr(),
+                x=_address_of(x),
                 images=images,
                 channels=channels,
                 groups=groups,

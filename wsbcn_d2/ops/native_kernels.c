@@ -947,48 +947,34 @@ int wsbcn_backward_through_batch(const Pass *pass) {
 
    Filters are the planes of one image. Of its tables, m, v, scale and shift are used. */
 
-static Pass pass_of_filters(
-    const float *weight, float *tables, int64_t filters, int64_t size, int32_t threads
-) {
-    Pass pass = {
-        .x = weight, .tables = tables, .dtype = F32, .threads = threads,
-        .images = 1, .channels = filters, .groups = 1, .pixels = size,
-    };
-    return pass;
-}
-
-/* The standardized filters y of a weight of `size` values a filter, and the tables. */
-void wsbcn_standardize(
-    const float *weight, float *y, float *tables, int64_t filters, int64_t size, double eps,
-    int32_t threads
-) {
-    Pass pass = pass_of_filters(weight, tables, filters, size, threads);
-    Row row = row_of(&pass, 0);
-    pass.y = y;
-#pragma omp parallel for num_threads(threads_for(&pass))
-    for (int64_t i = 0; i < filters; i++) {
-        find_moments_of_planes(&pass, 0, i, 1);
-        row.scale[i] = 1 / sqrt(row.v[i] + eps);
+/* The standardized filters y of the weight x, and the tables. */
+int wsbcn_standardize(const Pass *pass) {
+    Row row = row_of(pass, 0);
+#pragma omp parallel for num_threads(threads_for(pass))
+    for (int64_t i = 0; i < pass->channels; i++) {
+        find_moments_of_planes(pass, 0, i, 1);
+        row.scale[i] = 1 / sqrt(row.v[i] + pass->eps);
         row.shift[i] *= -row.scale[i];
-        apply_to_planes(&pass, 0, i, 1);
+        apply_to_planes(pass, 0, i, 1);
     }
+    return DONE;
 }
 
-/* The gradient of the weight, in the place of that of the filters. */
-void wsbcn_standardize_backward(
-    float *grad, const float *weight, float *tables, int64_t filters, int64_t size, int32_t threads
-) {
-    Pass pass = pass_of_filters(weight, tables, filters, size, threads);
-    Row row = row_of(&pass, 0);
-    pass.grad = pass.grad_x = grad;
-#pragma omp parallel for num_threads(threads_for(&pass))
-    for (int64_t i = 0; i < filters; i++) {
-        const float *m = row.m + i, *rstd = row.scale + i, *shift = row.shift + i;
+/* The gradient of the weight, which may be in the place of that of the filters. */
+int wsbcn_standardize_backward(const Pass *pass) {
+    int64_t size = pass->pixels;
+    Row row = row_of(pass, 0);
+#pragma omp parallel for num_threads(threads_for(pass))
+    for (int64_t i = 0; i < pass->channels; i++) {
+        const float *m = row.m + i, *scale = row.scale + i, *shift = row.shift + i;
+        double rstd = *scale;
         float sum, sum_x;
-        sum_planes(&pass, i * size, 1, m, rstd, shift, &sum, &sum_x);
-        float q = -*rstd * *rstd * *rstd * sum_x / size, c = -*rstd * sum / size;
-        apply_backward(&pass, i * size, 1, size, size, m, rstd, shift, &q, &c, 0);
+        sum_planes(pass, i * size, 1, m, scale, shift, &sum, &sum_x);
+        double mean = sum / size, mean_y = (rstd * sum_x + *shift * sum) / size;
+        float q = -rstd * rstd * mean_y, c = -rstd * (mean + *shift * mean_y);
+        apply_backward(pass, i * size, 1, size, size, m, scale, shift, &q, &c, 0);
     }
+    return DONE;
 }
 
 /* For native_backend.py to see whether it has the same idea of the arguments. */

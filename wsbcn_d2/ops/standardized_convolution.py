@@ -24,7 +24,7 @@ from typing import Any, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .backend import kernels_for
+from .backend import kernels_for_weight
 from .differentiable import aliases, gradients_of
 from .formula import standardize_weight
 from .state import is_plain, is_transformed
@@ -93,7 +93,7 @@ def conv2d_backward(
         needed: of input, weight and bias.
         bias_size: shape of the bias, if there is one.
     """
-    filters, kernels = weight, kernels_for(weight)
+    filters, kernels = weight, kernels_for_weight(weight)
     if eps is not None:
         filters, statistics = kernels.standardize(weight, eps)
     stride, padding, dilation, groups = geometry
@@ -131,7 +131,7 @@ class _StandardizedConv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.options = (eps, dtype, geometry)
-        filters, _ = kernels_for(weight).standardize(weight, eps)
+        filters, _ = kernels_for_weight(weight).standardize(weight, eps)
         return torch.conv2d(x, filters.to(dtype), bias, *geometry)
 
     @staticmethod

@@ -14,6 +14,8 @@ from torch.nn.modules import module as modules
 
 # Types of tensors that are nothing else.
 _PLAIN = (Tensor, torch.nn.Parameter)
+# Modes under which plain tensors are traced: ``make_fx``, and fake tensors beside real ones.
+_TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 
 is_compiling = torch.compiler.is_compiling
 
@@ -47,13 +49,14 @@ def is_transformed(*tensors: Tensor) -> bool:
 def is_plain(*tensors: Tensor) -> bool:
     """Whether tensors have values in memory, to be computed with at once, and not only stand for
     some: traced, compiled, transformed by ``torch.func``, with a tangent, or of a type of their own
-    (fake tensors, for example)."""
+    (fake tensors, for example), and that no mode of PyTorch's tracers is watching."""
     return (
         all([type(t) in _PLAIN for t in tensors])
         and not is_compiling()
         and not torch.jit.is_tracing()
         and not is_transformed()
         and forward_ad._current_level < 0
+        and not any([torch._C._get_dispatch_mode(mode) for mode in _TRACERS])
     )
 
 
