@@ -40,8 +40,8 @@ benchmark: setup  ## measure what the layers cost, on a GPU if there is one; wri
 	@$(RUN) -m benchmarks.layers --output benchmarks/results
 	@$(RUN) -m benchmarks.train --model R-18-FPN --output benchmarks/results
 	@$(RUN) -m benchmarks.train --model R-50-FPN --output benchmarks/results
-	@$(RUN) -m benchmarks.memory --peaks --output benchmarks/results
-	@$(RUN) -m benchmarks.memory --dtypes float32 --images 1 --warmup 1 --output benchmarks/results
+	@$(RUN) -m benchmarks.memory --dtypes float32 --warmup 1 --repetitions 1 --output benchmarks/results
+	@$(RUN) -m benchmarks.memory --dtypes bfloat16 --warmup 1 --repetitions 1 --output benchmarks/results
 	@$(RUN) -m benchmarks.import_time --output benchmarks/results
 	@$(RUN) -m benchmarks.page
 
