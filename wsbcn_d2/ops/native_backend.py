@@ -70,12 +70,9 @@ def library() -> ctypes.CDLL:
     if path is None:
         raise OSError("they were not built when wsbcn_d2 was installed, for which see its log")
     loaded = ctypes.CDLL(str(path))
-    try:
-        size = loaded.wsbcn_size_of_pass()
-        [getattr(loaded, f"wsbcn_{kernel}") for kernel in _KERNELS]
-    except AttributeError as error:
-        raise OSError(f"{path} is none of this version: install wsbcn_d2 again") from error
-    if size != ctypes.sizeof(_Pass):
+    if not all(hasattr(loaded, f"wsbcn_{name}") for name in ("size_of_pass", *_KERNELS)):
+        raise OSError(f"{path} is none of this version: install wsbcn_d2 again")
+    if loaded.wsbcn_size_of_pass() != ctypes.sizeof(_Pass):
         raise OSError(f"{path} is of another version: install wsbcn_d2 again")
     return loaded
 
