@@ -44,7 +44,7 @@ def test_build(tmp_path):
     (path,), _ = build(tmp_path, "cc")
     script = f"import ctypes; print(ctypes.CDLL({str(path)!r}).wsbcn_size_of_pass())"
     size = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
-    assert int(size) == native_backend.ctypes.sizeof(native_backend._Pass)
+    assert int(size) == native_backend._PASS.size
 
 
 def test_build_without_a_compiler_succeeds_and_says_so(tmp_path):

@@ -1,7 +1,8 @@
 """Differentiable operations: tensors in, tensors out. They know neither modules nor Detectron2."""
 
+from .activation import name_of_activation
 from .backend import BACKENDS, backend_name, set_backend
-from .batch_channel_norm import batch_channel_norm, moments, name_of_activation
+from .batch_channel_norm import batch_channel_norm, moments
 from .branch import Link, branch
 from .estimates import several_ranks
 from .formula import batch_channel_norm_by, channel_norm, standardize_weight

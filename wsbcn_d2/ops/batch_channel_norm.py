@@ -43,12 +43,12 @@ that:
 - ``moments(x)`` returns ``m`` and ``v`` alone.
 """
 
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from .activation import let_through
 from .backend import kernels_for
 from .differentiable import aliases, gradients_of
 from .estimates import pool_images, update_estimates, use_batch
@@ -58,18 +58,6 @@ from .normalization import Normalization
 from .recomputation import forward
 from .state import in_backward, is_compiling, is_plain, is_transformed, may_be_repeated
 from .tables import split_tables, uses_batch_statistics
-
-# What can be part of the operation: functions, and classes of modules.
-_ACTIVATIONS = {"relu": (F.relu, F.relu_, torch.relu, torch.relu_, nn.ReLU)}
-
-
-def name_of_activation(activation: Optional[Callable[[Tensor], Tensor]]) -> Optional[str]:
-    """The name by which the operation knows an activation function: "" for None, and None for one
-    that cannot be part of it."""
-    if activation is None:
-        return ""
-    kind = type(activation) if isinstance(activation, nn.Module) else activation
-    return next((name for name, kinds in _ACTIVATIONS.items() if kind in kinds), None)
 
 
 def batch_channel_norm(
@@ -111,12 +99,11 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 def check_arguments(x: Tensor, norm: Normalization, residual: Optional[Tensor]) -> None:
     """Raises ValueError or RuntimeError if tensors do not fit: kernels would read elsewhere."""
     channels, groups = x.shape[1], norm.group_weight.shape[0]
-    sizes = {"weight": channels, "bias": channels, "group_bias": groups}
-    sizes.update(running_mean=channels, running_var=channels)
-    for name, size in sizes.items():
-        if getattr(norm, name).shape != (size,):
-            found = tuple(getattr(norm, name).shape)
-            raise ValueError(f"{name} must be of shape ({size},), got {found}")
+    for name in ("weight", "bias", "running_mean", "running_var", "group_bias"):
+        size = groups if name == "group_bias" else channels
+        found = getattr(norm, name).shape
+        if found != (size,):
+            raise ValueError(f"{name} must be of shape ({size},), got {tuple(found)}")
     if not groups or channels % groups:
         raise ValueError(f"{channels} channels cannot be divided into {groups} groups")
     if norm.weight.device != x.device:
@@ -163,8 +150,7 @@ class _BatchChannelNorm(torch.autograd.Function):
             weight, bias, group_weight, group_bias = parameters
             mean, rstd = statistics_of_call(x, tables, parameters, eps, synchronize)
             z = batch_channel_norm_by(x, mean, rstd, weight, bias, group_weight, group_bias, eps)
-            if activation:
-                grad = grad * ((z if y is None else y) > 0)
+            grad = let_through(grad, z if y is None else y, activation)
             grad_x, *others = gradients_of(z, inputs, needed, grad, create_graph)
         return (None, None, None, grad_x, grad if has_residual else None, *others)
 

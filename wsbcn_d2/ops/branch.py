@@ -14,6 +14,7 @@ from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from .activation import let_through
 from .backend import kernels_for, kernels_for_weight
 from .batch_channel_norm import check_arguments, gradients_by_kernels, statistics_of_call
 from .differentiable import aliases, gradients_of
@@ -195,7 +196,6 @@ def _differentiable_gradients(
             out = batch_channel_norm_by(
                 z, mean, rstd, gamma, beta, group_weight, group_bias, step.norm_eps, None, between
             )
-        if ctx.activation:
-            grad = grad * ((out if y is None else y) > 0)
+        grad = let_through(grad, out if y is None else y, ctx.activation)
         grad_x, *others = gradients_of(out, inputs, needed, grad, create_graph)
     return (grad_x, grad if ctx.has_residual else None, *others)

@@ -5,11 +5,12 @@ compute dtype. Temporaries of the size of the activation are reused in place: on
 of a new one costs more than the arithmetic on it.
 """
 
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Tuple, cast
 
 import torch
 from torch import Tensor
 
+from .activation import activate_, let_through
 from .estimates import gradient_of_statistics, pool_images, update_estimates, use_batch
 from .memory_format import dense, in_format_of
 from .normalization import Normalization
@@ -78,7 +79,7 @@ def backward(
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
     if activation:
-        grad = torch.ops.aten.threshold_backward(in_format_of(x, grad), y, 0)
+        grad = let_through(in_format_of(x, grad), cast(Tensor, y), activation)
     grad_residual = grad if has_residual and activation else None
     images, channels = x.shape[:2]
     groups = group_weight.numel()
@@ -151,9 +152,7 @@ def _applied(
     y = centered.mul_(_planes(scale)).add_(_planes(shift))
     if residual is not None:
         y = y.add_(residual)
-    if activation:
-        y = y.relu_()
-    return y.to(dtype)
+    return activate_(y, activation).to(dtype)
 
 
 def _moments(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:

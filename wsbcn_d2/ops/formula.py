@@ -8,6 +8,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from .activation import activate_
+
 
 def standardize_weight(weight: Tensor, eps: float = 1e-5) -> Tensor:
     """Standardizes every filter to zero mean and, up to ``eps``, unit variance.
@@ -85,6 +87,4 @@ def batch_channel_norm_by(
     y = channel_norm(z, group_weight.to(dtype), group_bias.to(dtype), eps)
     if residual is not None:
         y = y + residual
-    if activation == "relu":
-        y = torch.relu(y)
-    return y.to(x.dtype)
+    return activate_(y, activation).to(x.dtype)

@@ -34,7 +34,7 @@ enum { F32, BF16, F16 };            /* dtype */
 enum { OF_BATCH, FIXED, UPDATED };  /* statistics: what to normalize by */
 enum { NONE, RELU };                /* activation */
 
-/* The arguments of all functions; `_Pass` of native_backend.py has the same fields. */
+/* The arguments of all functions; `_call` of native_backend.py packs them. */
 typedef struct {
     const void *x, *residual, *grad;
     void *y, *grad_x, *grad_residual;

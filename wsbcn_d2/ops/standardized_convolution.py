@@ -61,10 +61,10 @@ def standardized_conv2d(
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which a convolution with these filters computes: autocast leaves float64."""
-    kind = weight.device.type
-    if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
-        return weight.dtype
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    kind, dtype = weight.device.type, weight.dtype
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return dtype
+    return dtype if dtype == torch.float64 else torch.get_autocast_dtype(kind)
 
 
 def cast_input(x: Tensor) -> Tensor:

@@ -33,13 +33,17 @@ class Tables(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # instead of the method of tuples
 
 
+def size_of_tables(images: int, channels: int, groups: int) -> int:
+    """The number of values in all tables, without ``count``."""
+    return 2 * channels + images * (5 * channels + groups)
+
+
 def new_tables(x: Tensor, groups: int, use_batch_statistics: bool) -> Tensor:
     """The tensor for all tables of an activation (N, C, H, W), not initialized.
 
     It is of the compute dtype, at least float32.
     """
-    images, channels = x.shape[:2]
-    size = 2 * channels + images * (5 * channels + groups) + int(use_batch_statistics)
+    size = size_of_tables(x.shape[0], x.shape[1], groups) + int(use_batch_statistics)
     return x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -55,5 +59,4 @@ def split_tables(tables: Tensor, images: int, channels: int, groups: int) -> Tab
 
 def uses_batch_statistics(tables: Tensor, x: Tensor, groups: int) -> bool:
     """Whether the tables of an activation have a ``count``."""
-    images, channels = x.shape[:2]
-    return tables.numel() > 2 * channels + images * (5 * channels + groups)
+    return tables.numel() > size_of_tables(x.shape[0], x.shape[1], groups)
