@@ -618,8 +618,10 @@ TARGETS = (
         0.50,
         _of_checkpointed(_peak),
     ),
-    Target("CPU, the same with two images / GN with one", "cpu", 1.00, _of_checkpointed(_peak, 2)),
-    Target("CPU, time of that step with one", "cpu", 1.35, _of_checkpointed(_time)),
+    Target(
+        "CPU, peak, the same with 2 images / GN with 1", "cpu", 1.00, _of_checkpointed(_peak, 2)
+    ),
+    Target("CPU, time, the same with 1 image / GN", "cpu", 1.35, _of_checkpointed(_time)),
     Target(
         "GPU, layer, BCN / GroupNorm, nchw, 1 M elements or more",
         "cuda",

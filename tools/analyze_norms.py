@@ -33,7 +33,7 @@ def main() -> int:
         metavar="[LABEL=]OUTPUT_DIR",
         help="folder of a run, of which config.yaml and the last checkpoint are used",
     )
-    parser.add_argument("--config-file", help="instead of runs: a config; weights by --opts")
+    parser.add_argument("--config-file", help="a config instead of runs; weights by --opts")
     parser.add_argument("--num-images", type=int, default=20, help="how many training images")
     parser.add_argument(
         "--num-probe-images", type=int, default=8, help="how many of them to probe the loss with"
@@ -44,9 +44,9 @@ def main() -> int:
         nargs="+",
         default=list(STEPS),
         metavar="STEP",
-        help="of the probe, multiples of SOLVER.BASE_LR",
+        help="steps of the probe, in multiples of SOLVER.BASE_LR",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of images")
     parser.add_argument("--output", default="norms", help="folder to write to")
     parser.add_argument("--name", default="norms", help="name of the files, without extension")
     parser.add_argument(

@@ -45,10 +45,10 @@ def main() -> None:
     parser.add_argument(
         "--source",
         default="https://github.com/facebookresearch/detectron2",
-        help="of Detectron2, for git; default: %(default)s",
+        help="source of Detectron2, for git; default: %(default)s",
     )
     parser.add_argument(
-        "--folder", type=Path, default=ROOT / "output" / "versions", help="of the environments"
+        "--folder", type=Path, default=ROOT / "output" / "versions", help="folder for environments"
     )
     parser.add_argument("--page-only", action="store_true", help=f"write {PAGE.name} and stop")
     args = parser.parse_args()

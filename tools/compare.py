@@ -53,11 +53,13 @@ def main() -> int:
         "files are compared with one another",
     )
     parser.add_argument(
-        "--dataset", help="of the predictions; the runs' DATASETS.TEST if not given"
+        "--dataset", help="dataset of the predictions; default: DATASETS.TEST of the runs"
     )
     parser.add_argument("--annotations", help="COCO annotations, of a dataset not registered")
-    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap; 0: no intervals")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument(
+        "--draws", type=int, default=1000, help="draws of the bootstrap; 0: no intervals"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     args = parser.parse_args()
     if not args.runs and not args.files:
         parser.error("give OUTPUT_DIRs, --from JSON files, or both")

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """Converts weights of other projects for a config: ImageNet models and detectors, with or without
-weight standardization. The model computes with them what it did there."""
+weight standardization. A report says what is converted, new or missing."""
 
 import argparse
 import sys
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--config-file", required=True, help="config of the model to convert for")
     parser.add_argument("--output", help="file to write, for MODEL.WEIGHTS")
     parser.add_argument(
-        "--layout", choices=list(LAYOUTS), help="where the file is from (default: found out)"
+        "--layout", choices=list(LAYOUTS), help="source of the file (default: by the names in it)"
     )
     parser.add_argument(
         "--formula",

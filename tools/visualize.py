@@ -16,7 +16,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--dataset",
-        help="one of Detectron2's, or of the first model's run; default: what that was tested on",
+        help="registered dataset, or one of the first run; default: the one it was tested on",
     )
     parser.add_argument(
         "--predictions",

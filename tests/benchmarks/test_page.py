@@ -168,10 +168,10 @@ def test_targets_of_checkpointing():
     one, two = of("CPU", "1×800×1333"), of("CPU", "two images")
     assert one == ("0.38 to 0.38, worst Mask R-CNN, float32", "met")
     assert two == ("0.56 to 0.56, worst Mask R-CNN, float32", "met")
-    assert of("time of that step") == ("1.17 (Mask R-CNN, float32)", "met")
+    assert of("time, the same") == ("1.17 (Mask R-CNN, float32)", "met")
     of = targets(memory(lambda norm, images, what: images, model="RetinaNet"))
     assert of("1×800×1333") == ("1.00 (RetinaNet, float32)", "**missed**")
-    assert of("time of that step")[1] == "not measured"
+    assert of("time, the same")[1] == "not measured"
     for other in ({"bitmasks": True}, {"size": [64, 96]}):
         assert targets(memory(peaks, **other))("1×800×1333")[1] == "not measured"
     assert targets(memory(peaks, norms=("GN",)))("1×800×1333")[1] == "not measured"

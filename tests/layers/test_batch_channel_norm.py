@@ -242,6 +242,18 @@ def test_assigned_estimates_stay_in_float32():
     assert norm.skipped_updates == 0 and norm.running_var.min() > 1e5
 
 
+def test_estimates_stay_in_float32_whatever_the_default_is():
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        norm = BatchChannelNorm(8, 2)
+    finally:
+        torch.set_default_dtype(before)
+    assert norm.weight.dtype == torch.bfloat16
+    estimates = (norm.running_mean, norm.running_var, norm.seen_elements)
+    assert {table.dtype for table in estimates} == {torch.float32}
+
+
 def test_load_batchnorm_and_level_estimates():
     bn = nn.BatchNorm2d(8)
     bn(torch.randn(4, 8, 5, 5) * 3 + 1)

@@ -171,3 +171,11 @@ def test_adaptation_of_another_size_leaves_nothing_behind(strict):
         conv.load_state_dict(state, strict=strict)
     assert conv.ws_scale is None and conv.ws_shift is None
     assert sorted(conv.state_dict()) == ["bias", "weight", "ws_eps"]
+
+
+def test_an_image_without_a_batch():
+    conv = WSConv2d(3, 8, 3, padding=1).double()
+    x = torch.randn(3, 5, 7).double()
+    (grad,) = torch.autograd.grad(conv(x).square().sum(), conv.weight)
+    (expected,) = torch.autograd.grad(conv(x[None]).square().sum(), conv.weight)
+    torch.testing.assert_close(grad, expected)

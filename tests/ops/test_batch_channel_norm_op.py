@@ -235,11 +235,44 @@ def test_many_gradients_at_once():
 
 
 def test_other_devices_are_errors():
+    """Kernels would read memory that is not there."""
     x, *rest = make_inputs((1, 6, 3, 5), 2, torch.float32)
-    with pytest.raises(RuntimeError, match="x is on cpu, but the parameters are on meta"):
-        batch_channel_norm(x, *[t.to("meta") for t in rest])
+    names = ["weight", "bias", "group_weight", "group_bias", "running_mean", "running_var"]
+    for i, name in enumerate(names):
+        with pytest.raises(RuntimeError, match=f"x is on cpu, but {name} is on meta"):
+            batch_channel_norm(x, *rest[:i], rest[i].to("meta"), *rest[i + 1 :])
     with pytest.raises(RuntimeError, match="x is on cpu, but the residual is on meta"):
         batch_channel_norm(x, *rest, residual=x.to("meta"))
+
+
+def test_second_derivatives_where_only_the_residual_has_a_gradient():
+    x, *rest = make_inputs((2, 6, 2, 3), 3)
+    residual = torch.randn(x.shape, dtype=x.dtype, requires_grad=True)
+    y = batch_channel_norm(x, *rest, residual=residual, activation="relu")
+    (grad,) = torch.autograd.grad(y.sum(), residual, create_graph=True)
+    assert torch.equal(grad, (y > 0).to(y.dtype))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_hooks_that_save_tensors_in_another_format(memory_format, cpu_backend):
+    """They may leave one of the input and the output as it was."""
+    x, *rest = make_inputs((1, 4, 3, 5), 2, torch.float32)
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    residual = torch.randn(x.shape).contiguous(memory_format=memory_format)
+    grad = torch.randn(x.shape)
+    other = {torch.contiguous_format: torch.channels_last}.get(
+        memory_format, torch.contiguous_format
+    )
+
+    def gradient(pack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = batch_channel_norm(x, *rest, residual=residual, activation="relu")
+        return torch.autograd.grad(y, x, grad)
+
+    def pack(t):
+        return t if t.is_leaf or t.dim() != 4 else t.contiguous(memory_format=other)
+
+    torch.testing.assert_close(gradient(pack), gradient(lambda t: t))
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "group_bias", "running_mean", "running_var"])

@@ -151,6 +151,16 @@ def test_gradient_without_memory_is_an_error():
 
 
 @needs_native_kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_counter_of_another_dtype(dtype):
+    x, *rest = make_inputs((2, 6, 5, 7), 3, F32)
+    seen = torch.zeros((), dtype=dtype)
+    norm = Normalization(*rest, update_rate=0.1, seen_elements=seen)
+    native_backend.forward(x, norm, None, "")
+    assert seen == 2 * 5 * 7
+
+
+@needs_native_kernels
 @pytest.mark.parametrize("kernels", [eager, native_backend])
 def test_estimates_that_move_all_the_way_forget_where_they_were(kernels):
     x, *parameters, _, _ = make_inputs((2, 6, 3, 5), 2, F32)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,33 @@ class Asks(torch.autograd.Function):
 @pytest.fixture
 def x():
     return torch.randn(2, 3, requires_grad=True)
+
+
+class Saves(torch.autograd.Function):
+    """Identity, whose backward pass notes whether what it saved is gone."""
+
+    @staticmethod
+    def forward(ctx, x, answers):
+        saved = x.clone()
+        ctx.answers, ctx.saved = answers, weakref.ref(saved)
+        ctx.save_for_backward(saved)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.saved_tensors
+        ctx.answers.append(ctx.saved() is None)
+        state.free_saved_tensors(ctx)
+        ctx.answers.append(ctx.saved() is None)
+        return grad, None
+
+
+def test_saved_tensors_are_freed(x):
+    answers = []
+    y = Saves.apply(x, answers).sum()
+    y.backward(retain_graph=True)
+    y.backward()
+    assert answers == [False, False, False, True]
 
 
 def test_in_backward(x):

@@ -407,6 +407,18 @@ def test_mmdetection_with_parts_that_are_not_standardized(tmp_path, text, expect
             convert_state_dict(checkpoint, model)
 
 
+def test_copies_of_openmmlab_call_the_norms_gn(tmp_path):
+    random = Random()
+    make_resnet50(random, gn_entries, norm="gn")
+    path = save(random.sd, tmp_path / "resnet50_gn_ws.pth")
+    model, _ = loaded(path, config("GN+WS"), tmp_path, "gn")
+    model, sd = in_double(model, random.sd)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        ours = list(model.backbone.bottom_up(x).values())
+        assert_same(ours, resnet50(x, sd, gn_ws_filters, group_norm, norm="gn"), 1e-4)
+
+
 def test_into_a_model_without_weight_standardization(tmp_path):
     random = Random()
     make_resnet50(random, gn_entries)

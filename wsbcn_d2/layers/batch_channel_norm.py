@@ -174,10 +174,11 @@ class BatchChannelNorm(nn.GroupNorm):
         self.mode = mode
         self.group_weight = nn.Parameter(torch.ones(num_groups))
         self.group_bias = nn.Parameter(torch.zeros(num_groups))
-        self.register_buffer("running_mean", torch.zeros(num_channels))
-        self.register_buffer("running_var", torch.ones(num_channels))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("running_mean", torch.zeros(num_channels, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(num_channels, dtype=dtype))
         self.register_buffer("skipped_updates", torch.tensor(0), persistent=False)
-        self.register_buffer("seen_elements", torch.tensor(0.0), persistent=False)
+        self.register_buffer("seen_elements", torch.zeros((), dtype=dtype), persistent=False)
         self.level = 0
         self.first_size: Optional[Tuple[int, ...]] = ()
 

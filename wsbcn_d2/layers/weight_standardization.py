@@ -212,7 +212,7 @@ class WSConv2d(WeightStandardized, Conv2d):
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution alone, without what follows it."""
         in_numbers = self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        if self.ws_scale is not None or not in_numbers:
+        if self.ws_scale is not None or not in_numbers or x.dim() != 4:
             return self._conv_forward(x, self.standardized_weight(), self.bias)
         return standardized_conv2d(x, self.weight, self.bias, self.eps, geometry_of(self))
 

@@ -28,6 +28,9 @@ def activate_(x: Tensor, activation: str) -> Tensor:
 
 
 def let_through(grad: Tensor, y: Tensor, activation: str) -> Tensor:
-    """The gradient of the input of an activation function, from that of its output ``y``."""
+    """The gradient of the input of an activation function, from that of its output.
+
+    ``y`` is the output, or the input: ReLU lets through the same where either is positive.
+    """
     # One pass, which a product with (y > 0) is not.
     return torch.ops.aten.threshold_backward(grad, y, 0) if activation == "relu" else grad

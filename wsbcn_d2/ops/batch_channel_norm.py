@@ -78,8 +78,8 @@ def batch_channel_norm(
 
     Raises:
         ValueError: if shapes do not fit together.
-        RuntimeError: if parameters or residual are on another device than x; in a forward pass that
-            activation checkpointing repeats, if there was no such call.
+        RuntimeError: if parameters, estimates or residual are on another device than x; in a
+            forward pass that activation checkpointing repeats, if there was no such call.
     """
     check_arguments(x, norm, residual)
     if is_compiling():
@@ -99,15 +99,14 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 def check_arguments(x: Tensor, norm: Normalization, residual: Optional[Tensor]) -> None:
     """Raises ValueError or RuntimeError if tensors do not fit: kernels would read elsewhere."""
     channels, groups = x.shape[1], norm.group_weight.shape[0]
-    for name in ("weight", "bias", "running_mean", "running_var", "group_bias"):
-        size = groups if name == "group_bias" else channels
-        found = getattr(norm, name).shape
-        if found != (size,):
-            raise ValueError(f"{name} must be of shape ({size},), got {tuple(found)}")
+    for name in ("weight", "bias", "group_weight", "group_bias", "running_mean", "running_var"):
+        table, size = getattr(norm, name), groups if name.startswith("group") else channels
+        if table.shape != (size,):
+            raise ValueError(f"{name} must be of shape ({size},), got {tuple(table.shape)}")
+        if table.device != x.device:
+            raise RuntimeError(f"x is on {x.device}, but {name} is on {table.device}")
     if not groups or channels % groups:
         raise ValueError(f"{channels} channels cannot be divided into {groups} groups")
-    if norm.weight.device != x.device:
-        raise RuntimeError(f"x is on {x.device}, but the parameters are on {norm.weight.device}")
     if residual is not None:
         if residual.shape != x.shape:
             raise ValueError(f"expected a residual of shape {x.shape}, got {residual.shape}")

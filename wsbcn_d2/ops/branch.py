@@ -22,7 +22,7 @@ from .formula import batch_channel_norm_by, standardize_weight
 from .normalization import Normalization
 from .recomputation import forward
 from .standardized_convolution import Geometry, cast_input, compute_dtype, conv2d_backward
-from .state import is_transformed, may_be_repeated
+from .state import free_saved_tensors, is_transformed, may_be_repeated
 
 
 class Link(NamedTuple):
@@ -132,7 +132,7 @@ class _Branch(torch.autograd.Function):
         # Nothing but this list keeps them, so that each is freed as soon as it has been used, as
         # those of single operations are.
         saved = list(ctx.saved_tensors)
-        ctx.maybe_clear_saved_tensors()
+        free_saved_tensors(ctx)
         if torch.is_grad_enabled() or is_transformed(grad):
             return (None, None, *_differentiable_gradients(ctx, grad, saved))
         return (None, None, *_gradients(ctx, kernels_for(grad), grad, saved))

@@ -21,6 +21,8 @@ def gradients_of(
     create_graph: bool,
 ) -> List[Optional[Tensor]]:
     """Gradients of those inputs of ``y`` that need one, by the graph of ``y``; None for others."""
+    if not any(needed):
+        return [None] * len(needed)
     wanted = [cast(Tensor, t) for t, is_needed in zip(inputs, needed) if is_needed]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph))
     return [next(found) if is_needed else None for is_needed in needed]

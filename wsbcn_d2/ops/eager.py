@@ -124,7 +124,7 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 def standardize(weight: Tensor, eps: float) -> Tuple[Tensor, Any]:
     """See :mod:`.standardized_convolution`."""
-    x = rows(weight.to(torch.promote_types(weight.dtype, torch.float32)), weight)
+    x = _rows(weight.to(torch.promote_types(weight.dtype, torch.float32)), weight)
     filters, mean, rstd = torch.native_layer_norm(x, x.shape[1:], None, None, eps)
     return _like(filters, weight), (mean, rstd)
 
@@ -132,7 +132,7 @@ def standardize(weight: Tensor, eps: float) -> Tuple[Tensor, Any]:
 def standardize_backward(grad: Tensor, weight: Tensor, statistics: Any) -> Tensor:
     """See :mod:`.standardized_convolution`."""
     mean, rstd = statistics
-    grad, x = (rows(t.to(mean.dtype), weight) for t in (grad, weight))
+    grad, x = (_rows(t.to(mean.dtype), weight) for t in (grad, weight))
     out, _, _ = torch.ops.aten.native_layer_norm_backward(
         grad, x, x.shape[1:], mean, rstd, None, None, [True, False, False]
     )
@@ -188,16 +188,16 @@ def _is_channels_last(weight: Tensor) -> bool:
     return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def rows(filters: Tensor, weight: Tensor) -> Tensor:
+def _rows(filters: Tensor, weight: Tensor) -> Tensor:
     """Each filter as a row, in the order in which those of a weight lie in memory."""
     if _is_channels_last(weight):
         filters = filters.permute(0, 2, 3, 1)
     return filters.flatten(1)
 
 
-def _like(rows: Tensor, weight: Tensor) -> Tensor:
-    """The inverse: filters of the shape and memory format of a weight."""
+def _like(filters: Tensor, weight: Tensor) -> Tensor:
+    """The inverse: rows in the shape and memory format of a weight."""
     if _is_channels_last(weight):
         outputs, inputs, height, width = weight.shape
-        return rows.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
-    return rows.view(weight.shape)
+        return filters.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+    return filters.view(weight.shape)

@@ -69,7 +69,7 @@ def _operation(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     mean, var = running_mean.clone(), running_var.clone()
     skipped = torch.zeros((), dtype=torch.int64, device=x.device)
-    seen = torch.zeros((), device=x.device)
+    seen = torch.zeros((), dtype=torch.float32, device=x.device)
     norm = Normalization(
         weight,
         bias,

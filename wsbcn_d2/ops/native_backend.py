@@ -66,8 +66,8 @@ def forward(
     x: Tensor, norm: Normalization, residual: Optional[Tensor], activation: str
 ) -> Tuple[Tensor, Tensor]:
     """See :mod:`.batch_channel_norm`."""
-    estimates = (norm.running_mean, norm.running_var)
-    if not (_is_for_kernels(x) and all(t.dtype == _F32 and t.is_contiguous() for t in estimates)):
+    written = (norm.running_mean, norm.running_var, norm.seen_elements)
+    if not (_is_for_kernels(x) and all(t is None or _is_plain(t) for t in written)):
         return eager.forward(x, norm, residual, activation)
     x = dense(x)
     images, channels, height, width = x.shape
@@ -209,10 +209,13 @@ def _is_for_kernels(x: Tensor) -> bool:
     return x.dtype in _DTYPES and x.numel() > 0
 
 
+def _is_plain(table: Tensor) -> bool:
+    return table.dtype == _F32 and table.is_contiguous()
+
+
 def _floats(parameter: Tensor) -> Tensor:
-    if parameter.dtype == _F32 and parameter.is_contiguous():  # three calls less for each
-        return parameter
-    return parameter.detach().float().contiguous()
+    # Three calls less for each that is.
+    return parameter if _is_plain(parameter) else parameter.detach().float().contiguous()
 
 
 def _gradient(grad: Tensor, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 /* Batch-channel normalization for the CPU: activations of float32, bfloat16 or float16, in NCHW or
    channels_last. Weight standardization in float32.
 
-   setup.py builds it as plain C; native_backend.py calls it and checks what it is given. The formulas
-   and the names of the tables are those of batch_channel_norm.py. Tables and parameters are float32.
+   setup.py builds it as plain C; native_backend.py calls it. The formulas, the names of the tables and
+   the checks of arguments are in batch_channel_norm.py. Tables and parameters are float32.
 
    Sums over pixels are of blocks, around a value of the block and in single precision, and from block
    to block in double precision. Work is divided in a way that does not depend on the number of

@@ -27,7 +27,8 @@ class Normalization(NamedTuple):
         synchronize: with ``use_batch_statistics``, take the statistics over the batches of all
             ranks. Every rank must call; ranks whose batch is empty count for nothing.
         layer: a tensor that belongs to the layer, by which its calls are known when activation
-            checkpointing repeats them (:mod:`.recomputation`). None: they are not repeated.
+            checkpointing repeats them (:mod:`.recomputation`). None: a repetition needs nothing of
+            the call, as calls do not differ in what they normalize by.
     """
 
     weight: Tensor

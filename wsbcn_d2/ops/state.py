@@ -71,6 +71,12 @@ def all_modules_are_hooked() -> bool:
     )
 
 
+def free_saved_tensors(ctx: Any) -> None:
+    """Lets an autograd function go of what it has saved, in its backward pass, unless the graph is
+    retained."""
+    ctx.maybe_clear_saved_tensors()
+
+
 def current_stream(device: torch.device) -> int:
     """The number of the current stream of a GPU."""
     return torch._C._cuda_getCurrentRawStream(device.index)

@@ -563,6 +563,7 @@ def backward(
     """See :mod:`.batch_channel_norm`."""
     x = dense(x)
     grad = in_format_of(x, grad)
+    y = None if y is None else in_format_of(x, y)  # hooks on saved tensors may have changed either
     shape = x.shape
     images, channels = shape[:2]
     groups = group_weight.shape[0]

@@ -291,7 +291,7 @@ def _check(
         wrong.append(f"With these keys the config fits: {as_options(keys)}")
     if other:
         wrong.append(
-            "They belong into the config of all that uses the weights. If the config is right as "
+            "Use the same keys wherever the weights are used. If the config is right as "
             "it is, and this source is not: --trust-config"
         )
     if left and not report.missing:

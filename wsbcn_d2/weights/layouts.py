@@ -229,8 +229,8 @@ LAYOUTS: Dict[str, Layout] = {
         ),
         Layout(
             "authors-gn-ws",
-            (r"conv1\.weight", r"bn1\.weight", r"layer1\.0\.conv1\.weight"),
-            _resnet("", "bn"),
+            (r"conv1\.weight", r"[gb]n1\.weight", r"layer1\.0\.conv1\.weight"),
+            _resnet("", "[gb]n"),  # OpenMMLab's copies have gn1
             formula="gn",
             ambiguous=True,
             ignored=_CLASSIFIER,
