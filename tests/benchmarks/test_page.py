@@ -165,7 +165,7 @@ def test_targets_of_steps():
 def test_targets_of_checkpointing():
     # 0.95 and 1.4 of 2.5 GiB, 117 of 100 ms
     of = targets(memory(peaks), memory(peaks, times), memory(peaks, dtype="bfloat16"))
-    one, two = of("CPU", "1×800×1333"), of("CPU", "two images")
+    one, two = of("CPU", "1×800×1333"), of("CPU", "2 images")
     assert one == ("0.38 to 0.38, worst Mask R-CNN, float32", "met")
     assert two == ("0.56 to 0.56, worst Mask R-CNN, float32", "met")
     assert of("time, the same") == ("1.17 (Mask R-CNN, float32)", "met")
