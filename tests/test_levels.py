@@ -7,6 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from detectron2.engine import SimpleTrainer
+from detectron2.layers import get_norm as detectron2_get_norm
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2_models import logged, randomize_norms
 from test_stock_components import dense_head, flat, pyramid
@@ -139,6 +140,17 @@ def test_errors():
     with pytest.raises(ValueError, match="Head: .*for 1 or 4 levels, found 3"):
         separate_levels(head, 4)
     assert head.tower[1].num_levels == 3
+
+
+def test_head_that_asks_for_more_norms():
+    """Only the layer that RetinaNetHead looks at has one group."""
+
+    class Head(RetinaNetHead):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.more = detectron2_get_norm("GN", 64)
+
+    assert dense_head(Head, "GN(groups=8)", num_anchors=2).more.num_groups == 32
 
 
 def test_head_of_retinanet_can_be_scripted():

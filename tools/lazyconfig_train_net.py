@@ -45,7 +45,15 @@ from wsbcn_d2.engine import AtomicCheckpointer, ConfigError, build_hooks
 from wsbcn_d2.engine.checkpoint import CompleteCheckpointer
 from wsbcn_d2.engine.data import check_classes, check_masks, check_objects
 from wsbcn_d2.engine.evaluation import COCO_MAX_DETECTIONS, CocoFileEvaluator, detections_per_image
-from wsbcn_d2.engine.setup import check_folder, check_values, check_weights
+from wsbcn_d2.engine.setup import (
+    available_device,
+    check_folder,
+    check_precision,
+    check_processes,
+    check_resume,
+    check_values,
+    check_weights,
+)
 from wsbcn_d2.norm_options import NormOption
 
 EXAMPLES = """examples:
@@ -56,6 +64,12 @@ EXAMPLES = """examples:
 
 # That a config need not have: what Detectron2 and this program look for.
 NEW_KEYS = ("+", "~", "train.seed", "train.cudnn_benchmark", "train.wsbcn")
+# What a config needs for training, beside `train` and `model`.
+TO_TRAIN = (
+    *("dataloader", "optimizer", "lr_multiplier"),
+    *(f"train.{key}" for key in "output_dir init_checkpoint max_iter amp ddp".split()),
+    *(f"train.{key}" for key in "checkpointer eval_period log_period device".split()),
+)
 # Whose keys are the arguments of a call, as those of a node with a _target_ are.
 ARGUMENTS = ("train.ddp", "train.checkpointer")
 # Of MODEL.WSBCN; the others are for the backbones that YAML configs name.
@@ -100,7 +114,13 @@ def yaml_config(cfg: DictConfig) -> CfgNode:
     """
     keys = get_cfg()
     add_wsbcn_config(keys)
-    for key, value in cfg.train.get("wsbcn", {}).items():
+    given = cfg.train.get("wsbcn", {})
+    if not isinstance(given, DictConfig) and given != {}:
+        raise ConfigError(
+            f"train.wsbcn: {given!r} has no keys; allowed are {', '.join(WSBCN_KEYS)}, as in "
+            "train.wsbcn.CHECKPOINT_ACTIVATIONS=all"
+        )
+    for key, value in given.items():
         if key not in WSBCN_KEYS:
             raise ConfigError(f"there is no train.wsbcn.{key}; allowed are {', '.join(WSBCN_KEYS)}")
         try:
@@ -179,8 +199,7 @@ def load(config_file: str, overrides: Tuple[str, ...]) -> DictConfig:
             f"{' '.join(quoted)}: {' '.join(str(error).split())}. An override is KEY=VALUE, and "
             "a value with other signs than letters, digits and + needs quotes of its own"
         ) from error
-    if cfg.train.device == "cuda" and not torch.cuda.is_available():
-        cfg.train.device = "cpu"
+    cfg.train.device = available_device("train.device", cfg.train.device)
     return cfg
 
 
@@ -238,12 +257,20 @@ def check(cfg: DictConfig, eval_only: bool, resume: bool) -> None:
     key, output = "train.init_checkpoint", cfg.train.output_dir
     check_folder("train.output_dir", output)
     check_weights(key, cfg.train.init_checkpoint, output, needed=eval_only, resume=resume)
+    needed = ["dataloader"] if eval_only else TO_TRAIN
+    lacking = [key for key in needed if OmegaConf.select(cfg, key) is None]
+    if lacking:
+        raise ConfigError(f"the config has no {', '.join(lacking)}")
     what = "" if eval_only else yaml_config(cfg).MODEL.WSBCN.CHECKPOINT_ACTIVATIONS
+    if not eval_only:
+        check_precision("train.amp.enabled", cfg.train.amp.enabled, cfg.train.device)
     check_data(cfg, ("test",) if eval_only else ("train", "test"))
     try:
-        checkpoint_activations_(instantiate(cfg.model), what)
+        model = instantiate(cfg.model)
+        checkpoint_activations_(model, what)
     except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"the model of the config cannot be built: {error}") from error
+    check_resume(model, output, resume and not eval_only)
 
 
 def check_data(cfg: DictConfig, parts: Sequence[str]) -> None:
@@ -305,6 +332,13 @@ if __name__ == "__main__":
     arguments = default_argument_parser(epilog=EXAMPLES).parse_args()
     try:
         config = load(arguments.config_file, tuple(arguments.opts))
+        images = OmegaConf.select(config, "dataloader.train.total_batch_size")
+        check_processes(
+            arguments.num_gpus,
+            arguments.num_machines,
+            config.train.device,
+            0 if arguments.eval_only or not isinstance(images, int) else images,
+        )
         check(config, arguments.eval_only, arguments.resume)
         launch(
             main,

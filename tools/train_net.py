@@ -22,7 +22,7 @@ from torch import nn
 from wsbcn_d2.data import register_coco_format
 from wsbcn_d2.engine import ConfigError, Trainer, check_model, load_config
 from wsbcn_d2.engine.checkpoint import CompleteCheckpointer
-from wsbcn_d2.engine.setup import TO_EVALUATE, TO_TRAIN
+from wsbcn_d2.engine.setup import TO_EVALUATE, TO_TRAIN, check_processes
 
 
 def test_with_augmentation(cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
@@ -67,7 +67,14 @@ if __name__ == "__main__":
             needs=TO_EVALUATE if arguments.eval_only else TO_TRAIN,
             resume=arguments.resume,
         )
-        check_model(config)
+        check_processes(
+            arguments.num_gpus,
+            arguments.num_machines,
+            config.MODEL.DEVICE,
+            0 if arguments.eval_only else config.SOLVER.IMS_PER_BATCH,
+            config.SOLVER.REFERENCE_WORLD_SIZE,
+        )
+        check_model(config, resume=arguments.resume and not arguments.eval_only)
         config.freeze()
         launch(
             main,

@@ -16,6 +16,7 @@
 3. The backbones of :mod:`wsbcn_d2.modeling` in Detectron2's BACKBONE_REGISTRY.
 """
 
+import inspect
 import logging
 from types import CodeType, FrameType
 from typing import Any, Iterator, List, Optional, Tuple, cast
@@ -99,12 +100,9 @@ def get_norm_for(norm: Any, out_channels: int, caller: FrameType) -> Optional[nn
     RetinaNetHead asks for a layer of 32 channels before its real ones, to look at its type. Groups
     that divide its channels need not divide those, so that layer gets one.
     """
-    if (
-        isinstance(norm, str)
-        and norm
-        and isinstance(caller.f_locals.get("self"), RetinaNetHead)
-        and "cls_subnet" not in caller.f_locals
-    ):
+    constructor = inspect.unwrap(RetinaNetHead.__init__).__code__
+    looks = caller.f_code is constructor and "cls_subnet" not in caller.f_locals
+    if isinstance(norm, str) and norm and looks:
         return NormOption.parse(norm).with_one_group().build(out_channels)
     return get_norm(norm, out_channels)
 

@@ -134,6 +134,12 @@ class NormOption:
             + (_WS if self.weight_standardization else "")
         )
 
+    @property
+    def groups(self) -> Optional[int]:
+        """Those of the channel or group normalization; None if there is none."""
+        groups = {**_KINDS[self.name].defaults, **self.arguments}.get("groups")
+        return None if groups is None else int(groups)
+
     def with_one_group(self) -> "NormOption":
         """The same kind of layer for any number of channels, without weight standardization."""
         groups: Dict[str, _Value] = {"groups": 1} if "groups" in _KINDS[self.name].defaults else {}
@@ -149,10 +155,10 @@ class NormOption:
             ValueError: if the groups do not divide the channels; it names the string that would
                 work.
         """
-        groups = {**_KINDS[self.name].defaults, **self.arguments}.get("groups")
+        groups = self.groups
         if groups is None or out_channels % groups == 0:
             return
-        fitting = {**self.arguments, "groups": math.gcd(int(groups), out_channels, *others)}
+        fitting = {**self.arguments, "groups": math.gcd(groups, out_channels, *others)}
         possible = NormOption(self.name, fitting, self.weight_standardization)
         raise ValueError(
             f"norm option {str(self)!r}: {out_channels} channels cannot be divided into "

@@ -1,17 +1,17 @@
 """Draws docs/masks.png: python docs/figures/masks_figure.py [FOLDER]
 
-Why BCN+WS learns masks late (docs/results.md). On the left is the loss of the mask head, on the
-right how far the outputs of its normalization layers are from mean 0, and the mask AP.
+Why BCN+WS learns masks late (docs/results.md): the loss of the mask head for each norm of that
+head, and its mean over the iterations in which the norms part.
 
-With a FOLDER of runs, named SETTING_sSEED, losses and distances are read from them first and
-written to docs/results/masks-heads.json. The picture is drawn from that file, and AP from
-docs/results/masks.json.
+With a FOLDER of runs, named SETTING_sSEED, losses and offsets are read from them first, and added
+to docs/results/masks-heads.json. The picture is drawn from that file, and the table printed.
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Dict, List
 
 import matplotlib
 import torch
@@ -21,6 +21,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from wsbcn_d2.analysis.comparison import seed_noise
 from wsbcn_d2.engine import load_config
 
 matplotlib.use("Agg")
@@ -29,12 +30,15 @@ from matplotlib import pyplot as plt  # noqa: E402
 DOCS = Path(__file__).parents[1]
 DATA = DOCS / "results" / "masks-heads.json"
 IMAGES = 12
+# Iterations after those in which all settings are alike, and before the learning rate falls.
+WINDOW = range(400, 700)
 # By the name of a setting, its title and colour.
 SETTINGS = {
     "gn_ws": ("GN+WS", "#1f5fa8"),
+    "bias10": ("BCN+WS, biases learn 10 times as fast", "#8a5fc0"),
     "mask_gn": ("BCN+WS, mask head GN+WS", "#5f9fd8"),
     "mask_cn": ("BCN+WS, mask head CN+WS", "#3a9a5b"),
-    "bias10": ("BCN+WS, biases learn 10 times as fast", "#8a5fc0"),
+    "mask_in": ("BCN+WS, mask head CN(groups=64)+WS", "#90b040"),
     "mask_batch": ("BCN+WS, mask head BatchBCN+WS", "#e0a030"),
     "bcn_ws": ("BCN+WS", "#c8452d"),
 }
@@ -68,7 +72,7 @@ def losses(folder: Path) -> List[List[float]]:
 
 
 def measure(runs: Path) -> None:
-    data: Dict[str, Dict[str, Any]] = {}
+    data = json.loads(DATA.read_text())
     for folder in sorted(runs.iterdir()):
         if folder.name.rpartition("_s")[0] in SETTINGS:
             print(folder.name)
@@ -78,21 +82,30 @@ def measure(runs: Path) -> None:
 
 def draw() -> None:
     heads = json.loads(DATA.read_text())
-    runs = json.loads((DOCS / "results" / "masks.json").read_text())["runs"]
-    ap = {run["name"]: run["ap"]["segm"]["AP"]["value"] for run in runs}
-    figure, (curves, points) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for setting, (title, color) in SETTINGS.items():
-        names = [name for name in heads if name.rpartition("_s")[0] == setting]
-        columns = [torch.tensor(heads[name]["loss_mask"][1]) for name in names]
-        curves.plot(
-            heads[names[0]]["loss_mask"][0], sum(columns) / len(columns), color=color, label=title
+    figure, (curves, points) = plt.subplots(
+        1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(3, 2)
+    )
+    means: Dict[str, List[float]] = {}
+    for row, (setting, (title, color)) in enumerate(reversed(SETTINGS.items())):
+        runs = [heads[name] for name in heads if name.rpartition("_s")[0] == setting]
+        columns = [torch.tensor(run["loss_mask"][1]) for run in runs]
+        iterations = runs[0]["loss_mask"][0]
+        curves.plot(iterations, sum(columns) / len(columns), color=color)
+        inside = torch.tensor([i in WINDOW for i in iterations])
+        own = means[setting] = [float(column[inside].mean()) for column in columns]
+        points.scatter(own, [row] * len(own), s=16, color=color, edgecolor="black", lw=0.5)
+        points.vlines(statistics.mean(own), row - 0.3, row + 0.3, color=color, lw=2.5)
+        offset = statistics.mean(statistics.mean(run["offsets"]) for run in runs)
+        difference = statistics.mean(own) - statistics.mean(means["bcn_ws"])
+        print(
+            f"| {title} | {len(own)} | {statistics.mean(own):.3f} ± {statistics.stdev(own):.3f} "
+            f"| {difference:+.3f} ± {seed_noise(own, means['bcn_ws']):.3f} | {offset:.2f} |"
         )
-        x = [sum(heads[name]["offsets"]) / len(heads[name]["offsets"]) for name in names]
-        y = [ap[name] for name in names]
-        points.scatter(x, y, color=color, edgecolor="black", linewidth=0.6, zorder=3)
+    curves.axvspan(WINDOW.start, WINDOW.stop, color="0.93", zorder=0)
     curves.set(xlabel="iteration", ylabel="loss of the mask head")
-    points.set(xlabel="offsets in the mask head after training", ylabel="mask AP", xlim=(0, None))
-    curves.legend(fontsize=7, loc="lower left")
+    points.set(xlabel=f"mean loss over iterations {WINDOW.start} to {WINDOW.stop}")
+    points.set_yticks(range(len(SETTINGS)), [title for title, _ in reversed(SETTINGS.values())])
+    points.tick_params(axis="y", labelsize=8)
     for axes in (curves, points):
         axes.grid(alpha=0.3)
     figure.savefig(DOCS / "masks.png", dpi=110)

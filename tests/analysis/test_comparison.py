@@ -197,9 +197,9 @@ def test_seed_noise_is_welchs_interval():
     a, b = [10.0, 11.0, 12.0], [20.0, 22.0, 24.0]
     freedom = (1 / 3 + 4 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (4 / 3) ** 2 / 2)
     assert 2 < freedom < 3
-    noise = comparison_module._seed_noise(a, b)
+    noise = comparison_module.seed_noise(a, b)
     assert noise == pytest.approx(4.303 * math.sqrt(5 / 3))  # t for 2 degrees of freedom
-    assert math.isnan(comparison_module._seed_noise([1.0], b))
+    assert math.isnan(comparison_module.seed_noise([1.0], b))
 
 
 def test_student_t():

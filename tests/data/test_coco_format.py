@@ -11,6 +11,7 @@ import pytest
 from data.small_coco import SIDE, coco
 from detectron2.data import MetadataCatalog
 from detectron2.data import detection_utils as utils
+from detectron2.data.datasets import register_coco_instances
 from detectron2_models import logged
 from PIL import Image
 
@@ -235,6 +236,20 @@ def test_images_that_are_not_there(register):
         check_images([name])
     vars(MetadataCatalog.get(name))["image_root"] = "https://example.org"
     check_images([name])
+
+
+def test_images_with_damaged_exif_and_paths_of_pathlib(tmp_path):
+    """Detectron2 reads them, too."""
+    content = coco(images=1)
+    content["images"][0]["file_name"] = "1.jpg"
+    exif = b"Exif\x00\x00garbage garbage"
+    Image.new("RGB", (64, 64)).save(tmp_path / "1.jpg", dpi=(72, 72), exif=exif)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    name = f"{tmp_path}_pathlib"
+    register_coco_instances(name, {}, tmp_path / "a.json", tmp_path)
+    check_datasets([name])
+    check_images([name])
+    assert utils.read_image(str(tmp_path / "1.jpg")).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])

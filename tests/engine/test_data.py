@@ -8,6 +8,7 @@ import torch
 from data.small_coco import coco
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from detectron2.engine import DefaultTrainer
 
 from wsbcn_d2 import add_wsbcn_config
@@ -230,6 +231,16 @@ def test_flip_map_is_asked_for_only_where_it_is_needed(register, names, pairs):
         assert "('a', 'z') is not a pair of names" in refused(keypoint_config(train, train, *other))
     check_data(cfg)
     assert MetadataCatalog.get(train).keypoint_flip_map == pairs
+
+
+def test_one_flip_map_for_all_datasets(register):
+    """As Detectron2 wants it: one registered, one from the file."""
+    pairs = (("left_eye", "right_eye"),)
+    first = register(coco(classes=("a",), keypoints=EYES), keypoint_flip_map=pairs)
+    second = register(coco(classes=("a",), keypoints=EYES))
+    cfg = keypoint_config(first, second, "DATASETS.TRAIN", (first, second))
+    check_data(cfg)
+    assert len(create_keypoint_hflip_indices([first, second])) == len(EYES)
 
 
 def test_keypoints_that_do_not_fit(register):

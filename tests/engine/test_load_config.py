@@ -1,3 +1,4 @@
+import importlib.util
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from wsbcn_d2 import model_zoo
 from wsbcn_d2.engine import ConfigError, check_model, load_config
-from wsbcn_d2.engine.setup import TO_EVALUATE
+from wsbcn_d2.engine.setup import TO_EVALUATE, check_processes
 
 
 @pytest.fixture
@@ -55,6 +56,12 @@ def test_device_follows_the_machine(config_file):
             "-1 for all; got -1 for a RetinaNet",
         ),
         (["MODEL.WSBCN.UPDATE_RATE_SCHEDULE", "cosine"], "'cosine' is not one of 'constant', 'lr'"),
+        (["SOLVER.LR_SCHEDULER_NAME", "WarmupCosine"], "LR_SCHEDULER_NAME: .*'WarmupCosineLR'"),
+        (["DATALOADER.SAMPLER_TRAIN", "Sampler"], "SAMPLER_TRAIN: 'Sampler' is not one of 'Tr"),
+        (["INPUT.RANDOM_FLIP", "horizontl"], "RANDOM_FLIP: 'horizontl' is not one of 'horiz"),
+        (["INPUT.MASK_FORMAT", "bitmasks"], "MASK_FORMAT: 'bitmasks' is not one of 'polygon', "),
+        (["SOLVER.MAX_ITER", "None"], "SOLVER.MAX_ITER is empty, and must have a value, as 40000"),
+        (["DATASETS.COCO_FORMAT", "None"], r"DATASETS.COCO_FORMAT is empty, .* as \(\)"),
         (
             ["MODEL.WSBCN.CHECKPOINT_ACTIVATIONS", "True"],
             "CHECKPOINT_ACTIVATIONS; allowed are '', 'backbone', 'all'$",
@@ -105,6 +112,75 @@ def test_errors_name_what_was_given_and_what_is_allowed(config_file, opts, messa
         load_config(config_file, opts)
 
 
+@pytest.mark.parametrize(
+    "opts,message",
+    [
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE: 'gpu' is not a device, as cuda"),
+        (
+            ["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", "True"],
+            "SOLVER.AMP.ENABLED: True needs a GPU, and the device is 'cpu'",
+        ),
+    ],
+)
+def test_devices(config_file, register, opts, message):
+    mine = register(coco())
+    data = ["DATASETS.TRAIN", (mine,), "MODEL.ROI_HEADS.NUM_CLASSES", 2]
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file, [*data, *opts])
+    load_config(config_file, data)
+
+
+def test_datasets_without_an_evaluator(config_file, register):
+    name = register(coco())
+    opts = ["DATASETS.TEST", (name,), "MODEL.WEIGHTS", config_file]
+    opts += ["MODEL.ROI_HEADS.NUM_CLASSES", 2]
+    load_config(config_file, opts, needs=TO_EVALUATE)
+    metadata = vars(MetadataCatalog.get(name))
+    for kind, message in ((None, "no evaluator for dataset"), ("lvis", "needs the package lvis")):
+        if kind is not None and importlib.util.find_spec(kind):
+            continue
+        metadata["evaluator_type"] = kind
+        with pytest.raises(ConfigError, match=f"DATASETS.TEST: .*{message}"):
+            load_config(config_file, opts, needs=TO_EVALUATE)
+
+
+def test_config_that_is_its_own_base(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("_BASE_: a.yaml")
+    with pytest.raises(ConfigError, match="a.yaml is not a YAML config .*its own _BASE_"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((2, 1, "cpu", 3), "^3 images per step cannot be shared equally by 2 processes$"),
+        ((1, 1, "cpu", 4, 8), "by 8 processes .SOLVER.REFERENCE_WORLD_SIZE.$"),
+        ((99, 1, "cuda"), "--num-gpus: 99, but this machine has "),
+    ],
+)
+def test_processes(arguments, message, monkeypatch):
+    with pytest.raises(ConfigError, match=message):
+        check_processes(*arguments)
+    check_processes(2, 1, "cpu", 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="torchrun has started this program several times"):
+        check_processes(1, 1, "cpu", 4)
+
+
+def test_groups_of_a_run_that_is_resumed(config_file, tmp_path):
+    """A checkpoint would load with any."""
+    opts = ["OUTPUT_DIR", str(tmp_path / "run"), "MODEL.FPN.NORM"]
+    (tmp_path / "run").mkdir()
+    before = load_config(config_file, [*opts, "GN(groups=8)"], needs=())
+    (tmp_path / "run" / "config.yaml").write_text(before.dump())
+    for norm in ("GN(groups=8)", "BCN(groups=8)", "SyncBN"):
+        load_config(config_file, [*opts, norm], needs=(), resume=True)
+    with pytest.raises(ConfigError, match=r"MODEL.FPN.NORM is 'GN', but .* has 'GN.groups=8.'"):
+        load_config(config_file, [*opts, "GN"], needs=(), resume=True)
+    load_config(config_file, [*opts, "GN"], needs=())
+
+
 def test_misspelt_key_in_a_file(config_file):
     with open(config_file, "a") as f:
         f.write("SOLVER:\n  MAX_ITERS: 3\n")
@@ -139,6 +215,8 @@ def test_evaluation_needs_weights(config_file):
             "64 channels.*24 groups.*groups=8.*would work",
         ),
         (["MODEL.BACKBONE.NAME", "build_nothing"], "build_nothing"),
+        (["MODEL.RESNETS.DEPTH", "51"], "KeyError 51"),
+        (["MODEL.RESNETS.NORM", "GN(groups=24)"], r"would work \(MODEL.RESNETS.NORM\)"),
     ],
 )
 def test_model_that_cannot_be_built(config_file, opts, message):

@@ -314,12 +314,12 @@ def _difference(a: _Group, b: _Group) -> _AP:
                 draws = a.draws[kind][metric] - b.draws[kind][metric]
             result[kind][metric] = {
                 **_interval(float(np.mean(of) - np.mean(minus)), draws),
-                "seeds": _number(_seed_noise(of, minus)),
+                "seeds": _number(seed_noise(of, minus)),
             }
     return result
 
 
-def _seed_noise(a: Sequence[float], b: Sequence[float]) -> float:
+def seed_noise(a: Sequence[float], b: Sequence[float]) -> float:
     """Half of Welch's 95 % interval for the difference of the means over seeds; NaN with one."""
     if len(a) < 2 or len(b) < 2:
         return math.nan

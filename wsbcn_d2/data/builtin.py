@@ -1,5 +1,6 @@
 """The datasets of a config, and whether they can be read and fit together."""
 
+import contextlib
 import difflib
 import functools
 import os
@@ -129,7 +130,8 @@ def check_images(names: Iterable[str]) -> None:
         ValueError: if one of another size is among those looked at, or one that cannot be read.
     """
     for name in names:
-        file, root = annotation_facts(name), MetadataCatalog.get(name).get("image_root")
+        file = annotation_facts(name)
+        root = os.fspath(MetadataCatalog.get(name).get("image_root") or "")
         if file is None or not root or "://" in root:
             continue
         images = [(os.path.join(root, path), path, size) for path, *size in file.images]
@@ -157,7 +159,9 @@ def _size_of(path: str) -> Tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
+            turned = False
+            with contextlib.suppress(Exception):  # of damaged EXIF, as Detectron2 does
+                turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
     except OSError as error:
         raise ValueError(f"{path!r} cannot be read as an image: {error}") from error
     return (height, width) if turned else (width, height)
@@ -181,7 +185,7 @@ def annotation_facts(name: str) -> Optional[CocoFile]:
         None if they are not in a local file in COCO's format.
     """
     metadata = MetadataCatalog.get(name)
-    path = metadata.get("json_file")
+    path = os.fspath(metadata.get("json_file") or "")
     if not path or "://" in path or metadata.get("evaluator_type") not in _COCO_EVALUATORS:
         return None
     return coco_file(path)

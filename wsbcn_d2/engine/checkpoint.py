@@ -37,7 +37,7 @@ def check_output(path: str) -> None:
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path!r} is a folder; give a file to write")
     folder = os.path.dirname(os.path.abspath(path))
-    while not os.path.exists(folder):
+    while not os.path.exists(folder) and folder != os.path.dirname(folder):  # a missing drive
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder):
         raise NotADirectoryError(f"cannot write {path!r}: {folder!r} is not a folder")
@@ -83,21 +83,28 @@ class AtomicCheckpointer(DetectionCheckpointer):
     checkpoint of another model, whose optimizer would fail with its first step.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, resumes: bool = False, **kwargs: Any
+    ) -> None:
         """
         Args:
             model, save_dir, kwargs: those of DetectionCheckpointer.
+            resumes: whether the model alone is loaded as for a training that is resumed.
         """
         super().__init__(model, save_dir, **kwargs)
+        self._always_resumes = resumes
         self.path_manager = _AtomicPathManager(self.path_manager)
 
     def load(self, path: str, checkpointables: Optional[List[str]] = None) -> Dict[str, Any]:
         self._path = path
-        self._resumes = checkpointables is None and bool(self.checkpointables)
+        everything = checkpointables is None and bool(self.checkpointables)
+        self._resumes = everything or self._always_resumes
         try:
             return super().load(path, checkpointables)
         except ConfigError:
             raise
+        except (AssertionError, OSError) as error:  # of Detectron2, if there is none
+            raise ConfigError(f"{path!r} cannot be read: {error}") from error
         except (KeyError, ValueError) as error:
             if not self._resumes:
                 raise ConfigError(f"{path!r}: {error}") from error
@@ -121,9 +128,26 @@ class AtomicCheckpointer(DetectionCheckpointer):
             ]
             missing = (k for k in incompatible.missing_keys if not k.endswith(_COUNTER))
             wrong += [f"it has no {key}" for key in missing]
+            more = filter(self._is_of_a_layer, incompatible.unexpected_keys)
+            wrong += [f"it has {key}, and the model has not" for key in more]
             if wrong:
                 raise ConfigError(self._not_resumable(f"{wrong[0]} ({len(wrong)} such entries)"))
         return incompatible
+
+    def _is_of_a_layer(self, key: str) -> bool:
+        """Whether an entry belongs to a layer of the model, or to the norm of its convolution."""
+        if key.endswith(_COUNTER):
+            return False
+        modules = dict(self.model.named_modules())
+        owner = name = key.rpartition(".")[0]
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        if not name:  # the model itself has the mean and deviation of pixels
+            return False
+        if name != owner:
+            return isinstance(modules[name], nn.Conv2d)
+        own = (modules[name]._parameters, modules[name]._buffers)
+        return any(t is not None for tensors in own for t in tensors.values())
 
     def _not_resumable(self, why: str) -> str:
         return (
@@ -190,18 +214,3 @@ class CompleteCheckpointer(AtomicCheckpointer):
                 "not those that it was trained with"
             )
         return incompatible
-
-    def _is_of_a_layer(self, key: str) -> bool:
-        """Whether an entry belongs to a layer of the model, or to the norm of its convolution."""
-        if key.endswith(_COUNTER):
-            return False
-        modules = dict(self.model.named_modules())
-        owner = name = key.rpartition(".")[0]
-        while name and name not in modules:
-            name = name.rpartition(".")[0]
-        if not name:  # the model itself has the mean and deviation of pixels
-            return False
-        if name != owner:
-            return isinstance(modules[name], nn.Conv2d)
-        own = (modules[name]._parameters, modules[name]._buffers)
-        return any(t is not None for tensors in own for t in tensors.values())

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -16,8 +16,9 @@ logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where D
 
 # Where models have their number of classes.
 _CLASSES = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
-# What Detectron2 asks for even where nothing is flipped; known by its identity.
-_NO_FLIP_MAP: Tuple[Any, ...] = ()
+# What Detectron2 asks for even where nothing is flipped; known by its identity, which a tuple
+# without elements has not.
+_NO_FLIP_MAP: List[Any] = []
 _SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
@@ -220,19 +221,21 @@ def _check_keypoint_metadata(cfg: CfgNode, names: Sequence[str], flips: bool) ->
                 f"the keypoints of {first!r} are {', '.join(known[first])}, and those of {name!r} "
                 f"{', '.join(known[name])}; they must be the same in the same order"
             )
+    registered = [MetadataCatalog.get(name).get("keypoint_flip_map") for name in names]
+    pairs = _flip_map(cfg, known.get(first, ()), registered)
+    if pairs is None and flips:
+        raise ConfigError(
+            f"DATASETS.KEYPOINT_FLIP_MAP is empty, and the names of the keypoints of {first!r} "
+            f"({', '.join(known[first])}) do not say which are left and right: give pairs of "
+            "names, as in (('left_eye', 'right_eye'),), for INPUT.RANDOM_FLIP 'horizontal', or "
+            "one of a name with itself if none are swapped; or set RANDOM_FLIP 'none'"
+        )
     for name in names:
-        metadata = MetadataCatalog.get(name)
-        pairs = _flip_map(cfg, known[name], metadata.get("keypoint_flip_map"))
-        if pairs is None and flips:
-            raise ConfigError(
-                f"DATASETS.KEYPOINT_FLIP_MAP is empty, and the names of the keypoints of {name!r} "
-                f"({', '.join(known[name])}) do not say which are left and right: give pairs of "
-                "names, as in (('left_eye', 'right_eye'),), for INPUT.RANDOM_FLIP 'horizontal', or "
-                "one of a name with itself if none are swapped; or set RANDOM_FLIP 'none'"
-            )
-        # Not by setattr, with which Detectron2 refuses another value than the last config's.
-        vars(metadata)["keypoint_names"] = list(known[name])
-        vars(metadata)["keypoint_flip_map"] = _NO_FLIP_MAP if pairs is None else pairs
+        # Not by setattr, with which Detectron2 refuses another value than the last config's. Equal
+        # for all, of which it assures itself.
+        metadata = vars(MetadataCatalog.get(name))
+        metadata["keypoint_names"] = list(known[name])
+        metadata["keypoint_flip_map"] = _NO_FLIP_MAP if pairs is None else pairs
 
 
 def _keypoint_names(cfg: CfgNode, name: str) -> Sequence[str]:
@@ -247,8 +250,12 @@ def _keypoint_names(cfg: CfgNode, name: str) -> Sequence[str]:
     return [str(i) for i in range(expected)]
 
 
-def _flip_map(cfg: CfgNode, names: Sequence[str], registered: Any) -> Optional[List[Any]]:
-    """Pairs of names that a horizontal flip exchanges; None if they are not known."""
+def _flip_map(cfg: CfgNode, names: Sequence[str], registered: Sequence[Any]) -> Optional[List[Any]]:
+    """Pairs of names that a horizontal flip exchanges; None if they are not known.
+
+    Args:
+        registered: what the metadata of the datasets say.
+    """
     if cfg.DATASETS.KEYPOINT_FLIP_MAP:
         pairs = cfg.DATASETS.KEYPOINT_FLIP_MAP
         for pair in pairs:
@@ -258,8 +265,9 @@ def _flip_map(cfg: CfgNode, names: Sequence[str], registered: Any) -> Optional[L
                     f"which are {', '.join(names)}"
                 )
         return [tuple(pair) for pair in pairs]
-    if registered is not None and registered is not _NO_FLIP_MAP:
-        return registered
+    for pairs in registered:
+        if pairs is not None and pairs is not _NO_FLIP_MAP:
+            return [tuple(pair) for pair in pairs]
     mirrored = {name: _mirrored(name) for name in names}
     pairs = [(a, b) for a, b in mirrored.items() if b in mirrored and a < b]
     sided = [name for name in names if mirrored[name] != name]

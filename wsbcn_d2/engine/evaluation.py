@@ -1,5 +1,6 @@
 """Evaluators chosen by the type of a dataset."""
 
+import importlib.util
 import os
 from collections import Counter
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
@@ -157,6 +158,32 @@ _EVALUATORS: Dict[str, List[Callable[[str, _Settings], DatasetEvaluator]]] = {
 }
 
 
+# What some of them import when they see the first image.
+_PACKAGES = {
+    "coco_panoptic_seg": "panopticapi",
+    "lvis": "lvis",
+    "cityscapes_instance": "cityscapesscripts",
+    "cityscapes_sem_seg": "cityscapesscripts",
+}
+
+
+def check_evaluator(dataset_name: str) -> None:
+    """Raises ValueError if a registered dataset has no evaluator, or that lacks a package."""
+    package = _PACKAGES.get(_evaluator_type(dataset_name), "torch")
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"the evaluator of {dataset_name!r} needs the package {package}")
+
+
+def _evaluator_type(dataset_name: str) -> str:
+    evaluator_type: Optional[str] = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if evaluator_type not in _EVALUATORS:
+        raise ValueError(
+            f"no evaluator for dataset {dataset_name!r} with evaluator_type {evaluator_type!r}; "
+            f"its metadata must name one of {', '.join(_EVALUATORS)}"
+        )
+    return evaluator_type
+
+
 def build_evaluator(
     dataset_name: str,
     output_folder: str,
@@ -177,12 +204,7 @@ def build_evaluator(
         ValueError: if there is no evaluator for the type, or the annotations are not in COCO's
             format.
     """
-    evaluator_type: Optional[str] = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if evaluator_type not in _EVALUATORS:
-        raise ValueError(
-            f"no evaluator for dataset {dataset_name!r} with evaluator_type {evaluator_type!r}; "
-            f"its metadata must name one of {', '.join(_EVALUATORS)}"
-        )
+    evaluator_type = _evaluator_type(dataset_name)
     settings = _Settings(output_folder, max_detections, oks_sigmas)
     evaluators = [build(dataset_name, settings) for build in _EVALUATORS[evaluator_type]]
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

@@ -1,6 +1,7 @@
 """From a command line to a checked config."""
 
 import difflib
+import functools
 import os
 import re
 from typing import Any, Iterable, Sequence
@@ -9,18 +10,35 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN, build_model
+from torch import nn
 
 from ..config import ConfigError, add_wsbcn_config, flatten_config
 from ..data import register_coco_format
 from ..modeling import BACKBONES, CHECKPOINTED, checkpoint_activations_
 from ..norm_options import NormOption
-from .checkpoint import check_output
+from .checkpoint import AtomicCheckpointer, check_output
 from .data import check_data
+from .evaluation import check_evaluator
 from .hooks import UPDATE_RATE_SCHEDULES
 
 # What programs need of a config; see load_config.
 TO_TRAIN = ("TRAIN", "TEST", "OUTPUT_DIR")
 TO_EVALUATE = ("TEST", "WEIGHTS", "OUTPUT_DIR")
+
+# What keys may say, where a program would notice late, or not name the key.
+_WORDS = {
+    "MODEL.WSBCN.UPDATE_RATE_SCHEDULE": UPDATE_RATE_SCHEDULES,
+    "MODEL.WSBCN.CHECKPOINT_ACTIVATIONS": CHECKPOINTED,
+    "SOLVER.LR_SCHEDULER_NAME": (
+        *("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+    ),
+    "DATALOADER.SAMPLER_TRAIN": (
+        *("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"),
+        *("WeightedTrainingSampler", "WeightedCategoryTrainingSampler"),
+    ),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+}
 
 
 def load_config(
@@ -63,6 +81,7 @@ def load_config(
             raise ConfigError(f"{option} must stand before the keys and values, {opts[0]} ...")
     cfg = get_cfg()
     add_wsbcn_config(cfg)
+    defaults = flatten_config(cfg)
     try:
         cfg.merge_from_file(config_file)
         cfg.merge_from_list(opts)
@@ -77,12 +96,18 @@ def load_config(
         if "MODEL.WSBCN.CHECKPOINT_ACTIVATIONS" in message:  # as of a bool, which it was once
             message += f"; allowed are {', '.join(map(repr, CHECKPOINTED))}"
         raise ConfigError(message) from error
-    except (AttributeError, TypeError, yaml.YAMLError) as error:
+    except (AttributeError, RecursionError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{config_file} is not a YAML config of keys and values: {error}"
+            + " (is it its own _BASE_?)" * isinstance(error, RecursionError)
         ) from error
+    for key, value in flatten_config(cfg).items():  # YACS lets it take the place of any value
+        if value is None and defaults.get(key) is not None:
+            raise ConfigError(f"{key} is empty, and must have a value, as {defaults[key]!r}")
     _check_norm_options(cfg)
     check_values(cfg)
+    if resume:
+        _check_groups(cfg)
     try:
         register_coco_format(cfg.DATASETS.COCO_FORMAT)
     except ValueError as error:
@@ -95,15 +120,76 @@ def load_config(
     if "TEST" in needs:
         _check_evaluation(cfg, alone="TRAIN" not in needs)
     check_data(cfg, [part for part in ("TRAIN", "TEST") if part in needs])
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    if "TEST" in needs:
+        for name in cfg.DATASETS.TEST:
+            try:
+                check_evaluator(name)
+            except ValueError as error:
+                raise ConfigError(f"DATASETS.TEST: {error}") from error
+    cfg.MODEL.DEVICE = available_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
+    if "TRAIN" in needs:
+        check_precision("SOLVER.AMP.ENABLED", cfg.SOLVER.AMP.ENABLED, cfg.MODEL.DEVICE)
     return cfg
 
 
-def check_model(cfg: CfgNode) -> None:
+def available_device(key: str, device: str) -> str:
+    """The device of a config, or the CPU instead of a GPU where there is none.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    try:
+        is_gpu = torch.device(device).type == "cuda"
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"{key}: {device!r} is not a device, as cuda, cuda:0 or cpu") from error
+    return "cpu" if is_gpu and not torch.cuda.is_available() else device
+
+
+def check_precision(key: str, enabled: bool, device: str) -> None:
+    """Raises ConfigError if mixed precision is to run where Detectron2's loop cannot."""
+    if enabled and torch.device(device).type != "cuda":
+        raise ConfigError(f"{key}: True needs a GPU, and the device is {device!r}")
+
+
+def check_processes(
+    num_gpus: int, num_machines: int, device: str, images: int = 0, reference: int = 0
+) -> None:
+    """Looks at what a program is to start, before it does.
+
+    Args:
+        num_gpus, num_machines: of the command line.
+        device: that of the model.
+        images: ``SOLVER.IMS_PER_BATCH``; 0: not known.
+        reference: ``SOLVER.REFERENCE_WORLD_SIZE``.
+
+    Raises:
+        ConfigError: if there are fewer GPUs, the images cannot be shared equally, or something else
+            starts the processes.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise ConfigError(
+            "torchrun has started this program several times, and each would be a whole run: start "
+            "it with python, and --num-gpus N"
+        )
+    if torch.device(device).type == "cuda" and num_gpus > torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ConfigError(f"--num-gpus: {num_gpus}, but this machine has {found}")
+    processes = reference or num_gpus * num_machines
+    if images % processes:
+        raise ConfigError(
+            f"{images} images per step cannot be shared equally by {processes} processes"
+            f"{' (SOLVER.REFERENCE_WORLD_SIZE)' if reference else ''}"
+        )
+
+
+def check_model(cfg: CfgNode, *, resume: bool = False) -> None:
     """Builds the model of a config, on CPU, to see whether that is possible.
 
     Before anything else is done, so that an error leaves nothing behind.
+
+    Args:
+        resume: whether it is to be trained on from the last checkpoint of its output folder, if
+            there is one, which is then loaded.
 
     Raises:
         ConfigError: with the message of the error.
@@ -112,9 +198,55 @@ def check_model(cfg: CfgNode) -> None:
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     try:
-        checkpoint_activations_(build_model(cfg), cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)
+        model = build_model(cfg)
+        checkpoint_activations_(model, cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)
     except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"the model of the config cannot be built: {error}") from error
+        keys = [
+            key
+            for key, value in flatten_config(cfg.MODEL, "MODEL.").items()
+            if key.endswith(".NORM") and value and repr(value) in str(error)
+        ]
+        kind = f"{type(error).__name__} " if isinstance(error, KeyError) else ""
+        where = f" ({', '.join(keys)})" if keys else ""
+        raise ConfigError(
+            f"the model of the config cannot be built: {kind}{error}{where}"
+        ) from error
+    check_resume(model, cfg.OUTPUT_DIR, resume)
+
+
+def check_resume(model: nn.Module, output_dir: str, resume: bool) -> None:
+    """Loads the checkpoint with which a training is to be resumed, before that overwrites a file.
+
+    Raises:
+        ConfigError: if it is of another model.
+    """
+    checkpointer = AtomicCheckpointer(model, output_dir, resumes=True)
+    if resume and checkpointer.has_checkpoint():
+        checkpointer.load(checkpointer.get_checkpoint_file(), [])
+
+
+def _check_groups(cfg: CfgNode) -> None:
+    """Compares the groups of norms with those of the run that is resumed: a checkpoint would load
+    with any."""
+    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    try:
+        with open(path) as file:
+            before = flatten_config(yaml.safe_load(file).get("MODEL", {}), "MODEL.")
+    except (AttributeError, OSError, yaml.YAMLError):  # there is none, or it is another program's
+        return
+    for key, value in flatten_config(cfg.MODEL, "MODEL.").items():
+        old = before.get(key)
+        if not (key.endswith(".NORM") and value and old and isinstance(old, str)):
+            continue
+        try:
+            groups = (NormOption.parse(old).groups, NormOption.parse(value).groups)
+        except ValueError:
+            continue
+        if None not in groups and groups[0] != groups[1]:
+            raise ConfigError(
+                f"--resume: {key} is {value!r}, but the run in {cfg.OUTPUT_DIR!r} has {old!r}; the "
+                "groups must be the same"
+            )
 
 
 def _refuse_lazy_run(config_file: str) -> None:
@@ -158,15 +290,10 @@ def check_values(cfg: CfgNode) -> None:
     Raises:
         ConfigError: naming the key, its value and what is allowed.
     """
-    for key, allowed in (
-        ("UPDATE_RATE_SCHEDULE", UPDATE_RATE_SCHEDULES),
-        ("CHECKPOINT_ACTIVATIONS", CHECKPOINTED),
-    ):
-        if cfg.MODEL.WSBCN[key] not in allowed:
-            raise ConfigError(
-                f"MODEL.WSBCN.{key}: {cfg.MODEL.WSBCN[key]!r} is not one of "
-                + ", ".join(map(repr, allowed))
-            )
+    for key, allowed in _WORDS.items():
+        value = functools.reduce(CfgNode.__getitem__, key.split("."), cfg)
+        if value not in allowed:
+            raise ConfigError(f"{key}: {value!r} is not one of {', '.join(map(repr, allowed))}")
     names = [backbone.__name__ for backbone in BACKBONES]
     if cfg.MODEL.WSBCN.ZERO_INIT_RESIDUAL and cfg.MODEL.BACKBONE.NAME not in names:
         raise ConfigError(

@@ -109,15 +109,15 @@ def recalibrate_estimates(
 
     Args:
         model: called with each batch, for example a Detectron2 model in training mode.
-        batches: the inputs. Over several ranks, each gives its own share, and all get the same
-            estimates.
+        batches: the inputs. Over several ranks, each gives its own share, which may be empty, and
+            all get the same estimates.
         rounds: number of passes over the data.
         progress: show a progress bar.
 
     Raises:
-        ValueError: if there is no data, or ``rounds`` is not positive.
+        ValueError: if there is no data, in a single process, or ``rounds`` is not positive.
     """
-    if rounds < 1 or len(batches) == 0:
+    if rounds < 1 or (len(batches) == 0 and not several_ranks()):
         raise ValueError(f"rounds ({rounds}) and batches ({len(batches)}) must not be zero")
     # Without DistributedDataParallel: the ranks may have unequal numbers of batches.
     model = unwrapped(model)

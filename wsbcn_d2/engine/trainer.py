@@ -57,7 +57,7 @@ class Trainer(DefaultTrainer):
             setup_logger()  # as DefaultTrainer does for scripts without default_setup
         # What a loader of a subclass reads need not be what the config names.
         build_loader, ours = type(self).build_train_loader, Trainer.build_train_loader
-        own_loader = build_loader.__func__ is not ours.__func__
+        own_loader = getattr(build_loader, "__func__", build_loader) is not ours.__func__
         # Once for all processes; but Detectron2 wants the names of keypoints in each.
         if not own_loader and (comm.is_main_process() or cfg.MODEL.KEYPOINT_ON):
             check_data(cfg)
