@@ -378,6 +378,31 @@ def test_filters_keep_what_they_are(dtype):
         )
 
 
+def test_detectron2_pads_with_zeros():
+    model = nn.Sequential(Conv2d(4, C, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(C))
+    x = torch.randn(2, 4, 6, 6)
+    expected = model.eval()(x)
+    convert(model, "BN+WS", keep_function=True)
+    torch.testing.assert_close(model(x), expected)
+
+
+class Factor(nn.Module):
+    """As FCOS has one for each level."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+def test_frozen_layers_of_levels_stay_frozen():
+    """There is no frozen kind of the layers that "BN" means there."""
+    head = nn.Module()
+    head.scales = nn.ModuleList(Factor() for _ in range(3))
+    head.norm = nn.GroupNorm(2, C).requires_grad_(False)
+    with pytest.raises(ValueError, match="norm.*it is frozen, and BatchNorm2d for 3 feature lev"):
+        convert(nn.Sequential(head), "BN")
+
+
 def with_statistics(mean, std, images=2, size=6):
     """Images whose channels have these means and deviations, each of them."""
     x = torch.randn(images, len(mean), size, size)

@@ -97,6 +97,21 @@ def test_levels_have_estimates_of_their_own(how):
         torch.testing.assert_close(z, y, rtol=1e-4, atol=1e-4)
 
 
+def test_branches_of_several_scales_share_nothing():
+    """A list called `scales` has a factor for each level, or is something else."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scales = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8)) for _ in range(3)
+            )
+
+    model = convert(nn.Sequential(Branches()), "BCN(groups=4)")
+    norms = [m for m in model.modules() if isinstance(m, BatchChannelNorm)]
+    assert [norm.num_levels for norm in norms] == [1, 1, 1]
+
+
 def test_statistics_are_carried_to_all_levels():
     head = Head(nn.BatchNorm2d, 3)
     head.tower[1].running_mean.normal_()

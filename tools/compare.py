@@ -14,14 +14,21 @@ from wsbcn_d2.analysis.comparison import (
     write_results,
 )
 from wsbcn_d2.analysis.comparison_page import check_baseline, comparison_page
-from wsbcn_d2.analysis.runs import Run, label_by_config, label_by_folder, read_run, split_label
+from wsbcn_d2.analysis.runs import (
+    Run,
+    label_by_config,
+    label_by_folder,
+    label_by_name,
+    read_run,
+    split_label,
+)
 from wsbcn_d2.command_line import HelpFormatter
 from wsbcn_d2.engine.checkpoint import check_output
 
 GROUPINGS = {
     "config": label_by_config,
     "folder": label_by_folder,
-    "none": lambda runs: [run.name for run in runs],
+    "none": label_by_name,
 }
 
 
@@ -69,11 +76,11 @@ def main() -> int:
         if args.runs:
             parts["the runs given"] = _compare(args, parts.values())
         results = merge_results(parts) if len(parts) > 1 else next(iter(parts.values()))
-        page = comparison_page(results, args.baseline)
-        paths = page.write(args.output, args.name)
-        if args.runs or len(parts) > 1:
-            paths.append(str(Path(args.output) / f"{args.name}.json"))
-            write_results(results, paths[-1])
+        numbers = []
+        if args.runs or len(parts) > 1:  # before the page, which can be made of them again
+            numbers = [str(Path(args.output) / f"{args.name}.json")]
+            write_results(results, numbers[0])
+        paths = comparison_page(results, args.baseline).write(args.output, args.name) + numbers
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -6,10 +6,10 @@ import argparse
 import sys
 
 import torch
-from detectron2.modeling import build_model
 
 from wsbcn_d2.engine import load_config
 from wsbcn_d2.engine.checkpoint import atomic_write, check_output
+from wsbcn_d2.engine.setup import built_model
 from wsbcn_d2.weights import LAYOUTS, ConversionReport, convert_state_dict, read_checkpoint
 from wsbcn_d2.weights.formulas import FORMULAS
 from wsbcn_d2.weights.training import as_options
@@ -64,12 +64,12 @@ def main() -> int:
         opts = [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
         cfg = load_config(args.config_file, opts, needs=())
         checkpoint = read_checkpoint(args.input)
-        model = build_model(cfg)
+        model = built_model(cfg)
         model.input_format = cfg.INPUT.FORMAT  # semantic segmentors do not keep it
         state, report = convert_state_dict(
             checkpoint, model, args.layout, args.formula, args.leave_out, args.trust_config
         )
-    except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print(report)

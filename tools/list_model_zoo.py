@@ -46,11 +46,11 @@ tools/train_net.py --num-gpus 8 \\
     --config-file configs/COCO-Detection/faster_rcnn_R_101_FPN_bcn_ws_1x_1img.yaml
 ```
 
-A name says model, backbone, norm, schedule and images per GPU. There are 81 YAML configs and 7
-LazyConfigs to train; the other files in `configs` are what these are made of. Mask R-CNN R-50-FPN
-and the small model of the digits have a file for each of many norms. Every other model has one file
-for `GN+WS` and one for `BCN+WS`, from random weights, with 1 image per GPU on 8 GPUs. For anything
-else, add keys to the command:
+A name says model, backbone, norm, schedule and images per GPU. There are {yaml} YAML configs and
+{lazy} LazyConfigs to train; the other files in `configs` are what these are made of. Mask R-CNN
+R-50-FPN and the small model of the digits have a file for each of many norms. Every other model
+has one file for `GN+WS` and one for `BCN+WS`, from random weights, with 1 image per GPU on 8
+GPUs. For anything else, add keys to the command:
 
 - **Another norm**: the `NORM` keys of the parts, for example
   `MODEL.RESNETS.NORM GN MODEL.FPN.NORM GN MODEL.ROI_BOX_HEAD.NORM GN MODEL.ROI_MASK_HEAD.NORM GN`.

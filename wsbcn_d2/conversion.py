@@ -30,6 +30,7 @@ from .layers import (
     WeightStandardized,
     become,
     is_convolution,
+    outputs_first,
     standardize_,
     weights_per_filter,
 )
@@ -38,6 +39,7 @@ from .modeling import fuse_, without_checkpointing
 from .norm_options import NormOption, weight_standardization_request
 from .observation import Observation, observe
 from .summary import summarize
+from .weights.formulas import adaptation
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
@@ -545,6 +547,11 @@ def _successor(
     if isinstance(new, BatchChannelNorm):
         if levels > 1:
             new.set_num_levels(levels)
+    elif kind in CYCLED and levels > 1 and frozen:
+        raise ValueError(
+            f"it is frozen, and {kind.__name__} for {levels} feature levels cannot be; make its "
+            "parameters trainable first"
+        )
     elif kind in CYCLED and levels > 1:
         new = CycleBatchNormList(levels, kind, num_features=channels)
     elif kind in _BATCH_NORMS and own_levels > 1:
@@ -699,12 +706,7 @@ def _match_channel_norm(bcn: BatchChannelNorm) -> None:
 
 def _keep_filters(conv: WeightStandardized) -> None:
     """Makes the filters that a standardized convolution uses those that it has."""
-    filters = conv.weight
+    weight = conv.weight
     if isinstance(conv, nn.ConvTranspose2d):
-        # (C_in, C_out / groups, kh, kw): each group of inputs has outputs of its own
-        filters = filters.unflatten(0, (conv.groups, -1)).transpose(1, 2).flatten(0, 1)
-    filters = filters.flatten(1)
-    dtype = torch.promote_types(filters.dtype, torch.float32)
-    variance, mean = torch.var_mean(filters.double(), 1, unbiased=False)
-    conv.ws_scale = torch.sqrt(variance + conv.eps).to(dtype)
-    conv.ws_shift = mean.to(dtype)
+        weight = outputs_first(weight, conv.groups)
+    conv.ws_scale, conv.ws_shift = adaptation(weight, conv.eps)

@@ -51,7 +51,10 @@ def levels_of(head: nn.Module) -> int:
         return head._num_features
     # A factor for each level, of FCOS and what is derived from it.
     scales = getattr(head, "scales", None)
-    return len(scales) if isinstance(scales, nn.ModuleList) else 1
+    if not isinstance(scales, nn.ModuleList):
+        return 1
+    are_factors = all([p.numel() for p in scale.parameters()] == [1] for scale in scales)
+    return len(scales) if are_factors else 1
 
 
 def restart_levels_before_forward(head: nn.Module) -> None:

@@ -49,13 +49,14 @@ def _without_norms(model: nn.Module, depth: int = 2) -> Iterator[Tuple[str, int]
         convolutions, _ = _count_convolutions(part)
         if is_convolution(part) or not convolutions:
             continue
-        if not any(map(_is_norm, part.modules())):
+        if not any(map(is_norm, part.modules())):
             yield name, convolutions
         elif depth > 1:
             yield from ((f"{name}.{n}", count) for n, count in _without_norms(part, depth - 1))
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalization layer."""
     # By name, so that those of all libraries are seen. Containers (Conv2dNormActivation) have none.
     return "Norm" in type(module).__name__ and bool(module._parameters or module._buffers)
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import tempfile
 from collections import defaultdict
 from numbers import Real
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -20,6 +19,7 @@ from matplotlib import rc_context
 from PIL import Image
 
 from .data import check_datasets
+from .engine.checkpoint import atomic_write
 
 # All in pixels of the picture.
 _PANEL_SIDE = 480  # the longer side of an image
@@ -448,11 +448,6 @@ def _arrange(groups: Sequence[Sequence[np.ndarray]], per_row: int) -> np.ndarray
 
 def _save_png(picture: np.ndarray, path: str) -> None:
     """Writes a picture (H, W, 3), uint8 RGB, so that there is never a half-written file at path."""
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
     _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    with tempfile.TemporaryDirectory(prefix=".picture-", dir=folder) as temporary:
-        unfinished = os.path.join(temporary, "picture.png")
-        with open(unfinished, "wb") as file:
-            file.write(encoded.tobytes())
-        os.replace(unfinished, path)
+    with atomic_write(path) as file:
+        file.write(encoded.tobytes())

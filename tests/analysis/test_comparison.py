@@ -336,9 +336,22 @@ def test_runs_that_cannot_be_compared(runs, tmp_path):
         compare_runs(runs, ["A"] * 4)
     with pytest.raises(FileNotFoundError, match="no annotation file 'nowhere.json'"):
         compare_runs(runs, ["A"] * 4, annotations="nowhere.json")
-    runs[0].predictions_file.write_text('[{"image_id": 77}]')
-    with pytest.raises(ValueError, match="coco_instances_results.json: .*image_id 77"):
-        compare_runs(runs, ["A"] * 4, annotations=str(tmp_path / "truth.json"))
+    for prediction, message in (
+        ('{"image_id": 77, "score": 0.5}', "image_id 77"),
+        ('{"image_id": 1, "score": NaN}', "prediction 0 has no finite score"),
+        ("3", "prediction 0 has no finite score"),
+    ):
+        runs[0].predictions_file.write_text(f"[{prediction}]")
+        with pytest.raises(ValueError, match=f"coco_instances_results.json: .*{message}"):
+            compare_runs(runs, ["A"] * 4, annotations=str(tmp_path / "truth.json"))
+
+
+def test_ap_that_a_run_logged_for_another_dataset(runs):
+    for run, name in zip(runs, ("digits_val", "other_val")):
+        run.predictions_file, run.test_datasets = None, (name,)
+        run.metrics.append({"iteration": 9, "bbox/AP": 12.0})
+    results = compare_runs(runs[:2], ["A", "B"], dataset="other_val", num_draws=0)
+    assert [bool(run["ap"]) for run in results["runs"]] == [False, True]
 
 
 def test_dollars_in_labels(runs, tmp_path):

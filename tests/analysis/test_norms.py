@@ -18,6 +18,7 @@ from detectron2_models import (
 )
 from matplotlib.text import Text
 from torch import nn
+from torchvision.ops import Conv2dNormActivation
 
 from wsbcn_d2 import BatchChannelNorm, ChannelNorm, WSConv2d, add_wsbcn_config
 from wsbcn_d2.analysis import analyze_layers, estimate_drift, filter_statistics
@@ -239,6 +240,13 @@ def test_no_estimates_no_drift():
     assert estimate_drift(OneLayer(nn.GroupNorm(4, 8)), batches()) == {}
 
 
+def test_block_that_has_norm_in_its_name():
+    """Its layer of normalization is measured, and the ReLU after that."""
+    block = Conv2dNormActivation(8, 8, 1)
+    layer = analyze(block, batches())
+    assert layer.name == "1" and layer.active is not None
+
+
 def test_filters_are_measured_before_standardization():
     model = nn.Sequential(WSConv2d(4, 6, 3, groups=2), Conv2d(6, 5, 1), nn.Conv2d(5, 2, 1))
     found = filter_statistics(model)
@@ -254,6 +262,19 @@ def test_nothing_to_analyze():
         analyze_layers(OneLayer(nn.GroupNorm(4, 8)), [])
     with pytest.raises(ValueError, match="Sequential has no normalization layers"):
         analyze_layers(nn.Sequential(nn.ReLU()), batches())
+
+
+def test_model_that_is_not_finite():
+    analyses = load_analyses(ROOT / "docs" / "results" / "norms.json")
+    layer = next(iter(analyses[0]["layers"]))
+    for key in ("normalized_mean", "normalized_std", "drift_mean"):
+        if layer.get(key):
+            layer[key] = [None] * len(layer[key])
+    if analyses[0]["probe"]:
+        analyses[0]["probe"]["weight_norm"] = None
+    for block in norms_page(analyses).blocks:
+        if isinstance(block, Picture):
+            block.figure.draw_without_rendering()
 
 
 def test_pictures_show_numbers_where_formulas_are_off():

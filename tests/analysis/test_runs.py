@@ -9,7 +9,7 @@ from detectron2.config import get_cfg
 
 from wsbcn_d2 import add_wsbcn_config
 from wsbcn_d2.analysis import read_run
-from wsbcn_d2.analysis.runs import label_by_config, label_by_folder, split_label
+from wsbcn_d2.analysis.runs import label_by_config, label_by_folder, label_by_name, split_label
 
 
 def make_run(folder, *opts, norm="GN", ours=False, seed=1):
@@ -119,6 +119,38 @@ def test_labels_are_norms_and_what_else_differs(tmp_path):
         "nameless",
     ]
     assert label_by_folder(runs) == ["gn", "gn", "gn", "fast", "slow", "mixed", "half", "nameless"]
+
+
+def test_labels_of_other_models_than_detectron2s(tmp_path):
+    """Which of their norms count is not known."""
+    for key, value in (("META_ARCHITECTURE", "MyRCNN"), ("BACKBONE.NAME", "build_my_backbone")):
+        (tmp_path / key).mkdir()
+        key = f"MODEL.{key}"
+        norms = ["MODEL.RESNETS.NORM", "MODEL.ROI_BOX_HEAD.NORM"]
+        runs = [
+            read_run(
+                str(
+                    make_run(
+                        tmp_path / key[6:] / n, key, value, *[x for k in norms for x in (k, n)]
+                    )
+                )
+            )
+            for n in ("GN", "BCN+WS")
+        ]
+        assert len(set(label_by_config(runs))) == 2
+
+
+def test_folders_of_equal_names(tmp_path):
+    folders = [tmp_path / name / "output" for name in ("gn", "bcn")]
+    for folder in folders:
+        folder.parent.mkdir()
+    runs = [read_run(str(make_run(folder))) for folder in folders]
+    assert label_by_name(runs) == ["gn/output", "bcn/output"]
+    (folders[0] / "config.yaml").unlink()
+    (folders[1] / "config.yaml").unlink()
+    assert label_by_config([read_run(str(f)) for f in folders]) == ["gn/output", "bcn/output"]
+    classes = [make_run(tmp_path / name) for name in ("classes10", "classes20")]
+    assert label_by_folder([read_run(str(f)) for f in classes]) == ["classes10", "classes20"]
 
 
 def test_a_config_that_is_none_of_detectron2(tmp_path):

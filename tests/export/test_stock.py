@@ -111,6 +111,17 @@ def backbone(kind):
     }[kind]
 
 
+def test_folder_of_a_run_keeps_its_config(tmp_path):
+    cfg, model = small_export("Mask R-CNN", "CN", BACKBONE__NAME=backbone("Mask R-CNN"))
+    (tmp_path / "config.yaml").write_text("MODEL: {}")
+    with pytest.raises(FileExistsError, match="config.yaml' is not of an export; give another"):
+        save_for_detectron2(fold(model), cfg, str(tmp_path))
+    assert os.listdir(tmp_path) == ["config.yaml"]
+    (tmp_path / "config.yaml").unlink()
+    for _ in range(2):  # over an older export
+        save_for_detectron2(fold(model), cfg, str(tmp_path))
+
+
 def test_config():
     cfg, _ = small_export("Mask R-CNN", "BCN(update_rate=0.01)+WS")
     cfg.MODEL.BACKBONE.NAME = "build_wsbcn_resnet_fpn_backbone"

@@ -40,7 +40,7 @@ import wsbcn_d2
 from wsbcn_d2.engine.checkpoint import CompleteCheckpointer
 from wsbcn_d2.export import fold
 from wsbcn_d2.export.stock import save_for_detectron2
-from wsbcn_d2.layers import WeightStandardized
+from wsbcn_d2.layers import WeightStandardized, WSConvTranspose2d
 from wsbcn_d2.weights import CheckpointError, ConversionError, convert_state_dict, read_checkpoint
 from wsbcn_d2.weights.formulas import rescaled_weight, source_filters
 from wsbcn_d2.weights.training import MASKRCNN_BENCHMARK as BENCHMARK_KEYS
@@ -771,3 +771,21 @@ def test_tool_with_other_inputs(run, tmp_path):
     assert status == 2 and not output.exists() and err.count("\n") == 1
     assert "INPUT.FORMAT is 'BGR', not 'RGB'" in err
     assert run(*arguments, "--trust-config", *keys)[0] == 0 and output.exists()
+
+
+@pytest.mark.parametrize("formula", ["none", "gn"])
+def test_transposed_convolution(formula):
+    """Its filters are the second dimension of its weight, within groups."""
+    source = nn.ConvTranspose2d(8, 12, 2, 2, groups=2, bias=False).double()
+    model = nn.Module()
+    model.deconv = WSConvTranspose2d(8, 12, 2, 2, groups=2, bias=False).double()
+    checkpoint = {"stem.conv1.weight": torch.zeros(1), "deconv.weight": source.weight.detach()}
+    state, _ = convert_state_dict(checkpoint, model, "detectron2", formula, ["stem*"])
+    model.load_state_dict(state)
+    weight = source.weight.detach()
+    filters = weight.unflatten(0, (2, 4)).transpose(1, 2).reshape(12, -1)
+    if formula == "gn":
+        mean, std = filters.mean(1, keepdim=True), filters.std(1, keepdim=True)
+        filters = (filters - mean) / (std + 1e-5)
+    expected = filters.view(2, 6, 4, 2, 2).transpose(1, 2).reshape(8, 6, 2, 2)
+    torch.testing.assert_close(model.deconv.standardized_weight().detach(), expected)

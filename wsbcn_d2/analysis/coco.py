@@ -10,7 +10,9 @@ as often as it was drawn, for many draws at a time.
 import contextlib
 import copy
 import io
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -73,7 +75,13 @@ class CocoEvaluation:
         if not ground_truth.getCatIds():
             raise ValueError("the annotations have no categories")
         image_ids, category_ids = set(ground_truth.getImgIds()), set(ground_truth.getCatIds())
-        for prediction in predictions:
+        for index, prediction in enumerate(predictions):
+            score = prediction.get("score") if isinstance(prediction, dict) else None
+            if not isinstance(score, Real) or not math.isfinite(score):
+                raise ValueError(
+                    f"prediction {index} has no finite score, as COCO's result format wants: "
+                    f"{repr(prediction)[:200]}"
+                )
             if prediction["image_id"] not in image_ids:
                 raise ValueError(
                     f"there are predictions for image_id {prediction['image_id']!r}, which is not "

@@ -470,7 +470,7 @@ def _has_masks(ground_truth: COCO, predictions: Sequence[Dict[str, Any]], run: R
     if not any(a.get("segmentation") for a in ground_truth.anns.values()):
         return False
     if predictions:
-        return all("segmentation" in prediction for prediction in predictions)
+        return all("segmentation" in p for p in predictions if isinstance(p, dict))
     return bool(run.settings.get("MODEL.MASK_ON"))
 
 
@@ -507,8 +507,10 @@ def _limits(run: Run, values: Dict[str, Dict[str, float]]) -> List[str]:
 def _last_metrics(run: Run, dataset: str) -> Dict[str, Dict[str, float]]:
     """AP from metrics.json, which has no intervals."""
     values: Dict[str, Dict[str, float]] = {}
+    of_one = not run.test_datasets or run.test_datasets[-1] == dataset
     for kind in IOU_TYPES:
-        for prefix in (f"{kind}/", f"{dataset}/{kind}/"):  # the latter with several datasets
+        # The latter with several datasets.
+        for prefix in [f"{kind}/"] * of_one + [f"{dataset}/{kind}/"]:
             lines = [line for line in run.metrics if prefix + "AP" in line]
             if lines:
                 values[kind] = {

@@ -7,10 +7,10 @@ from typing import Any, Dict, List, Optional, Sequence
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
-from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from ..engine.checkpoint import CompleteCheckpointer, atomic_write
+from ..engine.setup import built_model
 from ..engine.statistics import seeded_batches
 from .files import load_kind
 from .norms import analyze_layers, estimate_drift, filter_statistics
@@ -65,7 +65,7 @@ def analyze_checkpoint(
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0  # as `seeded_batches` needs it
-    model = build_model(cfg)
+    model = built_model(cfg)
     CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     per_batch = cfg.SOLVER.IMS_PER_BATCH
     wanted = max(num_images, num_probe_images)

@@ -37,6 +37,7 @@ from ..engine.statistics import (
     unwrapped,
 )
 from ..layers import BatchChannelNorm, WeightStandardized
+from ..summary import is_norm
 
 # Of the positions of all images. A channel that ReLU lets through less often is nearly dead.
 NEARLY_DEAD = 0.01
@@ -219,7 +220,7 @@ def _named_norms(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
     """The outermost modules that are normalization layers by name."""
     inside: List[str] = []
     for name, module in model.named_modules():
-        if "Norm" in type(module).__name__ and not any(name.startswith(p) for p in inside):
+        if is_norm(module) and not any(name.startswith(p) for p in inside):
             inside.append(name + ".")
             yield name, module
 

@@ -1,5 +1,6 @@
 """The page of the analyses of one or more models, from their dictionaries alone."""
 
+import math
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
@@ -152,7 +153,9 @@ def _draw_dead(axes: Axes, layers: Sequence[Optional[Dict[str, Any]]], color: st
 
 
 def _draw_drift(axes: Axes, layers: Sequence[Optional[Dict[str, Any]]], color: str) -> None:
-    drift = _over_layers(layers, "drift_mean", lambda layer: np.median(layer["drift_mean"]))
+    drift = _over_layers(
+        layers, "drift_mean", lambda layer: np.median(np.array(layer["drift_mean"], float))
+    )
     if np.isfinite(drift).any():
         axes.plot(drift, "-", color=color)
 
@@ -296,7 +299,7 @@ def _probe_table(analyses: Sequence[Analysis]) -> Table:
                 str(len(probe["loss"])),
                 _median(probe["loss"]),
                 _median(probe["gradient_norm"]),
-                f"{probe['weight_norm']:.4g}",
+                _number(float(probe["weight_norm"] or math.nan)),
                 f"{step:g}",
                 f"{_number(changes.min())} to {_number(changes.max())}",
                 _median(gradients),
@@ -312,11 +315,11 @@ def _joined(layers: Sequence[Dict[str, Any]], key: str) -> np.ndarray:
 
 
 def _mean_distance(layer: Dict[str, Any]) -> float:
-    return float(np.abs(layer["normalized_mean"]).mean())
+    return float(np.abs(np.array(layer["normalized_mean"], float)).mean())
 
 
 def _std_distance(layer: Dict[str, Any]) -> float:
-    return float(np.abs(np.array(layer["normalized_std"]) - 1).mean())
+    return float(np.abs(np.array(layer["normalized_std"], float) - 1).mean())
 
 
 def _dead(layer: Dict[str, Any], below: float = 0.0) -> float:

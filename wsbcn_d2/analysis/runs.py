@@ -34,7 +34,7 @@ _NOT_A_SETTING = (
 # A backbone of this package computes the same as Detectron2's of this name.
 _OUR_BACKBONE, _STOCK_BACKBONE = "build_wsbcn_", "build_"
 # Two seeds of a setting may be told apart by the end of the folder's name: gn_s1, gn-seed2.
-_SEED_SUFFIX = re.compile(r"[-_.]?(?:s|seed)[-_]?\d+$")
+_SEED_SUFFIX = re.compile(r"[-_.](?:s|seed)[-_]?\d+$")
 
 
 @dataclass
@@ -186,7 +186,9 @@ def label_by_config(runs: Sequence[Run]) -> List[str]:
     """
     settings = [_relevant(run.settings) for run in runs]
     known = [s for s in settings if s]
-    keys = sorted({key for s in known for key in s if not key.endswith(".NORM")})
+    # Norms of parts are in the norm of the run.
+    in_norm = [key for s in known for key in s if key.endswith(".NORM") and _is_known(key, s)]
+    keys = sorted({key for s in known for key in s} - set(in_norm))
     differing = []
     for key in keys:
         values = Counter(repr(s.get(key)) for s in known)
@@ -194,10 +196,10 @@ def label_by_config(runs: Sequence[Run]) -> List[str]:
             differing.append((key, values.most_common(1)[0][0]))
     short = Counter(key.rsplit(".", 1)[-1] for key, _ in differing)
     short["ENABLED"] += 1  # says nothing on its own
-    labels = []
+    labels, names = [], dict(zip((run.folder for run in runs), label_by_name(runs)))
     for run, own in zip(runs, settings):
         if not own:
-            labels.append(run.name)
+            labels.append(names[run.folder])
             continue
         parts = [run.norm or "no norm"]
         for key, usual in differing:
@@ -211,6 +213,17 @@ def label_by_config(runs: Sequence[Run]) -> List[str]:
 def label_by_folder(runs: Sequence[Run]) -> List[str]:
     """A label for each run: the name of its folder without the seed at its end, ``gn_s1``."""
     return [_SEED_SUFFIX.sub("", run.name) or run.name for run in runs]
+
+
+def label_by_name(runs: Sequence[Run]) -> List[str]:
+    """A label for each run: the name of its folder, with those above where names are equal."""
+    folders = [run.folder.resolve() for run in runs]
+    most = max((len(folder.parts) for folder in folders), default=1)
+    for length in range(1, most + 1):
+        labels = ["/".join(folder.parts[-length:]) for folder in folders]
+        if len(set(labels)) == len(set(folders)):
+            break
+    return labels
 
 
 def _read_config(run: Run) -> None:
@@ -315,11 +328,22 @@ def _relevant(settings: Dict[str, Any]) -> Dict[str, Any]:
     return relevant
 
 
+_WITH_ROI_HEADS = ("GeneralizedRCNN", "PanopticFPN", "ProposalNetwork")
+_ARCHITECTURES = (*_WITH_ROI_HEADS, "RetinaNet", "SemanticSegmentor", "PanopticDeepLab")
+
+
+def _is_known(norm_key: str, settings: Dict[str, Any]) -> bool:
+    """Whether :func:`_is_used` knows the part of the model that a NORM key belongs to."""
+    if norm_key.split(".")[-2] in ("RESNETS", "FPN"):
+        return "resnet" in str(settings.get("MODEL.BACKBONE.NAME", "resnet"))
+    return settings.get("MODEL.META_ARCHITECTURE", "") in ("", *_ARCHITECTURES)
+
+
 def _is_used(norm_key: str, settings: Dict[str, Any]) -> bool:
     """Whether the part of the model that a NORM key belongs to is there, where that is known."""
     part = norm_key.split(".")[-2]
     architecture = settings.get("MODEL.META_ARCHITECTURE", "")
-    roi_heads = architecture in ("GeneralizedRCNN", "PanopticFPN", "ProposalNetwork")
+    roi_heads = architecture in _WITH_ROI_HEADS
     if part == "RESNETS":
         return "resnet" in str(settings.get("MODEL.BACKBONE.NAME", "resnet"))
     if part == "FPN":

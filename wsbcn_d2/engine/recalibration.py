@@ -5,9 +5,9 @@ import math
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
-from detectron2.modeling import build_model
 
 from .checkpoint import CompleteCheckpointer, atomic_write, check_output
+from .setup import built_model
 from .statistics import named_batch_channel_norms, recalibrate_estimates, seeded_batches
 
 
@@ -37,7 +37,7 @@ def recalibrate_checkpoint(
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0  # as `seeded_batches` needs it
-    model = build_model(cfg)
+    model = built_model(cfg)
     if next(named_batch_channel_norms(model), None) is None:
         raise ValueError("the model of the config has no BCN layers")
     CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)

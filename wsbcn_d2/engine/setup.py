@@ -182,6 +182,26 @@ def check_processes(
         )
 
 
+def built_model(cfg: CfgNode) -> nn.Module:
+    """The model of a config.
+
+    Raises:
+        ConfigError: if it cannot be built.
+    """
+    try:
+        return build_model(cfg)
+    except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
+        keys = [
+            key
+            for key, value in flatten_config(cfg.MODEL, "MODEL.").items()
+            if key.endswith(".NORM") and value and repr(value) in str(error)
+        ]
+        kind = f"{type(error).__name__} " if isinstance(error, KeyError) else ""
+        where = f" ({', '.join(keys)})" if keys else ""
+        message = f"the model of the config cannot be built: {kind}{error}{where}"
+        raise ConfigError(message) from error
+
+
 def check_model(cfg: CfgNode, *, resume: bool = False) -> None:
     """Builds the model of a config, on CPU, to see whether that is possible.
 
@@ -197,20 +217,11 @@ def check_model(cfg: CfgNode, *, resume: bool = False) -> None:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
+    model = built_model(cfg)
     try:
-        model = build_model(cfg)
         checkpoint_activations_(model, cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)
-    except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
-        keys = [
-            key
-            for key, value in flatten_config(cfg.MODEL, "MODEL.").items()
-            if key.endswith(".NORM") and value and repr(value) in str(error)
-        ]
-        kind = f"{type(error).__name__} " if isinstance(error, KeyError) else ""
-        where = f" ({', '.join(keys)})" if keys else ""
-        raise ConfigError(
-            f"the model of the config cannot be built: {kind}{error}{where}"
-        ) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     check_resume(model, cfg.OUTPUT_DIR, resume)
 
 

@@ -4,11 +4,11 @@ import os
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 
 from ..engine.checkpoint import CompleteCheckpointer, atomic_write, check_output
+from ..engine.setup import built_model
 from .fold import fold
-from .stock import CHECKPOINT, CONFIG, LOADER, save_for_detectron2, stock_config
+from .stock import CHECKPOINT, CONFIG, LOADER, check_folder, save_for_detectron2, stock_config
 
 FORMATS = ("detectron2", "tracing", "scripting", "onnx", "onnx-backbone")
 
@@ -37,10 +37,11 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
         raise ValueError("MODEL.WEIGHTS is empty; it must name the checkpoint to export")
     check_output(os.path.join(output, CONFIG) if format == "detectron2" else output)
     if format == "detectron2":
+        check_folder(output)
         stock_config(cfg)  # raises, before long work, if there is none
     else:
         from .deployment import export_backbone_onnx, export_onnx, script, trace
-    original = build_model(cfg)
+    original = built_model(cfg)
     CompleteCheckpointer(original).load(cfg.MODEL.WEIGHTS)
     model = fold(original)
     if format == "detectron2":

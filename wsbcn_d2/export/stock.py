@@ -85,7 +85,9 @@ def save_for_detectron2(model: nn.Module, cfg: CfgNode, folder: str) -> bool:
     Raises:
         ValueError: if Detectron2 cannot express the config, or the config does not describe the
             model.
+        FileExistsError: if the folder has another ``config.yaml``, as that of a run has.
     """
+    check_folder(folder)
     stock = stock_config(cfg)
     state = model.state_dict()
     alone = _check(stock, model, state)
@@ -101,6 +103,13 @@ def save_for_detectron2(model: nn.Module, cfg: CfgNode, folder: str) -> bool:
     with atomic_write(checkpoint) as file:
         torch.save({"model": state}, file)
     return alone
+
+
+def check_folder(folder: str) -> None:
+    """Raises FileExistsError if the folder has the config of a run, which would be lost."""
+    path = Path(folder, CONFIG)
+    if path.is_file() and not path.read_text(errors="replace").startswith(_HEADER[:20]):
+        raise FileExistsError(f"{str(path)!r} is not of an export; give another folder")
 
 
 def _stock_backbone(name: str) -> str:

@@ -9,6 +9,7 @@ from .weight_standardization import (
     WSConv2d,
     WSConvTranspose2d,
     is_convolution,
+    outputs_first,
     standardize_,
     weights_per_filter,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "is_convolution",
     "is_hooked",
     "normalize",
+    "outputs_first",
     "run_branch",
     "standardize_",
     "weights_per_filter",

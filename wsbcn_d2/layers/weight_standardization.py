@@ -161,6 +161,13 @@ def geometry_of(conv: nn.Conv2d) -> Geometry:
     return stride, padding, dilation, conv.groups
 
 
+def outputs_first(weight: Tensor, groups: int) -> Tensor:
+    """The filters of a transposed convolution, (C_out, C_in / groups, kh, kw), from its weight,
+    (C_in, C_out / groups, kh, kw), and back: each of the groups that divide the inputs has outputs
+    of its own."""
+    return weight.unflatten(0, (groups, weight.shape[0] // groups)).transpose(1, 2).flatten(0, 1)
+
+
 class WSConv2d(WeightStandardized, Conv2d):
     """A :class:`detectron2.layers.Conv2d` whose filters are standardized before use."""
 
@@ -231,13 +238,8 @@ class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
 
     def standardized_weight(self) -> Tensor:
         """The filters that the convolution uses, (C_in, C_out / groups, kh, kw)."""
-        # A filter is one output channel: the second dimension, within each of the groups that
-        # divide the first.
-        w = self.weight.unflatten(0, (self.groups, self.in_channels // self.groups))
-        w = w.transpose(1, 2).flatten(0, 1)
-        w = self._adapted(standardize_weight(w, self.eps))
-        w = w.unflatten(0, (self.groups, self.out_channels // self.groups))
-        return w.transpose(1, 2).flatten(0, 1)
+        filters = standardize_weight(outputs_first(self.weight, self.groups), self.eps)
+        return outputs_first(self._adapted(filters), self.groups)
 
     def forward(self, x: Tensor, output_size: Optional[List[int]] = None) -> Tensor:
         """
@@ -373,6 +375,8 @@ def standardize_(conv: nn.Module, eps: float = _EPS) -> nn.Module:
         )
     _check_filters(conv)
     changing: Any = conv
+    if type(conv) is Conv2d:
+        changing.padding_mode = "zeros"  # whatever it says, Detectron2's pads with zeros
     if type(conv) is nn.Conv2d:
         changing.norm, changing.activation = None, None
     changing.__class__ = _STANDARDIZED[type(conv)]

@@ -10,7 +10,7 @@ import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from torch import Tensor, nn
 
-from ..layers import BatchChannelNorm, ChannelNorm, WeightStandardized
+from ..layers import BatchChannelNorm, ChannelNorm, WeightStandardized, outputs_first
 from ..layers.folded import refuse_folded
 from .architecture import keys_that_fit
 from .files import Checkpoint, checkpoint_of
@@ -372,12 +372,15 @@ def _convert_filters(
     weight = state[name]
     if standardized:
         state[f"{owner}.ws_eps"] = torch.tensor(conv.eps, dtype=torch.float64)
+        transposed = isinstance(conv, nn.ConvTranspose2d)
+        filters = outputs_first(weight, conv.groups) if transposed else weight
         if formula is None:
-            scale, shift = adaptation(weight, conv.eps)
+            scale, shift = adaptation(filters, conv.eps)
             state[f"{owner}.ws_scale"], state[f"{owner}.ws_shift"] = scale, shift
             report.filters["kept by scale and shift (ws_scale, ws_shift)"] += 1
         else:
-            state[name] = rescaled_weight(weight, formula, conv.eps)
+            rescaled = rescaled_weight(filters, formula, conv.eps)
+            state[name] = outputs_first(rescaled, conv.groups) if transposed else rescaled
             report.filters["rescaled for our formula"] += 1
     elif formula is not None:
         state[name] = source_filters(weight, formula).to(weight.dtype)

@@ -78,8 +78,8 @@ def adaptation(weight: Tensor, eps: float = 1e-5) -> "tuple[Tensor, Tensor]":
         eps: of our formula.
 
     Returns:
-        ``ws_scale`` and ``ws_shift``, float32, (C_out,).
+        ``ws_scale`` and ``ws_shift``, at least float32, (C_out,).
     """
-    filters = weight.double().flatten(1)
-    v = filters.var(dim=1, unbiased=False)
-    return torch.sqrt(v + eps).float(), filters.mean(dim=1).float()
+    v, mean = torch.var_mean(weight.double().flatten(1), 1, correction=0)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.sqrt(v + eps).to(dtype), mean.to(dtype)
