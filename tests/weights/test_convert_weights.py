@@ -407,6 +407,15 @@ def test_mmdetection_with_parts_that_are_not_standardized(tmp_path, text, expect
             convert_state_dict(checkpoint, model)
 
 
+@pytest.mark.parametrize("norm, count", [("GN+WS", 0), ("GN(groups=8)+WS", 53), ("LN+WS", 53)])
+def test_group_norms_into_other_norms_are_reported(norm, count, tmp_path):
+    """Names and shapes are the same."""
+    random = Random()
+    make_resnet50(random, gn_entries)
+    _, report = loaded(save(random.sd, tmp_path / "a.pth"), config(norm), tmp_path, "gn")
+    assert len(report.other_norms) == count and ("warning" in str(report)) == bool(count)
+
+
 def test_copies_of_openmmlab_call_the_norms_gn(tmp_path):
     random = Random()
     make_resnet50(random, gn_entries, norm="gn")

@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+from detectron2.layers.batch_norm import LayerNorm
 from torch import Tensor, nn
 
 from ..layers import BatchChannelNorm, ChannelNorm, WeightStandardized, outputs_first
@@ -179,6 +180,10 @@ def convert_state_dict(
             continue
         state[target] = value
         report.taken[name] = target
+    for name, module in model.named_modules():
+        if f"{name}.weight" in state and f"{name}.running_mean" not in in_file:
+            if _is_other_than_group_norm(module, source):
+                report.other_norms.append(name)
     report.fitting = keys_that_fit(in_file, shapes)
     report.trained_with, report.origin = (
         {},
@@ -347,6 +352,15 @@ def _note_other_norm(
     conv, found, _ = name.rpartition(".norm.")
     if found and f"{conv}.weight" in shapes and f"{conv}.norm" not in report.other_norms:
         report.other_norms.append(f"{conv}.norm")
+
+
+def _is_other_than_group_norm(module: nn.Module, source: Layout) -> bool:
+    """Whether a layer takes the weights of a group normalization, and computes something else.
+
+    All sources have 32 groups, but Detectron2's models, whose file does not say how many.
+    """
+    other_groups = type(module) is nn.GroupNorm and module.num_groups != 32
+    return isinstance(module, LayerNorm) or (other_groups and source.name != "detectron2")
 
 
 def _is_adaptation(name: str, shapes: Dict[str, Tuple[int, ...]]) -> bool:
