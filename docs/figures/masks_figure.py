@@ -26,6 +26,7 @@ from wsbcn_d2.engine import load_config
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 DOCS = Path(__file__).parents[1]
 DATA = DOCS / "results" / "masks-heads.json"
@@ -106,6 +107,7 @@ def draw() -> None:
     points.set(xlabel=f"mean loss over iterations {WINDOW.start} to {WINDOW.stop}")
     points.set_yticks(range(len(SETTINGS)), [title for title, _ in reversed(SETTINGS.values())])
     points.tick_params(axis="y", labelsize=8)
+    points.xaxis.set_major_locator(MaxNLocator(4))
     for axes in (curves, points):
         axes.grid(alpha=0.3)
     figure.savefig(DOCS / "masks.png", dpi=110)
