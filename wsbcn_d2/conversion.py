@@ -28,6 +28,7 @@ from .layers import (
     BatchChannelNorm,
     ChannelNorm,
     WeightStandardized,
+    adaptation,
     become,
     is_convolution,
     outputs_first,
@@ -39,7 +40,6 @@ from .modeling import fuse_, without_checkpointing
 from .norm_options import NormOption, weight_standardization_request
 from .observation import Observation, observe
 from .summary import summarize
-from .weights.formulas import adaptation
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 

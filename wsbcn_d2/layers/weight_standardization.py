@@ -8,7 +8,7 @@ layer should follow; the layers that predict must not be standardized.
 """
 
 import logging
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Type
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +166,21 @@ def outputs_first(weight: Tensor, groups: int) -> Tensor:
     (C_in, C_out / groups, kh, kw), and back: each of the groups that divide the inputs has outputs
     of its own."""
     return weight.unflatten(0, (groups, weight.shape[0] // groups)).transpose(1, 2).flatten(0, 1)
+
+
+def adaptation(weight: Tensor, eps: float = _EPS) -> Tuple[Tensor, Tensor]:
+    """Scale and shift that undo the standardization of plain filters (adaptive WS).
+
+    Args:
+        weight: (C_out, ...).
+        eps: of our formula.
+
+    Returns:
+        ``ws_scale`` and ``ws_shift``, at least float32, (C_out,).
+    """
+    v, mean = torch.var_mean(weight.double().flatten(1), 1, correction=0)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.sqrt(v + eps).to(dtype), mean.to(dtype)
 
 
 class WSConv2d(WeightStandardized, Conv2d):

@@ -11,11 +11,11 @@ from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from detectron2.layers.batch_norm import LayerNorm
 from torch import Tensor, nn
 
-from ..layers import BatchChannelNorm, ChannelNorm, WeightStandardized, outputs_first
+from ..layers import BatchChannelNorm, ChannelNorm, WeightStandardized, adaptation, outputs_first
 from ..layers.folded import refuse_folded
 from .architecture import keys_that_fit
 from .files import Checkpoint, checkpoint_of
-from .formulas import FORMULAS, adaptation, rescaled_weight, source_filters
+from .formulas import FORMULAS, rescaled_weight, source_filters
 from .layouts import LAYOUTS, Layout, detect_layout
 from .mmdetection import parts_by_standardization
 from .training import as_options, differences, keys_of, trained_with

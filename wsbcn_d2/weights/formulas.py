@@ -68,18 +68,3 @@ def rescaled_weight(weight: Tensor, formula: str, eps: float = 1e-5) -> Tensor:
             f"{formula!r} divides them by no more than that"
         )
     return (filters * torch.sqrt(eps / excess)).view(weight.shape).to(weight.dtype)
-
-
-def adaptation(weight: Tensor, eps: float = 1e-5) -> "tuple[Tensor, Tensor]":
-    """Scale and shift that undo the standardization of plain filters (adaptive WS).
-
-    Args:
-        weight: (C_out, ...).
-        eps: of our formula.
-
-    Returns:
-        ``ws_scale`` and ``ws_shift``, at least float32, (C_out,).
-    """
-    v, mean = torch.var_mean(weight.double().flatten(1), 1, correction=0)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.sqrt(v + eps).to(dtype), mean.to(dtype)
