@@ -199,7 +199,7 @@ def load(config_file: str, overrides: Tuple[str, ...]) -> DictConfig:
             f"{' '.join(quoted)}: {' '.join(str(error).split())}. An override is KEY=VALUE, and "
             "a value with other signs than letters, digits and + needs quotes of its own"
         ) from error
-    cfg.train.device = available_device("train.device", cfg.train.device)
+    cfg.train.device = available_device("train.device", cfg.train.get("device", ""))
     return cfg
 
 
@@ -254,13 +254,13 @@ def check(cfg: DictConfig, eval_only: bool, resume: bool) -> None:
     Raises:
         ConfigError: if files are missing, keys are wrong, or the model cannot be built.
     """
-    key, output = "train.init_checkpoint", cfg.train.output_dir
-    check_folder("train.output_dir", output)
-    check_weights(key, cfg.train.init_checkpoint, output, needed=eval_only, resume=resume)
     needed = ["dataloader"] if eval_only else TO_TRAIN
     lacking = [key for key in needed if OmegaConf.select(cfg, key) is None]
     if lacking:
         raise ConfigError(f"the config has no {', '.join(lacking)}")
+    key, output = "train.init_checkpoint", cfg.train.output_dir
+    check_folder("train.output_dir", output)
+    check_weights(key, cfg.train.init_checkpoint, output, needed=eval_only, resume=resume)
     what = "" if eval_only else yaml_config(cfg).MODEL.WSBCN.CHECKPOINT_ACTIVATIONS
     if not eval_only:
         check_precision("train.amp.enabled", cfg.train.amp.enabled, cfg.train.device)

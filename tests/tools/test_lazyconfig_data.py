@@ -9,6 +9,7 @@ from data.small_coco import coco
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluators
+from omegaconf import OmegaConf
 
 from wsbcn_d2.engine import ConfigError
 from wsbcn_d2.engine.evaluation import CocoFileEvaluator
@@ -106,3 +107,20 @@ def test_all_detections_that_the_model_returns_are_evaluated(tool, register):
     assert evaluator._max_dets_per_image == [1, 10, 50]
     cfg.dataloader.evaluator = {"_target_": DatasetEvaluators, "evaluators": []}
     assert type(tool.build_evaluator(cfg.dataloader.evaluator, model)) is DatasetEvaluators
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (("optimizer", None), "^the config has no optimizer$"),
+        (("train.eval_period", None), "^the config has no train.eval_period$"),
+        (("train.wsbcn", "all"), "^train.wsbcn: 'all' has no keys; allowed are CHECKPOINT_ACT"),
+        (("train.amp.enabled", True), "^train.amp.enabled: True needs a GPU, and the device is"),
+    ],
+)
+def test_parts_that_a_config_needs(tool, tmp_path, override, message):
+    cfg = LazyConfig.load(str(CONFIG))
+    cfg.train.output_dir, cfg.train.device = str(tmp_path), "cpu"
+    OmegaConf.update(cfg, *override)
+    with pytest.raises(ConfigError, match=message):
+        tool.check(cfg, eval_only=False, resume=False)
