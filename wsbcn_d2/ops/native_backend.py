@@ -5,8 +5,8 @@ tables, and reads and writes the activation for each of those that are not. Thes
 once for a pass and move what has to be moved. ``setup.py`` builds them where there is a compiler.
 They are for float32, bfloat16 and float16; float64 is :mod:`.eager`'s, whose tables are the same.
 
-Weight standardization takes 28 ms of a step of 267 ms (the demo's R-18, 192 pixels, one thread),
-and 35 ms with the layer normalization of PyTorch.
+Weight standardization takes 0.6 of the time of PyTorch's layer normalization: 37 ms instead of 61
+for all filters of a step of the demo's R-18, by one thread.
 """
 
 import ctypes
