@@ -15,7 +15,15 @@ from tqdm import tqdm
 from wsbcn_d2 import BatchChannelNorm
 
 from . import results
-from .measure import KernelClock, Times, copy_bandwidth, interleaved, saved_bytes, spread
+from .measure import (
+    KernelClock,
+    Times,
+    copy_bandwidth,
+    interleaved,
+    keep_freed_memory,
+    saved_bytes,
+    spread,
+)
 
 Shape = Tuple[int, int, int, int]
 
@@ -270,6 +278,7 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    keep_freed_memory()
     measured = benchmark_layers(
         {name: SHAPES[name] for name in (_QUICK if args.quick else args.layers)},
         device=torch.device(args.device),

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +19,7 @@ from benchmarks.measure import (
 )
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 15, 30])
@@ -23,6 +28,29 @@ def test_median_and_quartiles(count):
     q1, median, q3 = np.percentile(values, [25, 50, 75])
     result = spread(list(values))
     assert result == pytest.approx({"median": median, "q1": q1, "q3": q3}, rel=1e-12)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept():
+    """Page faults of a tensor of 64 MiB, made for the fifth time, in a process of its own."""
+    program = """
+import resource
+import sys
+import torch
+from benchmarks.measure import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {
+        how: int(subprocess.check_output([sys.executable, "-c", program, how], cwd=ROOT))
+        for how in ("keep", "default")
+    }
+    assert faults["keep"] < 100 and faults["default"] > 1000
 
 
 def test_contenders_take_turns():
