@@ -26,8 +26,8 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #define BLOCK 2048 /* values summed in single precision, in NCHW */
-#define LANES 16   /* sums of them at a time */
-#define PLANES 8   /* that a call is worth: one for each plane takes 5 ns more, of 20 for 7x7 */
+#define LANES 16   /* sums of them side by side: for one, GCC adds up its parts value by value */
+#define PLANES 8   /* of a call: with one, a plane of 7x7 takes 16 ns instead of 13 */
 #define ROWS 256   /* pixels of a block in channels_last */
 #define WIDTH 256  /* channels of a block there, and those whose images are summed at a time */
 #define VALUES_OF_THREAD 32768 /* for which one more thread is worth being woken */
@@ -299,7 +299,7 @@ static int is_poor(Moments moments, double center) {
     return step * step * moments.count > 8 * moments.squares || moments.squares > FLT_MAX;
 }
 
-/* The sum of lanes, in pairs: one after the other, each addition would wait for the last one. */
+/* In pairs: one after the other, each addition would wait for the last one. */
 INLINE float total(const float lanes[LANES]) {
     float eight[8], four[4];
 #pragma omp simd
