@@ -18,7 +18,7 @@
 
 /* Loops over an activation are compiled for two instruction sets, of which the dynamic linker takes
    what the processor has. With AVX2 bfloat16 takes half the time; AVX-512 gained nothing more. */
-#if defined(__x86_64__) && defined(__gnu_linux__)
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GLIBC__)
 #define LOOP static __attribute__((target_clones("default", "avx2")))
 #else
 #define LOOP static
@@ -26,8 +26,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #define BLOCK 2048 /* values summed in single precision, in NCHW */
-#define LANES 16   /* sums of them side by side: for one, GCC adds up its parts value by value */
-#define PLANES 8   /* of a call: with one, a plane of 7x7 takes 16 ns instead of 13 */
+#define LANES 16   /* sums side by side; of one GCC makes 8, which it adds up one after the other */
 #define ROWS 256   /* pixels of a block in channels_last */
 #define WIDTH 256  /* channels of a block there, and those whose images are summed at a time */
 #define VALUES_OF_THREAD 32768 /* for which one more thread is worth being woken */
@@ -78,6 +77,12 @@ static int64_t blocks(int64_t count, int64_t size) {
     return (count + size - 1) / size;
 }
 
+/* Planes that are worth a call: of 7x7, one at a time, each takes 16 ns instead of 13. Large ones are
+   single, for threads to share them. */
+static int64_t planes_of_call(const Pass *pass) {
+    return 1 + 512 / pass->pixels;
+}
+
 static int threads_for(const Pass *pass) {
     int64_t useful = 1 + pass->images * pass->channels * pass->pixels / VALUES_OF_THREAD;
     return useful < pass->threads ? (int)useful : pass->threads;
@@ -85,7 +90,7 @@ static int threads_for(const Pass *pass) {
 
 /* ------------------------------------------------------------------------ values of an activation
 
-   `dtype` is a constant wherever these are called, for each of which a loop is compiled. */
+   `dtype` is a constant wherever these are called in a loop, for each of which one is compiled. */
 
 INLINE float float_of(uint32_t bits) {
     float value;
@@ -300,19 +305,19 @@ static int is_poor(Moments moments, double center) {
 }
 
 /* In pairs: one after the other, each addition would wait for the last one. */
-INLINE float total(const float lanes[LANES]) {
-    float eight[8], four[4];
+INLINE double total(const float lanes[LANES]) {
+    float half[LANES / 2], quarter[LANES / 4];
 #pragma omp simd
-    for (int64_t i = 0; i < 8; i++)
-        eight[i] = lanes[i] + lanes[i + 8];
+    for (int64_t i = 0; i < LANES / 2; i++)
+        half[i] = lanes[i] + lanes[i + LANES / 2];
 #pragma omp simd
-    for (int64_t i = 0; i < 4; i++)
-        four[i] = eight[i] + eight[i + 4];
-    return (four[0] + four[2]) + (four[1] + four[3]);
+    for (int64_t i = 0; i < LANES / 4; i++)
+        quarter[i] = half[i] + half[i + LANES / 4];
+    return ((double)quarter[0] + quarter[2]) + ((double)quarter[1] + quarter[3]);
 }
 
 INLINE Moments moments_around(
-    const void *restrict x, int64_t from, int64_t size, float center, const int dtype
+    const void *x, int64_t from, int64_t size, float center, const int dtype
 ) {
     float sum[LANES] = {0}, squares[LANES] = {0}, rest = 0, rest_squares = 0;
     int64_t i = 0;
@@ -329,10 +334,6 @@ INLINE Moments moments_around(
         rest_squares += t * t;
     }
     return from_sums(size, center, total(sum) + rest, total(squares) + rest_squares);
-}
-
-static float first_value(const void *x, int64_t i, int kind) {
-    return kind == F32 ? get(x, i, F32) : kind == BF16 ? get(x, i, BF16) : get(x, i, F16);
 }
 
 /* Into the tables. What the mean loses in single precision counts far from zero, and is kept in the
@@ -415,7 +416,7 @@ static void find_moments_of_part(const Pass *pass, double *scratch, int64_t i) {
     double *table = table_of_part(pass, scratch, &part);
     float center[WIDTH];
     for (int64_t c = 0; c < part.count; c++)
-        center[c] = first_value(pass->x, part.from + c, pass->dtype);
+        center[c] = get(pass->x, part.from + c, pass->dtype);
     for (int again = 0; again < 2; again++) {
         float sum[WIDTH] = {0}, squares[WIDTH] = {0};
         add_rows(
@@ -460,10 +461,11 @@ static void find_moments(const Pass *pass, double *scratch) {
         for (int64_t n = 0; n < pass->images; n++)
             combine_moments(pass, scratch, n);
     } else {
+        int64_t planes = planes_of_call(pass);
 #pragma omp for collapse(2)
         for (int64_t n = 0; n < pass->images; n++)
-            for (int64_t c = 0; c < pass->channels; c += PLANES)
-                find_moments_of_planes(pass, n, c, smaller(PLANES, pass->channels - c));
+            for (int64_t c = 0; c < pass->channels; c += planes)
+                find_moments_of_planes(pass, n, c, smaller(planes, pass->channels - c));
     }
 }
 
@@ -609,12 +611,13 @@ int wsbcn_forward(const Pass *pass) {
     /* In NCHW a group is normalized while it is in the cache: if the estimates are given, or follow
        from that group, as they do with a single image. If one of any group is not finite then, all
        are normalized again. */
-    int at_once = update && pass->images == 1 && !pass->channels_last && groups >= pass->threads;
+    int threads = threads_for(pass);
+    int at_once = update && pass->images == 1 && !pass->channels_last && groups >= threads;
     int by_group = pass->statistics == FIXED && !pass->channels_last;
     double *scratch;
     if (!new_scratch(pass, &scratch))
         return NO_MEMORY;
-#pragma omp parallel num_threads(threads_for(pass))
+#pragma omp parallel num_threads(threads)
     {
         if (at_once) {
 #pragma omp for
@@ -660,7 +663,7 @@ int wsbcn_forward(const Pass *pass) {
 
 /* The output once more, from the tables and without a residual. */
 int wsbcn_again(const Pass *pass) {
-    int64_t groups = pass->groups, size = pass->channels / groups;
+    int64_t planes = planes_of_call(pass);
 #pragma omp parallel num_threads(threads_for(pass))
     {
         if (pass->channels_last) {
@@ -668,9 +671,10 @@ int wsbcn_again(const Pass *pass) {
             for (int64_t i = 0; i < parts_of(pass); i++)
                 apply_to_part(pass, i);
         } else {
-#pragma omp for
-            for (int64_t i = 0; i < pass->images * groups; i++)
-                apply_to_planes(pass, i / groups, i % groups * size, size);
+#pragma omp for collapse(2)
+            for (int64_t n = 0; n < pass->images; n++)
+                for (int64_t c = 0; c < pass->channels; c += planes)
+                    apply_to_planes(pass, n, c, smaller(planes, pass->channels - c));
         }
     }
     return DONE;
@@ -695,35 +699,35 @@ static Sums sums_of(const Pass *pass) {
     return sums;
 }
 
-/* A value of the gradient, without what the activation kept back. With a residual, whose gradient is
-   written, y tells what that was. */
-INLINE float gradient_at(
-    const Pass *pass, int64_t i, float x, float m, float scale, float shift, const int dtype,
-    const int with_residual, const int activation
+/* Adds a value of the gradient, without what the activation kept back, and that times x around m.
+   With a residual y tells what was kept back, and the gradient of the residual is written. */
+INLINE void add_gradient(
+    const Pass *pass, int64_t i, float m, float scale, float shift, float *sum1, float *sum2,
+    const int dtype, const int reads_y, const int activation
 ) {
-    float g = get(pass->grad, i, dtype);
-    if (!with_residual)
-        return let_through(g, normalized(x, m, scale, shift), activation);
-    g = let_through(g, get(pass->y, i, dtype), activation);
-    put(pass->grad_residual, i, g, dtype);
-    return g;
+    float x = get(pass->x, i, dtype), g = get(pass->grad, i, dtype);
+    float value = reads_y ? get(pass->y, i, dtype) : normalized(x, m, scale, shift);
+    g = let_through(g, value, activation);
+    if (reads_y)
+        put(pass->grad_residual, i, g, dtype);
+    *sum1 += g;
+    *sum2 += g * (x - m);
 }
 
-/* `CALL(dtype, with_residual, activation)` with constants. */
-#define WITH_GRADIENTS(pass, dtype, CALL) \
-    if ((pass)->grad_residual)            \
-        CALL(dtype, 1, RELU)              \
-    else if ((pass)->activation)          \
-        CALL(dtype, 0, RELU)              \
-    else                                  \
+/* `CALL(dtype, reads_y, activation)` with constants. */
+#define WITH_GRADIENT(dtype, CALL) \
+    if (pass->grad_residual)       \
+        CALL(dtype, 1, RELU)       \
+    else if (pass->activation)     \
+        CALL(dtype, 0, RELU)       \
+    else                           \
         CALL(dtype, 0, NONE)
 
-/* Sums of the gradient, and of the gradient times x around its mean, over each of some planes. */
+/* The sums of both over each of some planes. */
 LOOP void sum_planes(
     const Pass *pass, int64_t from, int64_t planes, const float *m, const float *scale,
     const float *shift, float *s1, float *s2
 ) {
-    const void *x = pass->x;
     for (int64_t plane = 0; plane < planes; plane++) {
         float mean = m[plane], gain = scale[plane], offset = shift[plane];
         double total1 = 0, total2 = 0;
@@ -731,24 +735,16 @@ LOOP void sum_planes(
             int64_t i = from + plane * pass->pixels + start;
             int64_t end = i + smaller(BLOCK, pass->pixels - start);
             float sum1[LANES] = {0}, sum2[LANES] = {0}, rest1 = 0, rest2 = 0;
-#define ADD_VALUE(sum1, sum2, i, dtype, with_residual, activation)                                \
-    float value = get(x, i, dtype);                                                              \
-    float g =                                                                                    \
-        gradient_at(pass, i, value, mean, gain, offset, dtype, with_residual, activation);       \
-    sum1 += g;                                                                                   \
-    sum2 += g * (value - mean);
-#define SUM_BLOCK(dtype, with_residual, activation)                                              \
+#define SUM_BLOCK(...)                                                                           \
     {                                                                                            \
         for (; i + LANES <= end; i += LANES)                                                     \
             _Pragma("omp simd")                                                                  \
-            for (int64_t lane = 0; lane < LANES; lane++) {                                       \
-                ADD_VALUE(sum1[lane], sum2[lane], i + lane, dtype, with_residual, activation)    \
-            }                                                                                    \
-        for (; i < end; i++) {                                                                   \
-            ADD_VALUE(rest1, rest2, i, dtype, with_residual, activation)                         \
-        }                                                                                        \
+            for (int64_t j = 0; j < LANES; j++)                                                  \
+                add_gradient(pass, i + j, mean, gain, offset, sum1 + j, sum2 + j, __VA_ARGS__);  \
+        for (; i < end; i++)                                                                     \
+            add_gradient(pass, i, mean, gain, offset, &rest1, &rest2, __VA_ARGS__);              \
     }
-#define SUM_PLANE(dtype) WITH_GRADIENTS(pass, dtype, SUM_BLOCK)
+#define SUM_PLANE(dtype) WITH_GRADIENT(dtype, SUM_BLOCK)
             WITH_DTYPE(pass->dtype, SUM_PLANE)
             total1 += total(sum1) + rest1;
             total2 += total(sum2) + rest2;
@@ -764,21 +760,15 @@ LOOP void sum_rows(
     const float *restrict scale, const float *restrict shift, float *restrict sum1,
     float *restrict sum2
 ) {
-    const void *x = pass->x;
-#define SUM_ROW(dtype, with_residual, activation)                                                \
+#define SUM_ROW(...)                                                                             \
     for (int64_t row = 0; row < rows; row++) {                                                   \
         int64_t at = from + row * pass->channels;                                                \
         _Pragma("omp simd")                                                                      \
-        for (int64_t i = 0; i < count; i++) {                                                    \
-            float value = get(x, at + i, dtype);                                                 \
-            float g = gradient_at(                                                               \
-                pass, at + i, value, m[i], scale[i], shift[i], dtype, with_residual, activation  \
-            );                                                                                   \
-            sum1[i] += g;                                                                        \
-            sum2[i] += g * (value - m[i]);                                                       \
-        }                                                                                        \
+        for (int64_t i = 0; i < count; i++)                                                      \
+            add_gradient(                                                                        \
+                pass, at + i, m[i], scale[i], shift[i], sum1 + i, sum2 + i, __VA_ARGS__);        \
     }
-#define SUM_ROWS(dtype) WITH_GRADIENTS(pass, dtype, SUM_ROW)
+#define SUM_ROWS(dtype) WITH_GRADIENT(dtype, SUM_ROW)
     WITH_DTYPE(pass->dtype, SUM_ROWS)
 }
 
@@ -862,10 +852,15 @@ static void apply_backward_to_part(const Pass *pass, int64_t i) {
 }
 
 static void sum_images(const float *table, int64_t images, int64_t size, float *result) {
-    memcpy(result, table, size * sizeof *table);
-    for (int64_t n = 1; n < images; n++)
-        for (int64_t i = 0; i < size; i++)
-            result[i] += table[n * size + i];
+    for (int64_t first = 0; first < size; first += WIDTH) {
+        int64_t count = smaller(WIDTH, size - first);
+        double sums[WIDTH] = {0};
+        for (int64_t n = 0; n < images; n++)
+            for (int64_t i = 0; i < count; i++)
+                sums[i] += table[n * size + first + i];
+        for (int64_t i = 0; i < count; i++)
+            result[first + i] = sums[i];
+    }
 }
 
 /* The gradients of the parameters (weight, bias, group_weight, group_bias, one after the other), and
@@ -924,27 +919,31 @@ int wsbcn_backward(const Pass *pass) {
    in `parameters` the gradients of weight and bias, and in `count` the number of values behind the
    statistics, of all ranks. */
 int wsbcn_backward_through_batch(const Pass *pass) {
-    int64_t channels = pass->channels, groups = pass->groups, size = channels / groups;
+    int64_t channels = pass->channels, planes = planes_of_call(pass);
     Sums sums = sums_of(pass);
-    for (int64_t i = 0; i < pass->images * channels; i++) {
-        Row row = row_of(pass, i / channels);
-        int64_t c = i % channels;
-        double rstd = rstd_of(pass)[c], a = pass->weight[c] * rstd / pass->count;
-        double from_weight = a * rstd * pass->parameters[c];
-        sums.q[i] -= from_weight;
-        sums.c[i] -= a * pass->parameters[channels + c]
-                     + (row.m[c] - mu_of(pass)[c]) * from_weight;
-    }
 #pragma omp parallel num_threads(threads_for(pass))
     {
+#pragma omp for
+        for (int64_t n = 0; n < pass->images; n++) {
+            Row row = row_of(pass, n);
+            float *q = sums.q + n * channels, *offset = sums.c + n * channels;
+            for (int64_t c = 0; c < channels; c++) {
+                double rstd = rstd_of(pass)[c], a = pass->weight[c] * rstd / pass->count;
+                double from_weight = a * rstd * pass->parameters[c];
+                q[c] -= from_weight;
+                offset[c] -= a * pass->parameters[channels + c]
+                             + (row.m[c] - mu_of(pass)[c]) * from_weight;
+            }
+        }
         if (pass->channels_last) {
 #pragma omp for
             for (int64_t i = 0; i < parts_of(pass); i++)
                 apply_backward_to_part(pass, i);
         } else {
-#pragma omp for
-            for (int64_t i = 0; i < pass->images * groups; i++)
-                apply_backward_to_planes(pass, i / groups, i % groups * size, size);
+#pragma omp for collapse(2)
+            for (int64_t n = 0; n < pass->images; n++)
+                for (int64_t c = 0; c < channels; c += planes)
+                    apply_backward_to_planes(pass, n, c, smaller(planes, channels - c));
         }
     }
     return DONE;
