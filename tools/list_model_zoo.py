@@ -70,18 +70,18 @@ Schedules: `1x` and `3x` are Detectron2's. `2x` is the authors': 180,000 batches
 decays at 150,000 and 170,000. `17e` and the like count epochs of the dataset, with Detectron2's own
 decays.
 
-**Nobody has trained these configs with this code yet, but those of the digits.** The column
+**Of these configs, only those of the digits have been trained with this code.** The column
 "published" has results of others, with their code, for the same model and the norm that is named.
 In brackets: the source ([authors] are those of the paper), the images of all GPUs together, and the
-schedule if it is another one. Models with `FrozenBN` have Detectron2's usual box head, of two fully
+schedule if it is another one. The published `FrozenBN` models have a box head of two fully
 connected layers.
 """
 
 _LAZY_HEADER = """\
 ## LazyConfig
 
-Detectron2's own LazyConfigs. `train.norm` sets the norm. They start from random weights, with 1
-image per GPU; `configs/LazyConfig/common.py` says how to change that.
+Detectron2's own LazyConfigs. `train.norm` sets the norm. They start from random weights, with 8
+images per step, for 8 GPUs; `configs/LazyConfig/common.py` says how to change that.
 
 ```
 tools/lazyconfig_train_net.py --num-gpus 8 --config-file {example} train.norm=BCN+WS
