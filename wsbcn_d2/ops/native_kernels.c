@@ -1,13 +1,15 @@
-/* Batch-channel normalization for the CPU: activations of float32, bfloat16 or float16, in NCHW or
-   channels_last. Weight standardization in float32.
+/* Batch-channel normalization for the CPU: activations of float32, bfloat16 or float16, in NCHW
+   or channels_last. Weight standardization in float32.
 
-   setup.py builds it as plain C; native_backend.py calls it. The formulas, the names of the tables and
-   the checks of arguments are in batch_channel_norm.py. Tables and parameters are float32.
+   setup.py builds it as plain C; native_backend.py calls it. The formulas, the names of the
+   tables and the checks of arguments are in batch_channel_norm.py. Tables and parameters are
+   float32.
 
-   Sums over pixels are of blocks, around a value of the block and in single precision, and from block
-   to block in double precision. Work is divided in a way that does not depend on the number of
-   threads, so results do not either. Built without contraction to fused multiply-adds, the backward
-   pass finds out from x what ReLU let through exactly as the forward pass computed it.
+   Sums over pixels are of blocks, around a value of the block and in single precision, and from
+   block to block in double precision. Work is divided in a way that does not depend on the
+   number of threads, so results do not either. Built without contraction to fused
+   multiply-adds, the backward pass finds out from x what ReLU let through exactly as the
+   forward pass computed it.
 */
 
 #include <float.h>
@@ -77,8 +79,8 @@ static int64_t blocks(int64_t count, int64_t size) {
     return (count + size - 1) / size;
 }
 
-/* Planes that are worth a call: of 7x7, one at a time, each takes 16 ns instead of 13. Large ones are
-   single, for threads to share them. */
+/* Planes that are worth a call: of 7x7, one at a time, each takes 16 ns instead of 13. Large
+   ones are single, for threads to share them. */
 static int64_t planes_of_call(const Pass *pass) {
     return 1 + 512 / pass->pixels;
 }
@@ -88,7 +90,7 @@ static int threads_for(const Pass *pass) {
     return useful < pass->threads ? (int)useful : pass->threads;
 }
 
-/* ------------------------------------------------------------------------ values of an activation
+/* ------------------------------------------------------------------------- values of an activation
 
    `dtype` is a constant wherever these are called in a loop, for each of which one is compiled. */
 
@@ -170,14 +172,14 @@ INLINE float activated(float value, const int activation) {
     return activation == RELU && value <= 0 ? 0 : value;
 }
 
-/* What the activation lets through of a gradient, which is read in any case: loops that read it only
-   then take twice the time. `value` may be that before or after the activation. */
+/* What the activation lets through of a gradient, which is read in any case: loops that read it
+   only then take twice the time. `value` may be that before or after the activation. */
 INLINE float let_through(float grad, float value, const int activation) {
     return activation == RELU && value <= 0 ? 0 : grad;
 }
 
-/* The loops over values that lie in a row. `step` is 0 where they belong to one channel, and 1 where
-   each belongs to the next. */
+/* The loops over values that lie in a row. `step` is 0 where they belong to one channel, and 1
+   where each belongs to the next. */
 
 INLINE void apply_to(
     const void *restrict x, const void *restrict residual, void *restrict y, int64_t from,
@@ -217,7 +219,7 @@ INLINE void apply_backward_to(
     }
 }
 
-/* ---------------------------------------------------------------------------------- rows of values */
+/* ------------------------------------------------------------------------------- rows of values */
 
 /* `rows` rows of `count` values, `stride` values from one to the next: with `step` 0 those of one
    channel each, with `step` 1 those of as many channels. */
@@ -273,7 +275,7 @@ LOOP void apply_backward(
     WITH_DTYPE(pass->dtype, APPLY_BACKWARD)
 }
 
-/* ----------------------------------------------------------------------------------------- moments */
+/* -------------------------------------------------------------------------------------- moments */
 
 /* Number of values, their mean, and the sum of squares around it. */
 typedef struct {
@@ -480,7 +482,7 @@ static int new_scratch(const Pass *pass, double **scratch) {
     return *scratch != 0;
 }
 
-/* --------------------------------------------------------------------------------------- estimates */
+/* ------------------------------------------------------------------------------------ estimates */
 
 static float moved(float from, float to, float rate) {
     /* As torch.lerp. */
@@ -536,7 +538,7 @@ static void find_rstd(const Pass *pass, int64_t first, int64_t count) {
         rstd[c] = 1 / sqrtf(rstd[c] + (float)pass->eps);
 }
 
-/* ------------------------------------------------------------------------------------ forward pass */
+/* --------------------------------------------------------------------------------- forward pass */
 
 /* The tables of a group in an image, of which the moments are there. */
 static void find_tables(const Pass *pass, int64_t n, int64_t g) {
@@ -588,8 +590,8 @@ static void normalize_group(const Pass *pass, int64_t n, int64_t g) {
         apply_to_planes(pass, n, g * size, size);
 }
 
-/* The results of functions: memory is missing; done; done, but no estimate has moved, since one would
-   not have been finite. */
+/* The results of functions: memory is missing; done; done, but no estimate has moved, since one
+   would not have been finite. */
 enum { NO_MEMORY = -1, DONE, SKIPPED };
 
 /* The moments, in the tables. */
@@ -603,8 +605,8 @@ int wsbcn_moments(const Pass *pass) {
     return DONE;
 }
 
-/* The output, and all tables. By the statistics of the batch: those are there, in mu and in the place
-   of rstd, as are the moments. Otherwise by the estimates, as they are or updated. */
+/* The output, and all tables. By the statistics of the batch: those are there, in mu and in the
+   place of rstd, as are the moments. Otherwise by the estimates, as they are or updated. */
 int wsbcn_forward(const Pass *pass) {
     int64_t channels = pass->channels, groups = pass->groups, size = channels / groups;
     int update = pass->statistics == UPDATED, skipped = 0;
@@ -680,11 +682,11 @@ int wsbcn_again(const Pass *pass) {
     return DONE;
 }
 
-/* ----------------------------------------------------------------------------------- backward pass */
+/* -------------------------------------------------------------------------------- backward pass */
 
-/* What the two passes of a gradient share, which Python gives memory for: for each image and channel
-   the sums of dz and of dz (x - mu), and what the gradient of x takes from x and from nothing; for
-   each image and group what the affine of the groups gets. */
+/* What the two passes of a gradient share, which Python gives memory for: for each image and
+   channel the sums of dz and of dz (x - mu), and what the gradient of x takes from x and from
+   nothing; for each image and group what the affine of the groups gets. */
 typedef struct {
     float *dz, *dz_x, *q, *c, *u1, *u2;
 } Sums;
@@ -863,9 +865,9 @@ static void sum_images(const float *table, int64_t images, int64_t size, float *
     }
 }
 
-/* The gradients of the parameters (weight, bias, group_weight, group_bias, one after the other), and
-   those of x and the residual. The gradient of x is left to the next function if it takes the
-   statistics of the batch into account. */
+/* The gradients of the parameters (weight, bias, group_weight, group_bias, one after the
+   other), and those of x and the residual. The gradient of x is left to the next function if it
+   takes the statistics of the batch into account. */
 int wsbcn_backward(const Pass *pass) {
     int64_t images = pass->images, channels = pass->channels, groups = pass->groups;
     int64_t size = channels / groups;
@@ -915,9 +917,9 @@ int wsbcn_backward(const Pass *pass) {
     return DONE;
 }
 
-/* The gradient of x with that through the statistics of the batch. In: what wsbcn_backward left, and
-   in `parameters` the gradients of weight and bias, and in `count` the number of values behind the
-   statistics, of all ranks. */
+/* The gradient of x with that through the statistics of the batch. In: what wsbcn_backward
+   left, and in `parameters` the gradients of weight and bias, and in `count` the number of
+   values behind the statistics, of all ranks. */
 int wsbcn_backward_through_batch(const Pass *pass) {
     int64_t channels = pass->channels, planes = planes_of_call(pass);
     Sums sums = sums_of(pass);
@@ -949,7 +951,7 @@ int wsbcn_backward_through_batch(const Pass *pass) {
     return DONE;
 }
 
-/* ---------------------------------------------------------------------------- weight standardization
+/* -------------------------------------------------------------------------- weight standardization
 
    Filters are the planes of one image. Of its tables, m, v, scale and shift are used. */
 
