@@ -35,6 +35,7 @@ IMAGES = 12
 WINDOW = range(400, 700)
 # By the name of a setting, its title and colour.
 SETTINGS = {
+    "gn_ws_bias10": ("GN+WS, biases learn 10 times as fast", "#0f2f58"),
     "gn_ws": ("GN+WS", "#1f5fa8"),
     "bias10": ("BCN+WS, biases learn 10 times as fast", "#8a5fc0"),
     "mask_gn": ("BCN+WS, mask head GN+WS", "#5f9fd8"),
