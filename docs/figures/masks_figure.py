@@ -1,7 +1,7 @@
 """Draws docs/masks.png: python docs/figures/masks_figure.py [FOLDER]
 
-Why BCN+WS learns masks late (docs/results.md): the loss of the mask head for each norm of that
-head, and its mean over the iterations in which the norms part.
+Why BCN+WS learns masks late (docs/results.md): the loss of the mask head for each setting,
+and its mean over the iterations in which the norms part.
 
 With a FOLDER of runs, named SETTING_sSEED, losses and offsets are read from them first, and added
 to docs/results/masks-heads.json. The picture is drawn from that file, and the table printed.
