@@ -88,7 +88,7 @@ def keep_freed_memory() -> None:
     """Lets this process keep the memory that it frees, with the allocator of glibc.
 
     By default, large tensors go back to the system and come again page by page, or not, by chance:
-    0 to 8,400 page faults in a run of one layer, which take up to half of its time.
+    0 to 8,400 page faults in a run of one layer, which take more than half of the time of a stem.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

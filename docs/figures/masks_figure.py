@@ -4,7 +4,8 @@ Why BCN+WS learns masks late (docs/results.md): the loss of the mask head for ea
 and its mean over the iterations in which the norms part.
 
 With a FOLDER of runs, named SETTING_sSEED, losses and offsets are read from them first, and added
-to docs/results/masks-heads.json. The picture is drawn from that file, and the table printed.
+to docs/results/masks-heads.json. The picture is drawn from that file, and the table printed, as are
+the differences over equal seeds, with those of the mask AP of docs/results/masks.json.
 """
 
 import json
@@ -30,6 +31,7 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 DOCS = Path(__file__).parents[1]
 DATA = DOCS / "results" / "masks-heads.json"
+COMPARISON = DOCS / "results" / "masks.json"
 IMAGES = 12
 # Iterations after those in which all settings are alike, and before the learning rate falls.
 WINDOW = range(400, 700)
@@ -44,6 +46,8 @@ SETTINGS = {
     "mask_batch": ("BCN+WS, mask head BatchBCN+WS", "#e0a030"),
     "bcn_ws": ("BCN+WS", "#c8452d"),
 }
+# What the page compares over equal seeds.
+PAIRS = (("mask_in", "mask_gn"), ("gn_ws", "bcn_ws"), ("mask_batch", "bcn_ws"))
 
 
 def offsets(folder: Path) -> List[float]:
@@ -93,8 +97,7 @@ def draw() -> None:
         columns = [torch.tensor(run["loss_mask"][1]) for run in runs]
         iterations = runs[0]["loss_mask"][0]
         curves.plot(iterations, sum(columns) / len(columns), color=color)
-        inside = torch.tensor([i in WINDOW for i in iterations])
-        own = means[setting] = [float(column[inside].mean()) for column in columns]
+        own = means[setting] = [mean_loss(run) for run in runs]
         points.scatter(own, [row] * len(own), s=16, color=color, edgecolor="black", lw=0.5)
         points.vlines(statistics.mean(own), row - 0.3, row + 0.3, color=color, lw=2.5)
         offset = statistics.mean(statistics.mean(run["offsets"]) for run in runs)
@@ -114,7 +117,33 @@ def draw() -> None:
     figure.savefig(DOCS / "masks.png", dpi=110)
 
 
+def mean_loss(run: Dict[str, List[List[float]]]) -> float:
+    """Of the mask head, over WINDOW."""
+    return statistics.mean(loss for i, loss in zip(*run["loss_mask"]) if i in WINDOW)
+
+
+def print_paired() -> None:
+    losses = {name: mean_loss(run) for name, run in json.loads(DATA.read_text()).items()}
+    runs = json.loads(COMPARISON.read_text())["runs"]
+    mask_ap = {run["name"]: run["ap"]["segm"]["AP"]["value"] for run in runs}
+    for setting, other in PAIRS:
+        for kind, values in (("loss", losses), ("mask AP", mask_ap)):
+            pairs = [
+                (name, f"{other}_s{seed}")
+                for name, (of, _, seed) in ((n, n.rpartition("_s")) for n in values)
+                if of == setting and f"{other}_s{seed}" in values
+            ]
+            steps = [values[a] - values[b] for a, b in pairs]
+            # Welch's interval with a constant is that of paired values.
+            noise = seed_noise(steps, [0.0, 0.0])
+            print(
+                f"{setting} - {other}, {len(steps)} seeds: {kind} "
+                f"{statistics.mean(steps):+.3f} ± {noise:.3f}"
+            )
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         measure(Path(sys.argv[1]))
     draw()
+    print_paired()
