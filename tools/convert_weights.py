@@ -12,7 +12,7 @@ from wsbcn_d2.engine.checkpoint import atomic_write, check_output
 from wsbcn_d2.engine.setup import built_model
 from wsbcn_d2.weights import LAYOUTS, ConversionReport, convert_state_dict, read_checkpoint
 from wsbcn_d2.weights.formulas import FORMULAS
-from wsbcn_d2.weights.training import as_options
+from wsbcn_d2.weights.training import as_options, keys_of
 
 
 def _missing(report: ConversionReport) -> str:
@@ -77,8 +77,10 @@ def main() -> int:
         print(f"{parser.prog}: {_missing(report)}", file=sys.stderr)
         return 1
     if not args.dry_run:
+        author = f"wsbcn_d2, from {report.layout}"
+        content = {"model": state, "__author__": author, "trained_with": keys_of(model)}
         with atomic_write(args.output) as file:
-            torch.save({"model": state, "__author__": f"wsbcn_d2, from {report.layout}"}, file)
+            torch.save(content, file)
         print(f"written: {args.output}")
     return 0
 

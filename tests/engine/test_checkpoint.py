@@ -169,12 +169,15 @@ def test_entries_that_the_model_lacks(tmp_path):
     del state["1.num_batches_tracked"]  # as older frozen ones, which do not count
     torch.save({"model": dict(state)}, path)
     CompleteCheckpointer(model).load(path)
-    for name in ("0.ws_eps", "1.group_weight", "0.norm.weight"):
+    for name in ("1.group_weight", "0.norm.weight"):
         torch.save({"model": {**state, name: torch.ones(1)}}, path)
         with pytest.raises(
             ConfigError, match=f"model.pth': .* 1 entries more .*, the first of them {name};"
         ):
             CompleteCheckpointer(model).load(path)
+        AtomicCheckpointer(model).load(path)
+    torch.save({"model": {**state, "0.ws_eps": torch.ones(1)}}, path)
+    with pytest.raises(ConfigError, match=r"1 convolutions .* the first of them 0: use a config"):
         AtomicCheckpointer(model).load(path)
 
 

@@ -37,6 +37,7 @@ from sources import (
 from torch import nn
 
 import wsbcn_d2
+from wsbcn_d2.engine import AtomicCheckpointer, ConfigError
 from wsbcn_d2.engine.checkpoint import CompleteCheckpointer
 from wsbcn_d2.export import fold
 from wsbcn_d2.export.stock import save_for_detectron2
@@ -233,6 +234,12 @@ def test_batch_norm_becomes_the_first_part_of_bcn(tmp_path):
         assert (state[f"{ours}.norm.group_weight"] == 1).all()
         assert f"backbone.bottom_up.{ours}.norm.group_weight" in report.initialized
     assert not report.missing and not report.other_norms
+    # The channel normalization is new to the frozen layers, too, which would never learn it.
+    frozen = build_model(config("BCN", ["MODEL.BACKBONE.FREEZE_AT", 2]))
+    with pytest.raises(ConversionError, match="22 parameters .* frozen .*FREEZE_AT 0$"):
+        convert_state_dict(read_checkpoint(path), frozen)
+    with pytest.raises(ConfigError, match="lacks 22 frozen .* set MODEL.BACKBONE.FREEZE_AT 0$"):
+        AtomicCheckpointer(frozen).load(str(tmp_path / "converted.pth"))
 
 
 @pytest.mark.parametrize("source, target", [("bn", "GN"), ("bn", "GN+WS"), ("bcn_ws", "BN")])
@@ -753,6 +760,15 @@ def test_tool(run, tmp_path):
     assert sorted(os.listdir(tmp_path)) == [output.name, "gn_ws.pth.tar"]
     model = torch.load(output, weights_only=True)["model"]
     assert "backbone.bottom_up.stem.conv1.ws_eps" in model
+    AtomicCheckpointer(build_model(config())).load(str(output))
+    other = [("INPUT.FORMAT", "BGR"), ("MODEL.PIXEL_STD", [1.0, 1.0, 1.0])]
+    other += [("MODEL.RESNETS.STRIDE_IN_1X1", True)]
+    for key, value in other:
+        was = r"\"\[58.395, .*\]\"" if "STD" in key else "(RGB|False)"
+        with pytest.raises(
+            ConfigError, match=f"was converted for another config, with {key} {was}:"
+        ):
+            AtomicCheckpointer(build_model(config(extra=[key, value]))).load(str(output))
 
     output.unlink()
     del random.sd["layer3.1.conv2.weight"]

@@ -7,6 +7,7 @@ checkpoint of a run that is prolonged is overwritten while ``last_checkpoint`` n
 """
 
 import contextlib
+import logging
 import os
 from typing import IO, Any, Dict, Iterator, List, Optional
 
@@ -22,6 +23,9 @@ from ..weights.files import (
     unwrapped,
     without_wrappers,
 )
+from ..weights.training import as_options, differences, keys_of
+
+logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
 _COUNTER = ".num_batches_tracked"
 
@@ -78,9 +82,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
     within a wrapper (torch.compile, FSDP) or under another name than "model"; only local folders
     are protected.
 
-    Loading a file that is no checkpoint, or only a part of one, raises ConfigError, and so does one
-    that has no parameter of the model, which would stay random; so does resuming training with the
-    checkpoint of another model, whose optimizer would fail with its first step.
+    Loading raises ConfigError
+
+    - if the file is no checkpoint, or only a part of one;
+    - if it has no parameter of the model, which would stay random, or lacks some that are frozen;
+    - if a convolution was trained with weight standardization, and that of the model is without;
+    - if the file is of tools/convert_weights.py, for a config with other inputs, stride or poolers;
+    - if a training is resumed with it that had another model, whose optimizer would fail with its
+      first step.
     """
 
     def __init__(
@@ -112,15 +121,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
         names = list(checkpoint["model"])
+        trained_with = checkpoint.get("trained_with", {})
         incompatible = super()._load_model(checkpoint)
         lacking = {*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)}
-        parameters = {name for name, _ in self.model.named_parameters()}
-        if parameters and parameters <= lacking:
+        parameters = dict(self.model.named_parameters())
+        if parameters and lacking.issuperset(parameters):
             raise ConfigError(
                 f"{self._path!r}: none of its {len(names)} entries ({', '.join(names[:3])}, ...) "
                 f"is a parameter of the model ({', '.join(sorted(parameters)[:2])}, ...); "
                 "tools/convert_weights.py reads the names of other projects"
             )
+        more = list(filter(self._is_of_a_layer, incompatible.unexpected_keys))
         if self._resumes:
             wrong = [
                 f"{key} has the shape {tuple(found)} there and {tuple(expected)} in the model"
@@ -128,11 +139,42 @@ class AtomicCheckpointer(DetectionCheckpointer):
             ]
             missing = (k for k in incompatible.missing_keys if not k.endswith(_COUNTER))
             wrong += [f"it has no {key}" for key in missing]
-            more = filter(self._is_of_a_layer, incompatible.unexpected_keys)
             wrong += [f"it has {key}, and the model has not" for key in more]
             if wrong:
                 raise ConfigError(self._not_resumable(f"{wrong[0]} ({len(wrong)} such entries)"))
+        self._check_use(
+            [key[: -len(".ws_eps")] for key in more if key.endswith(".ws_eps")],
+            [name for name, p in parameters.items() if name in lacking and not p.requires_grad],
+            differences(trained_with, keys_of(self.model)),
+        )
         return incompatible
+
+    def _check_use(
+        self, standardized: List[str], frozen: List[str], inputs: Dict[str, Any]
+    ) -> None:
+        """Raises ConfigError where a model would run, and compute something else than it should.
+
+        Args:
+            standardized: convolutions whose filters are standardized in the checkpoint only.
+            frozen: parameters that the checkpoint lacks and that are not trained.
+            inputs: what the weights were trained with, where the model has something else.
+        """
+        if standardized:
+            raise ConfigError(
+                f"{self._path!r}: {len(standardized)} convolutions were trained with weight "
+                f"standardization and are without in the model, the first of them "
+                f"{standardized[0]}: use a config with '+WS'"
+            )
+        if frozen:
+            raise ConfigError(
+                f"{self._path!r} lacks {len(frozen)} frozen parameters of the model, the first of "
+                f"them {frozen[0]}: nothing would train them; set MODEL.BACKBONE.FREEZE_AT 0"
+            )
+        if inputs:
+            raise ConfigError(
+                f"{self._path!r} was converted for another config, with {as_options(inputs)}: use "
+                "these keys, or convert it for this config"
+            )
 
     def _is_of_a_layer(self, key: str) -> bool:
         """Whether an entry belongs to a layer of the model, or to the norm of its convolution."""

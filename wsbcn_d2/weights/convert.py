@@ -195,7 +195,9 @@ def convert_state_dict(
         if name in convs and state[name].dim() == 4:
             _convert_filters(name, convs[name], state, formula, report)
     _account_for_the_rest(model, shapes, stages, state, report)
-    _check(report, problems, keys_of(model), leave_out)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    untrained = [name for name in report.initialized if name in frozen]
+    _check(report, problems, untrained, keys_of(model), leave_out)
     return state, report
 
 
@@ -253,6 +255,7 @@ def _formula(layout: Layout, names: Iterable[str], text: str, formula: str) -> O
 def _check(
     report: ConversionReport,
     shapes: List[str],
+    untrained: List[str],
     built_with: Dict[str, Any],
     leave_out: Sequence[str],
 ) -> None:
@@ -260,6 +263,7 @@ def _check(
     Args:
         report: of all names.
         shapes: what is wrong with those of the weights.
+        untrained: parameters of the model that start anew and are frozen.
         built_with: what the model was built with, by keys of the config.
         leave_out: see :func:`convert_state_dict`.
 
@@ -289,9 +293,16 @@ def _check(
             f"would not compute what the source does: {', '.join(left[:5])}"
             + (", ..." if len(left) > 5 else "")
         )
+    fitting = dict(report.fitting)
+    if untrained:
+        wrong.append(
+            f"{len(untrained)} parameters are new to the weights and frozen in the model, so "
+            f"nothing would train them, the first of them {untrained[0]}"
+        )
+        fitting["MODEL.BACKBONE.FREEZE_AT"] = 0
     if not wrong:
         return
-    keys = {**other, **report.fitting}
+    keys = {**other, **fitting}
     if keys:
         wrong.append(f"With these keys the config fits: {as_options(keys)}")
     if other:
