@@ -163,6 +163,7 @@ def test_processes(arguments, message, monkeypatch):
     with pytest.raises(ConfigError, match=message):
         check_processes(*arguments)
     check_processes(2, 1, "cpu", 4)
+    check_processes(0, 1, "cpu", 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="torchrun has started this program several times"):
         check_processes(1, 1, "cpu", 4)

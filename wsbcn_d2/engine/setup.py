@@ -174,7 +174,7 @@ def check_processes(
     if torch.device(device).type == "cuda" and num_gpus > torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise ConfigError(f"--num-gpus: {num_gpus}, but this machine has {found}")
-    processes = reference or num_gpus * num_machines
+    processes = reference or max(num_gpus * num_machines, 1)  # --num-gpus 0 is one, too
     if images % processes:
         raise ConfigError(
             f"{images} images per step cannot be shared equally by {processes} processes"
