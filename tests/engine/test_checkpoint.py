@@ -12,7 +12,12 @@ from detectron2.layers import Conv2d
 from torch import nn
 
 from wsbcn_d2.engine import ConfigError
-from wsbcn_d2.engine.checkpoint import AtomicCheckpointer, CompleteCheckpointer, atomic_write
+from wsbcn_d2.engine.checkpoint import (
+    AtomicCheckpointer,
+    CompleteCheckpointer,
+    atomic_write,
+    check_output,
+)
 from wsbcn_d2.norm_options import NormOption
 
 ROOT = Path(__file__).parents[2]
@@ -269,3 +274,15 @@ def test_resuming_without_a_part_of_the_model(tmp_path):
     trained(tmp_path, Classifier(5, extra=True), resume=False)
     with pytest.raises(ConfigError, match="cannot resume .* another model or optimizer: .*group"):
         trained(tmp_path, Classifier(5), resume=True)
+
+
+@pytest.mark.parametrize("path", ["", "new/", "."])
+def test_output_that_is_no_file(path, tmp_path, monkeypatch):
+    """Found out before long work: it cannot be written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IsADirectoryError, match=f"'{path}' is a folder; give a file to write"):
+        check_output(path)
+    with pytest.raises(OSError):
+        with atomic_write(path) as file:
+            file.write(b"1")
+    check_output("new/file.pth")

@@ -34,11 +34,11 @@ def check_output(path: str) -> None:
     """Finds out, before long work, whether a file can be written later; makes nothing.
 
     Raises:
-        IsADirectoryError: if ``path`` is a folder.
+        IsADirectoryError: if ``path`` is a folder, or names one by a "/" at its end, or is empty.
         NotADirectoryError: if what should be its folder, or one above, is a file.
         PermissionError: if the folder must not be written to.
     """
-    if os.path.isdir(path):
+    if os.path.isdir(path) or not os.path.basename(path):
         raise IsADirectoryError(f"{path!r} is a folder; give a file to write")
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.exists(folder) and folder != os.path.dirname(folder):  # a missing drive
