@@ -83,6 +83,14 @@ WRONG = {
         annotation(segmentation={"counts": [0, 100], "size": [10, 10]}),
         r"with the image's size, \[64, 64\]",
     ),
+    "size of texts": (
+        annotation(image_id=99, segmentation={"counts": [1], "size": ["a", "b"]}),
+        r"it must be polygons, or",
+    ),
+    "size of an image that is not listed": (
+        annotation(image_id=99, segmentation={"counts": "ab", "size": 5}),
+        r"segmentation is \{'counts': 'ab', 'size': 5\}; it must be polygons, or",
+    ),
     "run lengths": (
         annotation(segmentation={"counts": [0, 100, 3995], "size": [SIDE, SIDE]}),
         "counts must be integers whose sum is that of the pixels, 4096",

@@ -201,6 +201,10 @@ MM = "model = dict(backbone=dict(style={!r}, norm_cfg=1))\nnorm = dict(mean={}, 
         (MM.format("caffe", [1.5, 2, 3], [1.0, 1, 1], "to_rgb", False), ("BGR", [1.5, 2, 3], True)),
         (MM.format("pytorch", [4, 5, 6], [1, 1, 1], "bgr_to_rgb", True), ("RGB", [4, 5, 6], False)),
         ("no inputs", ("RGB", [123.675, 116.28, 103.53], False)),
+        (
+            "a = dict(style={[]: 1})\nb = dict(mean=5.0, std=1.0, to_rgb=False)",
+            ("RGB", [123.675, 116.28, 103.53], False),
+        ),
     ],
 )
 def test_configs_of_mmdetection(config, expected, tmp_path):

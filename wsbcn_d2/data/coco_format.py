@@ -378,12 +378,17 @@ def _check_segmentation(
                 _wrong(path, place, "segmentation", annotation, allowed)
         return
     encoded = type(segmentation) is dict and type(segmentation.get("counts")) in (str, list)
-    if not encoded or segmentation.get("size") != list(size or segmentation.get("size") or ()):
+    found = segmentation.get("size") if encoded else None
+    if (
+        type(found) is not list
+        or not _NUMBERS.issuperset(map(type, found))
+        or found != list(size or found)
+    ):
         allowed = "polygons, or {'counts': ..., 'size': [height, width]} with the image's size"
         if size is not None:
             allowed += f", {list(size)}"
         _wrong(path, place, "segmentation", annotation, allowed)
-    counts, pixels = segmentation["counts"], math.prod(segmentation["size"])
+    counts, pixels = segmentation["counts"], math.prod(found)
     if type(counts) is list and not (
         all(type(n) is int and n >= 0 for n in counts) and sum(counts) == pixels
     ):

@@ -28,8 +28,9 @@ def inputs(config: str) -> Tuple[Optional[Tuple[str, List[float], List[float]]],
     for node in _nodes(config):
         values = {key: _literal(value) for key, value in _entries(node)}
         to_rgb = values.get("to_rgb", values.get("bgr_to_rgb"))
-        if to_rgb is not None and values.get("mean") and values.get("std"):
-            found = ("RGB" if to_rgb else "BGR", list(values["mean"]), list(values["std"]))
+        pixels = [values.get("mean"), values.get("std")]
+        if to_rgb is not None and all(p and isinstance(p, (list, tuple)) for p in pixels):
+            found = ("RGB" if to_rgb else "BGR", *map(list, pixels))
         caffe_style = caffe_style or values.get("style") == "caffe"
     return found, caffe_style
 
@@ -55,6 +56,6 @@ def _entries(node: Any) -> List[Tuple[str, Any]]:
 
 def _literal(node: ast.AST) -> Any:
     """The value of code that is one, otherwise None."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(TypeError, ValueError):  # the former of what cannot be hashed
         return ast.literal_eval(node)
     return None
