@@ -6,7 +6,7 @@ import io
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import List, Sequence, Union
+from typing import Dict, List, Sequence, Union
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -124,11 +124,8 @@ class Page:
                 parts.append(_markdown_table(block))
         return "\n\n".join(parts) + "\n"
 
-    def html(self) -> str:
+    def _html(self, pictures: Dict[str, bytes]) -> str:
         """The page as one HTML file that refers to nothing outside."""
-        return self._html({b.name: _png(b.figure) for b in self.blocks if isinstance(b, Picture)})
-
-    def _html(self, pictures: "dict[str, bytes]") -> str:
         title = html.escape(self.title)
         parts = [f"<h1>{title}</h1>"]
         for block in self.blocks:
