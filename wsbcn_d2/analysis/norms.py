@@ -59,9 +59,8 @@ class LayerStatistics:
         normalized_mean, normalized_std: before its affine transformation; of BCN, before that of
             its channel normalization, the last.
         relu_mean, relu_std: of the input of the ReLU that follows, with the affine transformation
-            and the shortcut of a residual block. None if no ReLU follows, as for the last three.
-        active: share of the positions that ReLU lets through.
-        dead: whether there was none.
+            and the shortcut of a residual block. None if no ReLU follows, as for active.
+        active: share of the positions that ReLU lets through; 0 of a dead channel.
     """
 
     name: str
@@ -71,21 +70,6 @@ class LayerStatistics:
     relu_mean: Optional[Tensor] = None
     relu_std: Optional[Tensor] = None
     active: Optional[Tensor] = None
-
-    @property
-    def mean_distance(self) -> float:
-        """Mean over the channels of ``|normalized_mean|``, which is 0 for BN."""
-        return self.normalized_mean.abs().mean().item()
-
-    @property
-    def std_distance(self) -> float:
-        """Mean over the channels of ``|normalized_std - 1|``, which is 0 for BN."""
-        return (self.normalized_std - 1).abs().mean().item()
-
-    @property
-    def dead(self) -> Optional[Tensor]:
-        """Whether ReLU set the channel to zero everywhere; None if no ReLU follows."""
-        return None if self.active is None else self.active == 0
 
 
 @dataclass
