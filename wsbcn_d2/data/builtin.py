@@ -2,9 +2,8 @@
 
 import contextlib
 import difflib
-import functools
 import os
-from typing import Any, FrozenSet, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Iterable, List, Optional, Sequence, Tuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -135,8 +134,14 @@ def check_images(names: Iterable[str]) -> None:
         if file is None or not root or "://" in root:
             continue
         images = [(os.path.join(root, path), path, size) for path, *size in file.images]
-        missing = [path for full_path, path, _ in images if not _is_listed(full_path)]
-        _list.cache_clear()
+        folders = filter(os.path.isdir, {os.path.dirname(full_path) for full_path, _, _ in images})
+        listed = {os.path.join(folder, name) for folder in folders for name in os.listdir(folder)}
+        # What is not listed may still be there under a name with other capitals, or an address.
+        missing = [
+            path
+            for full_path, path, _ in images
+            if not (full_path in listed or "://" in full_path or os.path.exists(full_path))
+        ]
         if missing:
             raise FileNotFoundError(
                 f"dataset {name!r}: {len(missing)} of {len(images)} images of {file.path!r} are "
@@ -165,17 +170,6 @@ def _size_of(path: str) -> Tuple[int, int]:
     except OSError as error:
         raise ValueError(f"{path!r} cannot be read as an image: {error}") from error
     return (height, width) if turned else (width, height)
-
-
-def _is_listed(path: str) -> bool:
-    folder, name = os.path.split(path)
-    # What is not listed may still be there under a name with other capitals, or an address.
-    return name in _list(folder) or "://" in path or os.path.exists(path)
-
-
-@functools.lru_cache(maxsize=None)
-def _list(folder: str) -> FrozenSet[str]:
-    return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
 
 
 def annotation_facts(name: str) -> Optional[CocoFile]:
