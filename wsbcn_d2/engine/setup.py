@@ -1,7 +1,6 @@
 """From a command line to a checked config."""
 
 import difflib
-import functools
 import os
 import re
 from typing import Any, Iterable, Sequence
@@ -38,6 +37,16 @@ _WORDS = {
     ),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+}
+# The least that numbers may be.
+_LEAST = {
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.ACCUMULATE_STEPS": 1,
+    "TEST.PRECISE_BCN.NUM_IMAGES": 1,
+    "MODEL.WSBCN.SYNC_PERIOD": 0,
+    "MODEL.WSBCN.MAX_SKIPPED_UPDATES": 0,
 }
 
 
@@ -301,10 +310,12 @@ def check_values(cfg: CfgNode) -> None:
     Raises:
         ConfigError: naming the key, its value and what is allowed.
     """
+    values = flatten_config(cfg)
     for key, allowed in _WORDS.items():
-        value = functools.reduce(CfgNode.__getitem__, key.split("."), cfg)
-        if value not in allowed:
-            raise ConfigError(f"{key}: {value!r} is not one of {', '.join(map(repr, allowed))}")
+        if values[key] not in allowed:
+            raise ConfigError(
+                f"{key}: {values[key]!r} is not one of {', '.join(map(repr, allowed))}"
+            )
     names = [backbone.__name__ for backbone in BACKBONES]
     if cfg.MODEL.WSBCN.ZERO_INIT_RESIDUAL and cfg.MODEL.BACKBONE.NAME not in names:
         raise ConfigError(
@@ -329,17 +340,9 @@ def check_values(cfg: CfgNode) -> None:
         raise ConfigError(
             f"SOLVER.STEPS: must be iterations in ascending order, got {tuple(steps)}"
         )
-    for key, value, least in (
-        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1),
-        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1),
-        ("SOLVER.CHECKPOINT_PERIOD", cfg.SOLVER.CHECKPOINT_PERIOD, 1),
-        ("SOLVER.ACCUMULATE_STEPS", cfg.SOLVER.ACCUMULATE_STEPS, 1),
-        ("TEST.PRECISE_BCN.NUM_IMAGES", cfg.TEST.PRECISE_BCN.NUM_IMAGES, 1),
-        ("MODEL.WSBCN.SYNC_PERIOD", cfg.MODEL.WSBCN.SYNC_PERIOD, 0),
-        ("MODEL.WSBCN.MAX_SKIPPED_UPDATES", cfg.MODEL.WSBCN.MAX_SKIPPED_UPDATES, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"{key}: must be at least {least}, got {value}")
+    for key, least in _LEAST.items():
+        if values[key] < least:
+            raise ConfigError(f"{key}: must be at least {least}, got {values[key]}")
 
 
 def _check_evaluation(cfg: CfgNode, alone: bool) -> None:

@@ -58,8 +58,8 @@ def stock_config(cfg: CfgNode) -> CfgNode:
             value = _stock_backbone(value)
         elif key.endswith(".NORM") and isinstance(value, str) and value:
             value = _stock_norm(key, value)
-        node, _, name = key.rpartition(".")
-        reduce(getattr, filter(None, node.split(".")), stock)[name] = value
+        *nodes, name = key.split(".")
+        reduce(getattr, nodes, stock)[name] = value
     return stock
 
 

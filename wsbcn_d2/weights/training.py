@@ -14,6 +14,7 @@ from detectron2 import model_zoo
 from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
 from torch import Tensor, nn
 
+from ..config import flatten_config
 from . import mmdetection
 from .files import Checkpoint
 
@@ -53,8 +54,8 @@ def trained_with(checkpoint: Checkpoint, layout: str) -> Tuple[Keys, str]:
     names = checkpoint.tensors
     config = _zoo_config(checkpoint.file)
     if config:
-        cfg = model_zoo.get_config(config)
-        keys = {key: _value(cfg, key) for key in (FORMAT, MEAN, STD, STRIDE, *_POOLER_KEYS)}
+        values = flatten_config(model_zoo.get_config(config))
+        keys = {key: values[key] for key in (FORMAT, MEAN, STD, STRIDE, *_POOLER_KEYS)}
         return keys, f"Detectron2's {config}"
     batch_norm = any(re.search(r"_bn_|\.running_mean$", name) for name in names)
     if layout == "maskrcnn-benchmark":
@@ -127,12 +128,6 @@ def _is_close(a: Any, b: Any) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(abs(x - y) < 0.01 for x, y in zip(a, b))
     return bool(a == b)
-
-
-def _value(cfg: Any, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
 
 
 def _zoo_config(file: str) -> str:
