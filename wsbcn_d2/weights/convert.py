@@ -164,7 +164,8 @@ def convert_state_dict(
             report.left_over.append(name)
             continue
         target = _placed(target, stages)
-        in_file[target] = tuple(source.transform(target, value).shape)
+        value = source.transform(target, value)
+        in_file[target] = tuple(value.shape)
         if target.endswith(".ws_eps") and target not in shapes:
             raise ConversionError(
                 f"{name}: the convolution was trained with weight standardization, which that of "
@@ -174,9 +175,8 @@ def convert_state_dict(
             report.left_over.append(name)
             _note_other_norm(target, shapes, report)
             continue
-        value = source.transform(target, value)
-        if target in shapes and tuple(value.shape) != shapes[target]:
-            problems.append(f"{name} {tuple(value.shape)} does not fit {target} {shapes[target]}")
+        if target in shapes and in_file[target] != shapes[target]:
+            problems.append(f"{name} {in_file[target]} does not fit {target} {shapes[target]}")
             continue
         state[target] = value
         report.taken[name] = target
@@ -185,11 +185,9 @@ def convert_state_dict(
             if _is_other_than_group_norm(module, source):
                 report.other_norms.append(name)
     report.fitting = keys_that_fit(in_file, shapes)
-    report.trained_with, report.origin = (
-        {},
-        "assumed: with the inputs and the stride of the model",
-    )
-    if not trust_model:
+    if trust_model:
+        report.origin = "assumed: with the inputs and the stride of the model"
+    else:
         report.trained_with, report.origin = trained_with(checkpoint, source.name)
     for name in list(state):
         if name in convs and state[name].dim() == 4:

@@ -136,7 +136,7 @@ def _downloaded(address: str) -> str:
     try:
         return PathManager.get_local_path(address)
     except Exception as error:  # of many types, by the kind of address
-        cause = " ".join([type(error).__name__, str(error)])
+        cause = f"{type(error).__name__} {error}"
         raise CheckpointError(f"{address}: cannot be downloaded ({cause})") from error
 
 
