@@ -95,36 +95,28 @@ class _Branch(torch.autograd.Function):
         activation, repeatable, grad_enabled = options
         kernels = kernels_for(x)
         saved: List[Tensor] = []
+        steps: List[_Step] = []
         recorded = grad_enabled and any(ctx.needs_input_grad)
         y = x
         for link in links:
-            filters, dtype = link.weight, compute_dtype(link.weight)
+            norm, filters, dtype = link.norm, link.weight, compute_dtype(link.weight)
             if link.eps is not None:
                 standardize = kernels_for_weight(link.weight).standardize
                 filters, _ = standardize(link.weight, link.eps)
             z = torch.conv2d(y, filters.to(dtype), None, *link.geometry)
             last = link is links[-1]
             added = residual if last else None
-            check_arguments(z, link.norm, added)
+            check_arguments(z, norm, added)
             after = activation if last else "relu"
-            y, tables = forward(kernels, z, link.norm, added, after, repeatable)
+            y, tables = forward(kernels, z, norm, added, after, repeatable)
             if recorded:
-                saved += (z, tables, link.weight, *link.norm.parameters)
+                saved += (z, tables, link.weight, *norm.parameters)
+                steps.append(_Step(link.eps, dtype, link.geometry, norm.eps, norm.synchronize))
             del z, filters  # which the next convolution has no need of
         if recorded:
             reads_y = activation and (residual is not None or kernels.SAVES_ACTIVATED_OUTPUT)
             ctx.save_for_backward(x, y if reads_y else None, *saved)
-            ctx.activation, ctx.has_residual = activation, residual is not None
-            ctx.steps = [
-                _Step(
-                    link.eps,
-                    compute_dtype(link.weight),
-                    link.geometry,
-                    link.norm.eps,
-                    link.norm.synchronize,
-                )
-                for link in links
-            ]
+            ctx.activation, ctx.has_residual, ctx.steps = activation, residual is not None, steps
         return y
 
     @staticmethod

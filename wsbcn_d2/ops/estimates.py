@@ -111,13 +111,6 @@ def pool_over_ranks(mean: Tensor, var: Tensor, count: Tensor) -> Tuple[Tensor, T
     return mean, var, count
 
 
-def sum_over_ranks(a: Tensor, b: Tensor) -> Tuple[Tensor, Tensor]:
-    """Sums of two tensors of the same shape over all ranks, with one collective."""
-    both = torch.stack([a, b])
-    dist.all_reduce(both)
-    return both[0], both[1]
-
-
 def gradient_of_statistics(
     a: Tensor,
     rstd: Tensor,
@@ -136,7 +129,9 @@ def gradient_of_statistics(
     Returns:
         q, c: (C,). The gradient of x is less by ``q (x - mu) + c``.
     """
-    sums = (grad_weight, grad_bias)
-    weight_sum, bias_sum = sum_over_ranks(*sums) if synchronize else sums
+    if synchronize:
+        sums = torch.stack([grad_weight, grad_bias])
+        dist.all_reduce(sums)
+        grad_weight, grad_bias = sums
     a = a / count.clamp(min=1)
-    return a * rstd * weight_sum, a * bias_sum
+    return a * rstd * grad_weight, a * grad_bias

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import eager
-from .estimates import pool_images, sum_over_ranks, use_batch
+from .estimates import pool_images, use_batch
 from .memory_format import dense, in_format_of
 from .normalization import Normalization
 from .tables import new_tables, size_of_tables, split_tables, uses_batch_statistics
@@ -165,8 +166,8 @@ def backward(
     if of_batch:
         sums = parameters
         if synchronize:
-            of_weight, of_bias = parameters[: 2 * channels].split(channels)
-            sums = torch.cat(sum_over_ranks(of_weight, of_bias))
+            sums = parameters[: 2 * channels].view(2, channels).clone()  # as of an empty rank
+            dist.all_reduce(sums)
         arguments.update(parameters=sums, count=float(tables[-1].clamp(min=1)))
         _call("backward_through_batch", layout, x, **arguments)
     return arguments["grad_x"], grad_residual, parameters
