@@ -95,8 +95,7 @@ class BackboneClassifier(nn.Module):
             ("pixel_std", cfg.MODEL.PIXEL_STD),
             ("pixel_mean", cfg.MODEL.PIXEL_MEAN),
         ):
-            # Named and shaped as in Detectron2's models. The latter completes the model: its
-            # weight-standardized convolutions then share their work.
+            # Named and shaped as in Detectron2's models.
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
