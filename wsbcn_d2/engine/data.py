@@ -146,7 +146,7 @@ def check_objects(
 
 
 def check_masks(
-    file: CocoFile, training: bool, key: str, format_key: str = "", mask_format: str = ""
+    file: CocoFile, training: bool, key: str, format_key: str, mask_format: str
 ) -> None:
     """Looks for the masks that a model needs.
 
@@ -175,17 +175,16 @@ def check_masks(
 
 
 def _check_keypoints(cfg: CfgNode, file: CocoFile, training: bool) -> None:
-    key, expected = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", cfg.MODEL.ROI_KEYPOINT_HEAD
-    expected = expected.NUM_KEYPOINTS
+    expected = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
     if not file.has_annotations:
         return
     for found in (file.num_keypoints, len(file.keypoint_names)):
         if found and found != expected:
             names = ", ".join(file.keypoint_names)
             raise ConfigError(
-                f"{key} is {expected}, but {file.path!r} has {file.num_keypoints} in its "
-                f"annotations, and {len(file.keypoint_names)} names of them in its categories "
-                f"({names or 'none'}); where there are names, all must agree"
+                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {expected}, but {file.path!r} has "
+                f"{file.num_keypoints} in its annotations, and {len(file.keypoint_names)} names of "
+                f"them in its categories ({names or 'none'}); where there are names, all must agree"
             )
     where = file.other_keypoints or (file.without_keypoints if training else None)
     if where or not file.num_keypoints:

@@ -168,7 +168,7 @@ def outputs_first(weight: Tensor, groups: int) -> Tensor:
     return weight.unflatten(0, (groups, weight.shape[0] // groups)).transpose(1, 2).flatten(0, 1)
 
 
-def adaptation(weight: Tensor, eps: float = _EPS) -> Tuple[Tensor, Tensor]:
+def adaptation(weight: Tensor, eps: float) -> Tuple[Tensor, Tensor]:
     """Scale and shift that undo the standardization of plain filters (adaptive WS).
 
     Args:
@@ -362,7 +362,7 @@ def is_convolution(module: nn.Module) -> bool:
     return isinstance(module, WeightStandardized) or type(module) in _STANDARDIZED
 
 
-def standardize_(conv: nn.Module, eps: float = _EPS) -> nn.Module:
+def standardize_(conv: nn.Module) -> nn.Module:
     """Turns a convolution into its weight-standardized counterpart, in place.
 
     The object stays the same and only its class changes, so that everything that refers to it,
@@ -372,7 +372,6 @@ def standardize_(conv: nn.Module, eps: float = _EPS) -> nn.Module:
     Args:
         conv: an instance, not of a subclass, of Conv2d, ConvTranspose2d, DeformConv or
             ModulatedDeformConv.
-        eps: added to the variance of each filter, inside the root.
 
     Returns:
         ``conv``
@@ -395,5 +394,5 @@ def standardize_(conv: nn.Module, eps: float = _EPS) -> nn.Module:
     if type(conv) is nn.Conv2d:
         changing.norm, changing.activation = None, None
     changing.__class__ = _STANDARDIZED[type(conv)]
-    changing._init_standardization(eps)
+    changing._init_standardization(_EPS)
     return conv
