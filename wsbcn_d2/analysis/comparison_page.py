@@ -84,10 +84,9 @@ def _introduction(results: Results) -> str:
 
 
 def _ap_table(results: Results, kind: str) -> Table:
-    groups = results["groups"]
-    metrics = [m for m in METRICS if any(_value(g, kind, m) is not None for g in groups)]
+    metrics = _known_metrics(results, kind)
     rows = []
-    for group in groups:
+    for group in results["groups"]:
         entries = group["ap"].get(kind, {})
         cells = [_with_interval(entries.get(metric)) for metric in metrics]
         sd = entries.get("AP", {}).get("sd")
@@ -110,9 +109,7 @@ def _difference_blocks(results: Results, kinds: Sequence[str], baseline: str) ->
     ]
     for kind in kinds:
         rows = []
-        metrics = [
-            m for m in METRICS if any(_value(g, kind, m) is not None for g in results["groups"])
-        ]
+        metrics = _known_metrics(results, kind)
         for label in _others(results, baseline):
             entries = difference(results, label, baseline).get(kind)
             if entries is None:
@@ -349,8 +346,10 @@ def _others(results: Results, baseline: str) -> List[str]:
     return [group["label"] for group in results["groups"] if group["label"] != baseline]
 
 
-def _value(group: Dict[str, Any], kind: str, metric: str) -> Optional[float]:
-    return group["ap"].get(kind, {}).get(metric, {}).get("value")
+def _known_metrics(results: Results, kind: str) -> List[str]:
+    """Those that at least one group has a value of."""
+    entries = [group["ap"].get(kind, {}) for group in results["groups"]]
+    return [m for m in METRICS if any(e.get(m, {}).get("value") is not None for e in entries)]
 
 
 def _with_interval(entry: Optional[Dict[str, Any]], form: str = "{:.1f}") -> str:
