@@ -227,7 +227,7 @@ class _Change:
     Attributes:
         path: name of the layer in the model.
         norm: the layer.
-        plain: the same without the activation that it may contain.
+        plain, activation: what it consists of, see :func:`_taken_apart`.
         new: what it becomes; None if it is that already.
         convs: the convolutions to standardize.
         unfed: why none is standardized though the option asks for it; empty if that is not so.
@@ -237,6 +237,7 @@ class _Change:
     path: str
     norm: nn.Module
     plain: nn.Module
+    activation: List[nn.Module]
     new: Optional[nn.Module]
     convs: List[nn.Module]
     unfed: str
@@ -278,7 +279,8 @@ def _plan(
                 "model can be converted one by one."
             )
         plain, activation = _taken_apart(norm)
-        change = _Change(path, norm, plain, None, [], "", _is_frozen(plain, parent))
+        frozen = _is_frozen(plain, parent)
+        change = _Change(path, norm, plain, activation, None, [], "", frozen)
         changes.append(change)
         try:
             for place in places if norm not in followed else ():
@@ -300,9 +302,8 @@ def _plan(
     for change in changes:
         if change.new is not None:
             _carry(change.plain, change.new, keep_function, observed.get(change.norm))
-        _, activation = _taken_apart(change.norm)
-        if activation:
-            parts = [change.new or change.plain, *activation]
+        if change.activation:
+            parts = [change.new or change.plain, *change.activation]
             change.new = nn.Sequential(*parts).train(change.norm.training)
         elif change.new is None and change.plain is not change.norm:
             change.new = change.plain
