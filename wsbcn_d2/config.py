@@ -54,6 +54,14 @@ def add_wsbcn_config(cfg: CN) -> None:
     cfg.SOLVER.ACCUMULATE_STEPS = 1
 
 
+def changed(cfg: CN, *opts: Any) -> CN:
+    """A copy of a config with other values; ``opts`` are keys and values in turn."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list(list(opts))
+    return cfg
+
+
 def require_wsbcn_config(cfg: CN) -> None:
     """Raises KeyError if the config lacks the keys of :func:`add_wsbcn_config`."""
     if "WSBCN" not in cfg.MODEL:

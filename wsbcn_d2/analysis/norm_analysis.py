@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from torch import Tensor, nn
 
+from ..config import changed
 from ..engine.checkpoint import CompleteCheckpointer, atomic_write
 from ..engine.setup import built_model
 from ..engine.statistics import seeded_batches
@@ -62,9 +63,7 @@ def analyze_checkpoint(
         raise ValueError("MODEL.WEIGHTS is empty; it must name the checkpoint to analyze")
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty, and must name a dataset")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DATALOADER.NUM_WORKERS = 0  # as `seeded_batches` needs it
+    cfg = changed(cfg, "DATALOADER.NUM_WORKERS", 0)  # as `seeded_batches` needs it
     model = built_model(cfg)
     CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     per_batch = cfg.SOLVER.IMS_PER_BATCH

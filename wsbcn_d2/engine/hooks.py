@@ -12,7 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..config import require_wsbcn_config
+from ..config import changed, require_wsbcn_config
 from .statistics import (
     fixed_estimates,
     named_batch_channel_norms,
@@ -355,9 +355,7 @@ def build_hooks(cfg: CfgNode, trainer: DefaultTrainer) -> List[HookBase]:
     if cfg.TEST.PRECISE_BN.ENABLED:
         ret.append(KeepEstimatesInPreciseBN(model))
     if cfg.TEST.PRECISE_BCN.ENABLED:
-        loader_cfg = cfg.clone()
-        loader_cfg.defrost()
-        loader_cfg.DATALOADER.NUM_WORKERS = 0
+        loader_cfg = changed(cfg, "DATALOADER.NUM_WORKERS", 0)
         images_per_batch = cfg.SOLVER.IMS_PER_BATCH
         ret.append(
             RecalibrateEstimates(

@@ -6,6 +6,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 
+from ..config import changed
 from .checkpoint import CompleteCheckpointer, atomic_write, check_output
 from .setup import built_model
 from .statistics import named_batch_channel_norms, recalibrate_estimates, seeded_batches
@@ -34,9 +35,7 @@ def recalibrate_checkpoint(
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty, and must name a dataset")
     check_output(output)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DATALOADER.NUM_WORKERS = 0  # as `seeded_batches` needs it
+    cfg = changed(cfg, "DATALOADER.NUM_WORKERS", 0)  # as `seeded_batches` needs it
     model = built_model(cfg)
     if next(named_batch_channel_norms(model), None) is None:
         raise ValueError("the model of the config has no BCN layers")

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN, build_model
 from torch import nn
 
-from ..config import ConfigError, add_wsbcn_config, flatten_config
+from ..config import ConfigError, add_wsbcn_config, changed, flatten_config
 from ..data import register_coco_format
 from ..modeling import BACKBONES, CHECKPOINTED, checkpoint_activations_
 from ..norm_options import NormOption
@@ -223,10 +223,7 @@ def check_model(cfg: CfgNode, *, resume: bool = False) -> None:
     Raises:
         ConfigError: with the message of the error.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    model = built_model(cfg)
+    model = built_model(changed(cfg, "MODEL.DEVICE", "cpu"))
     try:
         checkpoint_activations_(model, cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)
     except ValueError as error:

@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ..config import ConfigError
+from ..config import ConfigError, changed
 from ..modeling import checkpoint_activations_
 from ..summary import summarize
 from .accumulation import accumulate_gradients
@@ -101,13 +101,13 @@ class Trainer(DefaultTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """DefaultTrainer's, which asks for the flip map of the training data's keypoints, although
         nothing is flipped here."""
-        return super().build_test_loader(_with(cfg, ["MODEL.KEYPOINT_ON", False]), dataset_name)
+        return super().build_test_loader(changed(cfg, "MODEL.KEYPOINT_ON", False), dataset_name)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
         """DefaultTrainer's, which refuses a step at the end."""
         steps = tuple(step for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER)
-        return super().build_lr_scheduler(_with(cfg, ["SOLVER.STEPS", steps]), optimizer)
+        return super().build_lr_scheduler(changed(cfg, "SOLVER.STEPS", steps), optimizer)
 
     @classmethod
     def build_evaluator(
@@ -125,10 +125,3 @@ class Trainer(DefaultTrainer):
             max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
             oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
-
-
-def _with(cfg: CfgNode, opts: List[Any]) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.merge_from_list(opts)
-    return cfg
