@@ -254,7 +254,7 @@ def test_your_own_loop(monkeypatch):
         def forward(self, batch):
             return {"loss": self.norm(batch).square().mean()}
 
-    def all_reduce(flat, group=None):
+    def all_reduce(flat):
         other = wsbcn_d2.BatchChannelNorm(2, 1, update_rate=0.5)
         other(torch.ones(1, 2, 4, 4))
         seen = other.seen_elements.double().unsqueeze(-1)
@@ -266,7 +266,7 @@ def test_your_own_loop(monkeypatch):
         model = Model()
         names = {"model": model, "loader": [torch.full((1, 2, 4, 4), 3.0)]}
         names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
-        monkeypatch.setattr("wsbcn_d2.engine.statistics.several_ranks", lambda group: True)
+        monkeypatch.setattr("wsbcn_d2.engine.statistics.several_ranks", lambda: True)
         monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
         exec(loop, names)
     finally:

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import random
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -29,9 +29,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def synchronize_estimates(
-    model: nn.Module, process_group: Optional["dist.ProcessGroup"] = None
-) -> None:
+def synchronize_estimates(model: nn.Module) -> None:
     """Averages the estimates over all ranks, weighted by the values behind their updates.
 
     One update moves the estimates by ``r (s - old)``, where ``s`` are the statistics of the rank's
@@ -47,9 +45,8 @@ def synchronize_estimates(
 
     Args:
         model: a model, the same on all ranks.
-        process_group: the ranks. Default: all.
     """
-    if not several_ranks(process_group):
+    if not several_ranks():
         return
     layers = [layer for _, layer in named_batch_channel_norms(model)]
     if not layers:
@@ -61,7 +58,7 @@ def synchronize_estimates(
         seen = layer.seen_elements.double().unsqueeze(-1)
         packed += [layer.running_mean * seen, layer.running_var * seen, seen]
     flat = torch.cat([t.reshape(-1) for t in packed])
-    dist.all_reduce(flat, group=process_group)
+    dist.all_reduce(flat)
     sums = [s.view_as(t) for s, t in zip(flat.split([t.numel() for t in packed]), packed)]
     for layer, mean, var, seen in zip(layers, sums[0::3], sums[1::3], sums[2::3]):
         for estimate, weighted in ((layer.running_mean, mean), (layer.running_var, var)):

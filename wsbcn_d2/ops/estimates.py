@@ -1,7 +1,7 @@
 """Batch statistics and running estimates: tables of shape (C,), the same for every backend."""
 
 import math
-from typing import Optional, Tuple, Union
+from typing import Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -10,11 +10,9 @@ from torch import Tensor
 from .normalization import Normalization
 
 
-def several_ranks(process_group: Optional["dist.ProcessGroup"] = None) -> bool:
-    """Whether this is one of several processes (of a group; default: of all)."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    return dist.get_world_size(process_group) > 1
+def several_ranks() -> bool:
+    """Whether this is one of several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def update_estimates(
