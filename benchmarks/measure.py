@@ -25,6 +25,7 @@ from typing import (
     TypeVar,
 )
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,9 +47,7 @@ _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_
 
 def spread(values: Sequence[float]) -> Dict[str, float]:
     """Median and quartiles, linearly interpolated: ``{"median": , "q1": , "q3": }``."""
-    if len(values) == 1:
-        return {"median": values[0], "q1": values[0], "q3": values[0]}
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    q1, median, q3 = np.percentile(values, [25, 50, 75]).tolist()
     return {"median": median, "q1": q1, "q3": q3}
 
 

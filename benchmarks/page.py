@@ -204,15 +204,12 @@ def targets_table(measured: Sequence[Measured]) -> str:
 def _verdict(target: Target, figures: Figures) -> Tuple[str, str]:
     (least, of_least), (most, of_most) = min(figures), max(figures)
     worst, where = (least, of_least) if target.at_least else (most, of_most)
-    met = worst >= target.limit if target.at_least else worst <= target.limit
+    missing = sum(f < target.limit if target.at_least else f > target.limit for f, _ in figures)
     text = f"{worst:.2f} ({where})"
     if len(figures) > 1:
-        missing = sum(
-            (f < target.limit) if target.at_least else (f > target.limit) for f, _ in figures
-        )
         text = f"{least:.2f} to {most:.2f}, worst {where}"
-        text += f"; {missing} of {len(figures)} miss it" * (not met)
-    return text, "met" if met else "**missed**"
+        text += f"; {missing} of {len(figures)} miss it" * bool(missing)
+    return text, "**missed**" if missing else "met"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
