@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median_high
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -86,8 +87,8 @@ class Run:
     @property
     def seconds_per_iteration(self) -> Optional[float]:
         """Median over the training."""
-        times = sorted(line["time"] for line in self.metrics if "time" in line)
-        return times[len(times) // 2] if times else None
+        times = [line["time"] for line in self.metrics if "time" in line]
+        return median_high(times) if times else None
 
     @property
     def iterations(self) -> Optional[int]:
