@@ -57,7 +57,7 @@ from .library import batch_channel_norm_compiled
 from .normalization import Normalization
 from .recomputation import forward
 from .state import in_backward, is_compiling, is_plain, is_transformed, may_be_repeated
-from .tables import split_tables, uses_batch_statistics
+from .tables import split_tables
 
 
 def batch_channel_norm(
@@ -193,9 +193,8 @@ def statistics_of_call(
     Raises:
         RuntimeError: if they are those of several ranks.
     """
-    groups = parameters[2].shape[0]
-    split = split_tables(tables, x.shape[0], x.shape[1], groups)
-    if not uses_batch_statistics(tables, x, groups):
+    split = split_tables(tables, x.shape[0], x.shape[1], parameters[2].shape[0])
+    if not split.count.numel():
         return split.mu, split.rstd
     if synchronize:
         raise RuntimeError(
