@@ -84,6 +84,13 @@ def test_update_rate_and_resume(tmp_path, schedule, warmup, expected):
     torch.testing.assert_close(parts, whole.estimates, rtol=0, atol=0)
 
 
+def test_rate_that_follows_a_learning_rate_of_0(tmp_path):
+    """It is the rate of the layer, as it is wherever the learning rate is that of the config."""
+    opts = ["MODEL.WSBCN.UPDATE_RATE_SCHEDULE", "lr", "SOLVER.BASE_LR", "0.0"]
+    _, record = run(tiny_config(tmp_path, *opts))
+    assert [rate for rate, _ in record.rates] == [0.1] * 4
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_warmup_is_a_plain_average(steps):
     """Of batches, not of iterations, with accumulation too; until 1 / t is below the rate."""

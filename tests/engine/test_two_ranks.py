@@ -156,8 +156,14 @@ def ranks_a_large_variance_stays_finite(rank):
 
 
 def ranks_synchronized_layer_is_one_process_with_all_images(rank):
+    synchronized_layer(rank, torch.float64, 1e-10)  # plain PyTorch
+    synchronized_layer(rank, torch.float32, 1e-4)  # the kernels in C
+
+
+def synchronized_layer(rank, dtype, tolerance):
+    """Against the formulas in float64."""
     torch.manual_seed(0)
-    norm = BatchChannelNorm(8, 2, mode="sync", update_rate=0.3).double()
+    norm = BatchChannelNorm(8, 2, mode="sync", update_rate=0.3).to(dtype)
     for p in norm.parameters():
         nn.init.normal_(p, 1.0, 0.5)
     cases = [
@@ -167,11 +173,11 @@ def ranks_synchronized_layer_is_one_process_with_all_images(rank):
         [(2, 8, 1, 7), (0, 8, 1, 7)],
     ]
     for case in cases:
-        mean, var = norm.running_mean.clone(), norm.running_var.clone()
+        mean, var = (t.double().clone() for t in (norm.running_mean, norm.running_var))
         xs = [(torch.randn(s).double() * (i + 1) + i).requires_grad_() for i, s in enumerate(case)]
         dys = [torch.randn(s).double() for s in case]
         # the formulas, with autograd through the statistics of all values
-        leaves = [p.detach().clone().requires_grad_() for p in norm.parameters()]
+        leaves = [p.detach().double().clone().requires_grad_() for p in norm.parameters()]
         weight, bias, group_weight, group_bias = (p.view(1, -1, 1, 1) for p in leaves)
         values = torch.cat([x.transpose(0, 1).flatten(1) for x in xs], dim=1)
         mu, s2 = values.mean(1), values.var(1, unbiased=False)
@@ -182,10 +188,10 @@ def ranks_synchronized_layer_is_one_process_with_all_images(rank):
             loss = loss + (ys[-1] * dy).sum()
         expected = torch.autograd.grad(loss, [xs[rank], *leaves])
 
-        x = xs[rank].detach().requires_grad_()
+        x = xs[rank].detach().to(dtype).requires_grad_()
         y = norm(x)
         got = torch.autograd.grad((y * dys[rank]).sum(), [x, *norm.parameters()])
-        close = dict(rtol=1e-10, atol=1e-10)
+        close = dict(rtol=tolerance, atol=tolerance, check_dtype=False)
         torch.testing.assert_close(y, ys[rank], **close)
         torch.testing.assert_close(got[0], expected[0], **close)
         for mine, theirs in zip(got[1:], expected[1:]):
@@ -198,13 +204,13 @@ def ranks_synchronized_layer_is_one_process_with_all_images(rank):
         assert equal_on_all_ranks(estimates(norm))
 
     before = estimates(norm)
-    x = torch.zeros(0, 8, 4, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.zeros(0, 8, 4, 4, dtype=dtype, requires_grad=True)
     norm(x).sum().backward()
     torch.testing.assert_close(estimates(norm), before, rtol=0, atol=0)
     assert all(p.grad.isfinite().all() for p in norm.parameters())
     norm.eval()  # no collective: a rank may evaluate alone
     if rank == 0:
-        norm(torch.randn(1, 8, 3, 3).double())
+        norm(torch.randn(1, 8, 3, 3, dtype=dtype))
 
 
 def ranks_recalibrate_with_unequal_shares(rank):

@@ -102,7 +102,7 @@ class UpdateRateSchedule(HookBase):
 
     def _set_rates(self) -> None:
         factor = 1.0
-        if self._schedule == "lr":
+        if self._schedule == "lr" and self._base_lr:
             # that of most parameters, which Detectron2 logs
             optimizer = self.trainer.optimizer
             group = hooks.LRScheduler.get_best_param_group_id(optimizer)
