@@ -123,6 +123,40 @@ def test_equal_inputs_cannot_be_told_apart(use_reentrant):
     torch.testing.assert_close(x.grad, expected)
 
 
+def test_passes_that_leave_no_graph_are_not_repeated():
+    """For a loss alone, or ended by an error: equal inputs, and estimates that moved."""
+    ours, theirs = make_net(), make_net()
+    theirs.load_state_dict(ours.state_dict())
+    (x,) = views(1)
+    for _ in range(3):
+        for net in (ours, theirs):
+            with torch.no_grad():
+                net(x)
+            handle = net[1].register_forward_pre_hook(fails)
+            with pytest.raises(ArithmeticError):
+                checkpoint(net, x, use_reentrant=False)
+            handle.remove()
+        expected = gradients(theirs, [x], plainly)
+        found = by_backward(ours, [x], checkpointed(False))
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+def fails(*_):
+    raise ArithmeticError
+
+
+def test_reentrant_after_a_pass_that_was_recorded():
+    ours, theirs = make_norm(), make_norm()
+    theirs.load_state_dict(ours.state_dict())
+    (x,) = views(1)
+    kept = checkpoint(ours, x, use_reentrant=False)
+    theirs(x)
+    expected = gradients(theirs, [x], plainly)
+    torch.testing.assert_close(by_backward(ours, [x], checkpointed(True)), expected)
+    assert kept.requires_grad
+
+
 class Repeats(torch.autograd.Function):
     """Calls a layer in its backward pass, for some other input."""
 

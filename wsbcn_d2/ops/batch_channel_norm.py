@@ -126,7 +126,7 @@ class _BatchChannelNorm(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         kernels = kernels_for(x)
-        y, tables = forward(kernels, x, norm, residual, activation, repeatable)
+        y, tables = forward(kernels, x, norm, residual, activation, repeatable, ctx)
         reads_y = activation and (residual is not None or kernels.SAVES_ACTIVATED_OUTPUT)
         ctx.save_for_backward(x, y if reads_y else None, tables, *parameters)
         ctx.options = (norm.eps, activation, residual is not None, norm.synchronize)

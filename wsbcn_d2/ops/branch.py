@@ -108,7 +108,7 @@ class _Branch(torch.autograd.Function):
             added = residual if last else None
             check_arguments(z, norm, added)
             after = activation if last else "relu"
-            y, tables = forward(kernels, z, norm, added, after, repeatable)
+            y, tables = forward(kernels, z, norm, added, after, repeatable, ctx)
             if recorded:
                 saved += (z, tables, link.weight, *norm.parameters)
                 steps.append(_Step(link.eps, dtype, link.geometry, norm.eps, norm.synchronize))

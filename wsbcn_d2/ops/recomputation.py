@@ -10,8 +10,9 @@ What is remembered is (C,) tables, of at most :data:`_MOST` calls of a layer, un
 called again after a backward pass has repeated one of them.
 """
 
+import weakref
 from dataclasses import dataclass
-from typing import Any, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class _Call:
         shape: of the input.
         m, v: mean of its tables ``m`` and ``v`` over images, (C,).
         mean, var: estimates that it was normalized by, (C,).
+        node: its node in the graph, while there is one.
         repeated: whether a backward pass has repeated it.
     """
 
@@ -42,6 +44,7 @@ class _Call:
     v: Tensor
     mean: Tensor
     var: Tensor
+    node: Callable[[], Any]
     repeated: bool = False
 
     def distance(self, m: Tensor, v: Tensor) -> Tensor:
@@ -65,13 +68,15 @@ def forward(
     residual: Optional[Tensor],
     activation: str,
     repeatable: bool,
+    node: Any = None,
 ) -> Tuple[Tensor, Tensor]:
     """A forward pass of batch-channel normalization, or its repetition by a backward pass.
 
     Args:
         kernels: the backend.
         x, norm, residual, activation: see :mod:`.batch_channel_norm`.
-        repeatable: whether it may be repeated.
+        repeatable: whether it may be repeated; of a repetition, whether it is not a reentrant one.
+        node: what the call is in the graph if autograd records it.
 
     Returns:
         ``y, tables``
@@ -82,16 +87,16 @@ def forward(
     """
     if in_backward():
         if norm.layer is not None and x.numel():
-            norm = _call_of(norm, x, *kernels.moments(x))
+            norm = _call_of(norm, x, *kernels.moments(x), repeatable)
         return kernels.forward(x, norm._replace(update_rate=None), residual, activation)
     y, tables = kernels.forward(x, norm, residual, activation)
     if repeatable and norm.layer is not None and x.numel():
         split = split_tables(tables, x.shape[0], x.shape[1], norm.group_weight.shape[0])
-        _remember(norm, x, split.m, split.v)
+        _remember(norm, x, split.m, split.v, node)
     return y, tables
 
 
-def _remember(norm: Normalization, x: Tensor, m: Tensor, v: Tensor) -> None:
+def _remember(norm: Normalization, x: Tensor, m: Tensor, v: Tensor, node: Any) -> None:
     """Notes a call of a layer, which has just been made; m, v: moments of x, (N, C)."""
     calls: List[_Call] = _calls.setdefault(norm.layer, [])
     done = [i for i, call in enumerate(calls) if call.repeated]
@@ -99,10 +104,11 @@ def _remember(norm: Normalization, x: Tensor, m: Tensor, v: Tensor) -> None:
         del calls[: done[-1] + 1]
     del calls[: max(len(calls) - _MOST + 1, 0)]
     estimates = (norm.running_mean.clone(), norm.running_var.clone())
-    calls.append(_Call(x.shape, m.mean(0), v.mean(0), *estimates))
+    alive = (lambda: None) if node is None else weakref.ref(node)
+    calls.append(_Call(x.shape, m.mean(0), v.mean(0), *estimates, alive))
 
 
-def _call_of(norm: Normalization, x: Tensor, m: Tensor, v: Tensor) -> Normalization:
+def _call_of(norm: Normalization, x: Tensor, m: Tensor, v: Tensor, recorded: bool) -> Normalization:
     """The normalization of the call that is repeated, by the estimates that it used."""
     calls = [call for call in _calls.get(norm.layer, []) if call.shape == x.shape]
     if not calls:
@@ -121,6 +127,9 @@ def _call_of(norm: Normalization, x: Tensor, m: Tensor, v: Tensor) -> Normalizat
         if not least <= _TOLERANCE:
             raise RuntimeError(_OTHER_INPUT)
         equal = [call for call, distance in zip(calls, near) if distance == least]
+        # Reentrant checkpointing repeats calls that were not recorded, the other kind those whose
+        # graph is there: neither a pass for its loss alone, nor one that an error ended.
+        equal = [call for call in equal if (call.node() is not None) == recorded] or equal
         call = equal[0]
         if not all(torch.equal(other.mean, call.mean) for other in equal):
             raise RuntimeError(
