@@ -18,6 +18,7 @@ from ..ops import (
     batch_channel_norm_by,
     channel_norm,
     in_backward,
+    is_trainable,
     several_ranks,
 )
 from .folded import refuse_folded
@@ -368,8 +369,8 @@ def _at_least_float32(table: Tensor) -> Tensor:
 
 def _are_frozen(weight: Tensor, bias: Tensor, group_weight: Tensor, group_bias: Tensor) -> bool:
     return not (
-        weight.requires_grad
-        or bias.requires_grad
-        or group_weight.requires_grad
-        or group_bias.requires_grad
+        is_trainable(weight)
+        or is_trainable(bias)
+        or is_trainable(group_weight)
+        or is_trainable(group_bias)
     )

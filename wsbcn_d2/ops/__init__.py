@@ -8,7 +8,7 @@ from .estimates import several_ranks
 from .formula import batch_channel_norm_by, channel_norm, standardize_weight
 from .normalization import Normalization
 from .standardized_convolution import Geometry, standardized_conv2d
-from .state import all_modules_are_hooked, in_backward, is_compiling, is_plain
+from .state import all_modules_are_hooked, in_backward, is_compiling, is_plain, is_trainable
 
 __all__ = [
     "BACKENDS",
@@ -24,6 +24,7 @@ __all__ = [
     "in_backward",
     "is_compiling",
     "is_plain",
+    "is_trainable",
     "moments",
     "name_of_activation",
     "set_backend",

@@ -56,7 +56,14 @@ from .formula import batch_channel_norm_by
 from .library import batch_channel_norm_compiled
 from .normalization import Normalization
 from .recomputation import forward
-from .state import in_backward, is_compiling, is_plain, is_transformed, may_be_repeated
+from .state import (
+    in_backward,
+    is_compiling,
+    is_plain,
+    is_transformed,
+    may_be_repeated,
+    without_derivatives,
+)
 from .tables import split_tables
 
 
@@ -220,7 +227,7 @@ def _by_formula(
             "statistics of several ranks (SyncBCN) are not for torch.func, tracing or fake tensors"
         )
     if norm.use_batch_statistics or norm.update_rate is not None:
-        with torch.no_grad():
+        with without_derivatives():
             values = x.shape[0] * x.shape[2] * x.shape[3]
             v, m = torch.var_mean(x.to(dtype), (2, 3), correction=0)
             if norm.use_batch_statistics:

@@ -5,7 +5,8 @@ public, each because there is no public one: ``tests/ops/test_state.py`` fails w
 gone or means something else.
 """
 
-from typing import Any
+import contextlib
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor
@@ -44,6 +45,33 @@ def is_transformed(*tensors: Tensor) -> bool:
     return torch._C._are_functorch_transforms_active() or any(
         [torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors]
     )
+
+
+def is_trainable(tensor: Tensor) -> bool:
+    """Whether somebody wants derivatives with respect to a tensor: autograd, ``torch.func``, within
+    whose transformations ``requires_grad`` does not say what is asked for outside, or forward-mode
+    differentiation."""
+    if tensor.requires_grad:
+        return True
+    if not (forward_ad._current_level >= 0 or is_transformed()):
+        return False
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return is_trainable(torch._C._functorch.get_unwrapped(tensor))
+
+
+@contextlib.contextmanager
+def without_derivatives() -> Iterator[None]:
+    """``torch.no_grad``, which leaves forward-mode differentiation on, without that, too."""
+    with torch.no_grad():
+        # Asked for only where it is at work: torch.compile does not know it.
+        if is_compiling() or forward_ad._current_level < 0:
+            yield
+        else:
+            with forward_ad._set_fwd_grad_enabled(False):
+                yield
 
 
 def is_plain(*tensors: Tensor) -> bool:
