@@ -279,3 +279,14 @@ def test_replicas_say_nothing():
     vars(replica)["_parameters"] = {name: p.clone() for name, p in norm.named_parameters()}
     assert not noticed(lambda: [replica(x) for x in features()])
     assert noticed(lambda: [norm(x) for x in features()])[0].startswith("BatchChannelNorm is")
+
+
+class Calibrated(nn.Module):
+    @property
+    def scales(self):
+        raise RuntimeError("not calibrated yet")
+
+
+def test_properties_of_other_modules_are_not_looked_at():
+    nn.Sequential(Calibrated())
+    nn.Sequential(torch.jit.script(nn.Linear(2, 2)))

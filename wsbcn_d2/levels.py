@@ -50,7 +50,7 @@ def levels_of(head: nn.Module) -> int:
     if isinstance(head, RetinaNetHead):
         return head._num_features
     # A factor for each level, of FCOS and what is derived from it.
-    scales = getattr(head, "scales", None)
+    scales = head.scales if "scales" in head._modules else None  # not a property of that name
     if not isinstance(scales, nn.ModuleList):
         return 1
     are_factors = all([p.numel() for p in scale.parameters()] == [1] for scale in scales)

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from oracles import standardized_weight
 from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
 
 from wsbcn_d2 import WSConv2d, WSConvTranspose2d, standardize_weight
-from wsbcn_d2.layers import is_convolution, standardize_
+from wsbcn_d2.layers import adaptation, is_convolution, standardize_
 
 VARIANTS = [
     dict(),
@@ -179,3 +180,48 @@ def test_an_image_without_a_batch():
     (grad,) = torch.autograd.grad(conv(x).square().sum(), conv.weight)
     (expected,) = torch.autograd.grad(conv(x[None]).square().sum(), conv.weight)
     torch.testing.assert_close(grad, expected)
+
+
+def test_distributed_state_dicts_have_the_entries():
+    """Those of torch.distributed.checkpoint, by which sharded models are saved."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    def build(eps):
+        return nn.Sequential(WSConv2d(3, 4, 3, eps=eps), WSConvTranspose2d(4, 4, 3, eps=eps))
+
+    source, target = build(1e-3), build(1e-5)
+    state = get_model_state_dict(source)
+    assert state.keys() == source.state_dict().keys()
+    set_model_state_dict(target, state)
+    assert [conv.eps for conv in target] == [1e-3, 1e-3]
+    for entry in (source.half().state_dict()["0.ws_eps"], source.get_buffer("1.ws_eps")):
+        assert entry.dtype == torch.float64 and entry.item() == 1e-3
+
+
+@pytest.mark.parametrize("kind", ["pruned", "parametrized", "hooked"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_scale_and_shift_beside_a_weight_that_is_computed(kind):
+    def build():
+        conv = WSConv2d(3, 4, 3, bias=False)
+        if keep:
+            conv.ws_scale, conv.ws_shift = adaptation(conv.weight)
+        if kind == "pruned":
+            return prune.l1_unstructured(conv, "weight", 0.3)
+        return (parametrizations.weight_norm if kind == "parametrized" else weight_norm)(conv)
+
+    keep = True
+    source = build()
+    keep = False
+    target = build()
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(1, 3, 5, 5)
+    torch.testing.assert_close(target(x), source(x))
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.99])
+def test_filters_may_be_scaled_as_a_whole(factor):
+    conv = WSConv2d(3, 4, 3).eval()
+    state = {name: value.clone() for name, value in conv.state_dict().items()}
+    state["weight"] *= factor
+    conv.load_state_dict(state, assign=True)
+    assert torch.equal(conv.weight, state["weight"])

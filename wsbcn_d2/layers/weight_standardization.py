@@ -56,8 +56,22 @@ class WeightStandardized(nn.Module):
     def _init_standardization(self, eps: float) -> None:
         _check_filters(self)
         self.eps = eps
+        # A buffer as well, because tools that save and load models of several processes
+        # (torch.distributed.checkpoint.state_dict) know parameters and buffers only. Nothing reads it.
+        self.register_buffer(_MARK, self._mark())
         for name in _ADAPTATION:
             self.register_buffer(name, None)
+
+    def _mark(self) -> Tensor:
+        device = self.weight.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which that lacks
+        return torch.tensor(self.eps, dtype=dtype, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        self._buffers.pop(_MARK, None)  # `.half()` would change its value
+        super()._apply(fn, *args, **kwargs)
+        self._buffers[_MARK] = self._mark()
+        return self
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
         """As in any module, but what folds a norm into the filters is an error."""
@@ -78,7 +92,8 @@ class WeightStandardized(nn.Module):
         a, b = (w.detach().float().transpose(0, outputs).flatten(1) for w in (old, new))
         b = b.to(a.device)
         factors = ((a * b).sum(1, True) / a.square().sum(1, True)).nan_to_num(1.0)
-        changed = (factors - 1).abs().max() > 1e-4
+        # One factor for all, or 0, is none of a norm: scaled as a whole.
+        changed = (factors - 1).abs().max() > 1e-4 and (factors - factors[0]).abs().max() > 1e-4
         return bool(changed) and torch.allclose(b, factors * a, 1e-4)
 
     def standardized_weight(self) -> Tensor:
@@ -96,7 +111,6 @@ class WeightStandardized(nn.Module):
         self, destination: Dict[str, Tensor], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Written here rather than kept as a buffer, because `.half()` would change its value.
         destination[prefix + _MARK] = torch.tensor(self.eps, dtype=torch.float64)
 
     def _load_from_state_dict(
@@ -124,11 +138,15 @@ class WeightStandardized(nn.Module):
                     "were trained with it, or remove '+WS' from the NORM options of the model."
                 )
             missing_keys.append(prefix + _MARK)
-        if prefix + "weight" in state_dict:
+        has_table = any(prefix + name in state_dict for name in _ADAPTATION)
+        # Without a weight: it is computed from others (pruned, parametrized).
+        if has_table or prefix + "weight" in state_dict:
             self._expect_adaptation(state_dict, prefix, error_msgs)
+        self._buffers.pop(_MARK, None)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._buffers[_MARK] = self._mark()
 
     def _expect_adaptation(
         self, state_dict: Dict[str, Tensor], prefix: str, error_msgs: List[str]
