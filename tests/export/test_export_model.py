@@ -94,11 +94,17 @@ def test_an_error_is_one_line(tmp_path):
         ("bcn_ws", [], f"{__file__}/model.ts", "tracing", "cannot write .* is not a folder"),
         ("bcn_ws", [], ".", "onnx", "'.' is a folder; give a file to write"),
         ("bcn_ws", [], __file__, "detectron2", "cannot write .* is not a folder"),
-        ("gn", ["MODEL.ROI_MASK_HEAD.CONV_DIM", "32"], "out", "detectron2", "entries of the model"),
+        (
+            "bcn_ws",
+            ["MODEL.ROI_MASK_HEAD.CONV_DIM", "32"],
+            "out",
+            "detectron2",
+            "entries of the model",
+        ),
         # what is more than the model has would be left out, and another function written
         (
             "bcn_ws",
-            ["MODEL.FPN.NORM", "FrozenBN"],
+            ["MODEL.FPN.NORM", "GN+WS"],
             "out",
             "detectron2",
             "entries more .* not those",

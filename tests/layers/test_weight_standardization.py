@@ -204,7 +204,7 @@ def test_scale_and_shift_beside_a_weight_that_is_computed(kind):
     def build():
         conv = WSConv2d(3, 4, 3, bias=False)
         if keep:
-            conv.ws_scale, conv.ws_shift = adaptation(conv.weight)
+            conv.ws_scale, conv.ws_shift = adaptation(conv.weight, conv.eps)
         if kind == "pruned":
             return prune.l1_unstructured(conv, "weight", 0.3)
         return (parametrizations.weight_norm if kind == "parametrized" else weight_norm)(conv)
