@@ -56,8 +56,8 @@ class WeightStandardized(nn.Module):
     def _init_standardization(self, eps: float) -> None:
         _check_filters(self)
         self.eps = eps
-        # A buffer as well, because tools for models of several processes
-        # (torch.distributed.checkpoint.state_dict) know parameters and buffers only. It is not read.
+        # A buffer as well, which nothing reads: torch.distributed.checkpoint.state_dict, for models
+        # of several processes, knows parameters and buffers only.
         self.register_buffer(_MARK, self._mark())
         for name in _ADAPTATION:
             self.register_buffer(name, None)

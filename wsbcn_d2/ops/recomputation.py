@@ -87,7 +87,8 @@ def forward(
     """
     if in_backward():
         if norm.layer is not None and x.numel():
-            norm = _call_of(norm, x, *kernels.moments(x), repeatable)
+            m, v = kernels.moments(x)
+            norm = _call_of(norm, x, m, v, repeatable)
         return kernels.forward(x, norm._replace(update_rate=None), residual, activation)
     y, tables = kernels.forward(x, norm, residual, activation)
     if repeatable and norm.layer is not None and x.numel():
