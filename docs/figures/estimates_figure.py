@@ -30,7 +30,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 DOCS = Path(__file__).parents[1]
 DATA = DOCS / "results" / "estimates.json"
 IMAGES = 16
-# By where the layers are.
+# By where the layers are; the FPN is left out.
 PARTS = {
     "backbone.bottom_up.": "backbone",
     "roi_heads.box_head.": "box head",

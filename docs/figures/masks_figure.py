@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 DOCS = Path(__file__).parents[1]
 DATA = DOCS / "results" / "masks-heads.json"
 COMPARISON = DOCS / "results" / "masks.json"
-# Iterations after those in which all settings are alike, and before the learning rate falls.
+# Most of the fall of the loss, before the learning rate falls.
 WINDOW = range(400, 700)
 BASE = "bcn_ws"
 # By the name of a setting, its title and colour.
