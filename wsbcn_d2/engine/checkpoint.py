@@ -7,7 +7,6 @@ checkpoint of a run that is prolonged is overwritten while ``last_checkpoint`` n
 """
 
 import contextlib
-import logging
 import os
 from typing import IO, Any, Dict, Iterator, List, Optional
 
@@ -24,8 +23,6 @@ from ..weights.files import (
     without_wrappers,
 )
 from ..weights.training import as_options, differences, keys_of
-
-logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
 _COUNTER = ".num_batches_tracked"
 
