@@ -1,6 +1,7 @@
 """Branches of residual blocks against the single operations, and those against the formulas."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wsbcn_d2.ops import Link, Normalization, batch_channel_norm, branch
+from wsbcn_d2.ops import (
+    Link,
+    Normalization,
+    batch_channel_norm,
+    branch,
+    standardize_weight,
+    standardized_conv2d,
+)
 
 NCHW, LAST = torch.contiguous_format, torch.channels_last
 pytestmark = [
@@ -28,7 +36,7 @@ CONVOLUTIONS = [
 ]
 
 
-def make_links(count, dtype=torch.float64, batch=False, parameters=None):
+def make_links(count, dtype=torch.float64, batch=False, parameters=None, eps=1e-5):
     links = []
     for shape, *geometry in CONVOLUTIONS[:count]:
         weight = torch.randn(shape).to(DEVICE, dtype).requires_grad_()
@@ -46,7 +54,7 @@ def make_links(count, dtype=torch.float64, batch=False, parameters=None):
             skipped_updates=torch.tensor(0, device=DEVICE),
             seen_elements=torch.tensor(0.0, device=DEVICE),
         )
-        links.append(Link(weight, geometry, norm))
+        links.append(Link(weight, eps, geometry, norm))
     return links
 
 
@@ -66,10 +74,21 @@ def leaves_of(links):
     return [t for link in links for t in (link.weight, *link.norm.parameters)]
 
 
-def one_by_one(x, links, residual, activation):
+def convolved(x, link):
+    filters = link.weight
+    if link.eps is not None:
+        filters = standardize_weight(filters, link.eps)
+    return F.conv2d(x, filters, None, *link.geometry)
+
+
+def convolved_by_kernels(x, link):
+    return standardized_conv2d(x, link.weight, None, link.eps, link.geometry)
+
+
+def one_by_one(x, links, residual, activation, convolved=convolved):
     for link in links:
         last = link is links[-1]
-        z = F.conv2d(x, link.weight, None, *link.geometry)
+        z = convolved(x, link)
         after = activation if last else "relu"
         x = batch_channel_norm(z, link.norm, residual if last else None, after)
     return x
@@ -100,9 +119,11 @@ def inputs(count, dtype=torch.float64, memory_format=NCHW, images=2):
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("has_residual,relu", [(0, 1), (1, 1), (1, 0), (0, 0)])
 @pytest.mark.parametrize("batch", [False, True])
-def test_same_as_one_by_one(count, has_residual, relu, batch):
+@pytest.mark.parametrize("eps", [None, 1e-3])
+def test_same_as_one_by_one(count, has_residual, relu, batch, eps):
+    """Also with filters that are not standardized."""
     x, residual = inputs(count)
-    links = make_links(count, batch=batch)
+    links = make_links(count, batch=batch, eps=eps)
     case = (residual if has_residual else None, "relu" * relu)
     expected = outcome(one_by_one, x, links, *case)
     torch.testing.assert_close(outcome(branch, x, links, *case), expected)
@@ -115,7 +136,8 @@ def test_dtypes_and_memory_formats(dtype, memory_format):
     x, residual = inputs(3, dtype, memory_format)
     links = make_links(3, dtype, parameters=torch.float32)
     ours = outcome(branch, x, links, residual, "relu")
-    theirs = outcome(one_by_one, x, links, residual, "relu")
+    theirs = partial(one_by_one, convolved=convolved_by_kernels)
+    theirs = outcome(theirs, x, links, residual, "relu")
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert {g.dtype for g in ours[1]} == {dtype, torch.float32}
 
@@ -147,8 +169,8 @@ def test_same_whether_or_not_something_looks(observer):
 
 
 def test_saves_no_output_between_two_convolutions(backend):
-    """But the input, the outputs of the convolutions, small tables, filters, and the result, which
-    what follows saves too."""
+    """But the input, the outputs of the convolutions, small tables, weights (not the filters made
+    of them), and the result, which what follows saves too."""
     x, residual = inputs(3)
     links, saved = make_links(3), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

@@ -221,7 +221,7 @@ def test_weights_whose_mean_float32_cannot_hold():
 
 @needs_native_kernels
 def test_standardization_by_several_threads():
-    """Which gives the same bits."""
+    """Which gives the same bits, and the gradient in the memory of that of the filters."""
     weight, grad = torch.randn(2, 64, 256, 3, 3)
     before = torch.get_num_threads()
     results = []
@@ -229,8 +229,10 @@ def test_standardization_by_several_threads():
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             filters, statistics = native_backend.standardize(weight, 1e-5)
-            of_weight = native_backend.standardize_backward(grad, weight, statistics)
-            results.append([filters, of_weight])
+            own = grad.clone()
+            result = native_backend.standardize_backward(own, weight, statistics)
+            assert result.data_ptr() == own.data_ptr()
+            results.append([filters, result])
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(results[1:], [results[0]] * 2, rtol=0, atol=0)

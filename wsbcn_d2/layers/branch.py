@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
-from ..ops import Geometry, Link, branch, is_plain
+from ..ops import Link, branch, is_plain
 from .batch_channel_norm import BatchChannelNorm
 from .fusion import fusible_activation, is_hooked, normalize
-from .weight_standardization import WSConv2d
+from .weight_standardization import WSConv2d, geometry_of
 
 
 def run_branch(
@@ -55,16 +55,13 @@ def _links(convs: Sequence[Any], x: Tensor) -> Optional[List[Link]]:
         return None
     links = []
     for conv, norm in zip(convs, norms):
-        filters = conv.standardized_weight() if isinstance(conv, WSConv2d) else conv.weight
-        links.append(Link(filters, _geometry_of(conv), norm.normalization()))
+        weight, eps = conv.weight, None
+        if isinstance(conv, WSConv2d):
+            eps = conv.eps
+            if conv.ws_scale is not None:
+                weight, eps = conv.standardized_weight(), None
+        links.append(Link(weight, eps, geometry_of(conv), norm.normalization()))
     return links
-
-
-def _geometry_of(conv: Any) -> Geometry:
-    """``stride, padding, dilation, groups`` of a convolution whose padding is in numbers."""
-    pairs = [conv.stride, conv.padding, conv.dilation]
-    stride, padding, dilation = ((p, p) if isinstance(p, int) else p for p in pairs)
-    return stride, padding, dilation, conv.groups
 
 
 def _norm_of(conv: Any) -> Optional[BatchChannelNorm]:
@@ -103,4 +100,4 @@ def _convolve(conv: Any, x: Tensor) -> Tensor:
     if isinstance(conv, WSConv2d):
         return conv.convolve(x)
     # With zeros, whatever its padding_mode: as Detectron2's own `forward`.
-    return F.conv2d(x, conv.weight, conv.bias, *_geometry_of(conv))
+    return F.conv2d(x, conv.weight, conv.bias, *geometry_of(conv))

@@ -16,7 +16,7 @@ from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..ops import standardize_weight
+from ..ops import Geometry, standardize_weight, standardized_conv2d
 from .folded import refuse_folded
 from .fusion import normalize
 from .tracing import node_of
@@ -172,6 +172,13 @@ class WeightStandardized(nn.Module):
         return torch.empty(self.out_channels, dtype=dtype, device=self.weight.device)
 
 
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    """``stride, padding, dilation, groups`` of a convolution whose padding is in numbers."""
+    pairs: List[Any] = [conv.stride, conv.padding, conv.dilation]
+    stride, padding, dilation = ((p, p) if isinstance(p, int) else p for p in pairs)
+    return stride, padding, dilation, conv.groups
+
+
 def outputs_first(weight: Tensor, groups: int) -> Tensor:
     """The filters of a transposed convolution, (C_out, C_in / groups, kh, kw), from its weight,
     (C_in, C_out / groups, kh, kw), and back: each of the groups that divide the inputs has outputs
@@ -230,7 +237,7 @@ class WSConv2d(WeightStandardized, Conv2d):
             (N, C_out, H_out, W_out)
         """
         if torch.jit.is_scripting():
-            x = self.convolve(x)
+            x = self._conv_forward(x, self.standardized_weight(), self.bias)
             if self.norm is not None:
                 x = self.norm(x)
             if self.activation is not None:
@@ -241,9 +248,13 @@ class WSConv2d(WeightStandardized, Conv2d):
                 return node_of(self, x)
             return normalize(self.convolve(x), self.norm, activation=self.activation)
 
+    @torch.jit.unused
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution alone, without what follows it."""
-        return self._conv_forward(x, self.standardized_weight(), self.bias)
+        in_numbers = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if self.ws_scale is not None or not in_numbers or x.dim() != 4:
+            return self._conv_forward(x, self.standardized_weight(), self.bias)
+        return standardized_conv2d(x, self.weight, self.bias, self.eps, geometry_of(self))
 
 
 class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):

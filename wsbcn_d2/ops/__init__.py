@@ -3,12 +3,12 @@
 from .activation import name_of_activation
 from .backend import BACKENDS, backend_name, set_backend
 from .batch_channel_norm import batch_channel_norm, moments
-from .branch import Geometry, Link, branch
+from .branch import Link, branch
 from .estimates import several_ranks
-from .formula import batch_channel_norm_by, channel_norm
+from .formula import batch_channel_norm_by, channel_norm, standardize_weight
 from .normalization import Normalization
+from .standardized_convolution import Geometry, standardized_conv2d
 from .state import all_modules_are_hooked, in_backward, is_compiling, is_plain, is_trainable
-from .weight_standardization import standardize_weight
 
 __all__ = [
     "BACKENDS",
@@ -30,4 +30,5 @@ __all__ = [
     "set_backend",
     "several_ranks",
     "standardize_weight",
+    "standardized_conv2d",
 ]

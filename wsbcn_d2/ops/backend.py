@@ -59,6 +59,11 @@ def kernels_for(x: Tensor) -> ModuleType:
     return _kernels_of_device(x.device)
 
 
+def kernels_for_weight(weight: Tensor) -> ModuleType:
+    """The same for the standardization of a weight: outside of CPUs PyTorch has a kernel for it."""
+    return kernels_for(weight) if weight.device.type == "cpu" else eager
+
+
 @lru_cache(maxsize=None)
 def _kernels_of_device(device: torch.device) -> ModuleType:
     name = backend_name(device)

@@ -15,28 +15,28 @@ import torch
 from torch import Tensor
 
 from .activation import let_through
-from .backend import kernels_for
+from .backend import kernels_for, kernels_for_weight
 from .batch_channel_norm import check_arguments, gradients_by_kernels, statistics_of_call
 from .differentiable import aliases, gradients_of
-from .formula import batch_channel_norm_by
+from .formula import batch_channel_norm_by, standardize_weight
 from .normalization import Normalization
 from .recomputation import forward
+from .standardized_convolution import Geometry, cast_input, compute_dtype, conv2d_backward
 from .state import free_saved_tensors, is_transformed, may_be_repeated
-
-# ``stride, padding, dilation, groups`` of :func:`torch.conv2d`, in numbers.
-Geometry = Tuple[Sequence[int], Sequence[int], Sequence[int], int]
 
 
 class Link(NamedTuple):
     """A convolution without bias, and the normalization of its output.
 
     Attributes:
-        weight: the filters, (C, C_in / groups, kh, kw).
-        geometry: of the convolution.
+        weight: (C, C_in / groups, kh, kw).
+        eps: that of the standardization of the weight; None: it is used as it is.
+        geometry: ``stride, padding, dilation, groups`` of :func:`torch.conv2d`, in numbers.
         norm: see :func:`.batch_channel_norm.batch_channel_norm`.
     """
 
     weight: Tensor
+    eps: Optional[float]
     geometry: Geometry
     norm: Normalization
 
@@ -60,33 +60,25 @@ def branch(
     Raises:
         ValueError: if shapes do not fit together.
     """
-    links = [link._replace(weight=_autocast(link.weight)) for link in links]
     tensors = [t for link in links for t in (link.weight, *link.norm.parameters)]
     # Inside of the function nothing says whether gradients are wanted.
     options = (activation, may_be_repeated(), torch.is_grad_enabled())
-    return _Branch.apply(links, options, _autocast(x), residual, *tensors)
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """An argument of a convolution in the dtype that autocast gives it, which leaves float64."""
-    kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return tensor
-    is_double = tensor.dtype == torch.float64
-    return tensor if is_double else tensor.to(torch.get_autocast_dtype(kind))
+    return _Branch.apply(links, options, cast_input(x), residual, *tensors)
 
 
 class _Step(NamedTuple):
     """What the graph keeps of a link, apart from tensors."""
 
+    eps: Optional[float]
+    dtype: torch.dtype
     geometry: Geometry
-    eps: float
+    norm_eps: float
     synchronize: bool
 
 
 # Arguments: where x is, and how many tensors a link has from the second after it on.
 _X, _TENSORS = 2, 5
-# What a link saves: the output of the convolution, tables, filters and the four parameters.
+# What a link saves: the output of the convolution, tables, weight and the four parameters.
 _SAVED = 7
 
 
@@ -107,8 +99,11 @@ class _Branch(torch.autograd.Function):
         recorded = grad_enabled and any(ctx.needs_input_grad)
         y = x
         for link in links:
-            norm = link.norm
-            z = torch.conv2d(y, link.weight, None, *link.geometry)
+            norm, filters, dtype = link.norm, link.weight, compute_dtype(link.weight)
+            if link.eps is not None:
+                standardize = kernels_for_weight(link.weight).standardize
+                filters, _ = standardize(link.weight, link.eps)
+            z = torch.conv2d(y, filters.to(dtype), None, *link.geometry)
             last = link is links[-1]
             added = residual if last else None
             check_arguments(z, norm, added)
@@ -116,8 +111,8 @@ class _Branch(torch.autograd.Function):
             y, tables = forward(kernels, z, norm, added, after, repeatable, ctx)
             if recorded:
                 saved += (z, tables, link.weight, *norm.parameters)
-                steps.append(_Step(link.geometry, norm.eps, norm.synchronize))
-            del z  # which the next convolution has no need of
+                steps.append(_Step(link.eps, dtype, link.geometry, norm.eps, norm.synchronize))
+            del z, filters  # which the next convolution has no need of
         if recorded:
             reads_y = activation and (residual is not None or kernels.SAVES_ACTIVATED_OUTPUT)
             ctx.save_for_backward(x, y if reads_y else None, *saved)
@@ -138,14 +133,14 @@ class _Branch(torch.autograd.Function):
 def _gradients(
     ctx: Any, kernels: ModuleType, grad: Any, saved: List[Any]
 ) -> Tuple[Optional[Tensor], ...]:
-    """Of x, the residual, and filters and parameters of each link."""
+    """Of x, the residual, and weight and parameters of each link."""
     x, y = saved[:2]
     saved[1] = None
     activation, has_residual = ctx.activation, ctx.has_residual
     grad_residual = None
     gradients: List[Optional[Tensor]] = []  # from the last to the first
     for index, step in reversed(list(enumerate(ctx.steps))):
-        z, tables, filters, *parameters = saved[-_SAVED:]
+        z, tables, weight, *parameters = saved[-_SAVED:]
         del saved[-_SAVED:]
         grad, of_residual, *of_parameters = gradients_by_kernels(
             grad, z, y, tables, parameters, activation, has_residual, step.synchronize
@@ -158,21 +153,10 @@ def _gradients(
             y = _output_again(kernels, *saved[-_SAVED:])
         needed = ctx.needs_input_grad
         needed = (index > 0 or needed[_X], needed[_X + 2 + _TENSORS * index], False)
-        stride, padding, dilation, groups = step.geometry
-        grad, of_filters, _ = torch.ops.aten.convolution_backward(
-            grad,
-            y if index else x,
-            filters,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0, 0],
-            groups,
-            needed,
+        grad, of_weight, _ = conv2d_backward(
+            grad, y if index else x, weight, step.eps, step.dtype, step.geometry, needed
         )
-        gradients += (*of_parameters[::-1], of_filters)
+        gradients += (*of_parameters[::-1], of_weight)
     return (grad, grad_residual, *gradients[::-1])
 
 
@@ -194,14 +178,15 @@ def _differentiable_gradients(
         out = inputs[0]
         for index, step in enumerate(ctx.steps):
             _, tables, *tensors = saved[2 + _SAVED * index :][:_SAVED]
-            filters, *parameters = tensors = aliases(*tensors)
+            weight, *parameters = tensors = aliases(*tensors)
             gamma, beta, group_weight, group_bias = parameters
             inputs += tensors
-            z = torch.conv2d(out, filters, None, *step.geometry)
-            mean, rstd = statistics_of_call(z, tables, parameters, step.eps, step.synchronize)
+            filters = weight if step.eps is None else standardize_weight(weight, step.eps)
+            z = torch.conv2d(out, filters.to(step.dtype), None, *step.geometry)
+            mean, rstd = statistics_of_call(z, tables, parameters, step.norm_eps, step.synchronize)
             between = "relu" if index < len(ctx.steps) - 1 else ""
             out = batch_channel_norm_by(
-                z, mean, rstd, gamma, beta, group_weight, group_bias, step.eps, None, between
+                z, mean, rstd, gamma, beta, group_weight, group_bias, step.norm_eps, None, between
             )
         grad = let_through(grad, out if y is None else y, ctx.activation)
         grad_x, *others = gradients_of(out, inputs, needed, grad, create_graph)

@@ -5,7 +5,7 @@ compute dtype. Temporaries of the size of the activation are reused in place: on
 of a new one costs more than the arithmetic on it.
 """
 
-from typing import Optional, Tuple, cast
+from typing import Any, Optional, Tuple, cast
 
 import torch
 from torch import Tensor
@@ -122,6 +122,23 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return mean, var
 
 
+def standardize(weight: Tensor, eps: float) -> Tuple[Tensor, Any]:
+    """See :mod:`.standardized_convolution`."""
+    x = _rows(weight.to(torch.promote_types(weight.dtype, torch.float32)), weight)
+    filters, mean, rstd = torch.native_layer_norm(x, x.shape[1:], None, None, eps)
+    return _like(filters, weight), (mean, rstd)
+
+
+def standardize_backward(grad: Tensor, weight: Tensor, statistics: Any) -> Tensor:
+    """See :mod:`.standardized_convolution`."""
+    mean, rstd = statistics
+    grad, x = (_rows(t.to(mean.dtype), weight) for t in (grad, weight))
+    out, _, _ = torch.ops.aten.native_layer_norm_backward(
+        grad, x, x.shape[1:], mean, rstd, None, None, [True, False, False]
+    )
+    return _like(out, weight)
+
+
 def _applied(
     centered: Tensor,
     scale: Tensor,
@@ -165,3 +182,22 @@ def _planes(table: Tensor) -> Tensor:
 def _of_channels(table: Tensor, by_group: Tuple[int, int, int]) -> Tensor:
     """A table (N, G) or (G,), once for each channel of a group."""
     return table.unsqueeze(-1).expand(*table.shape, by_group[2]).flatten(-2)
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _rows(filters: Tensor, weight: Tensor) -> Tensor:
+    """Each filter as a row, in the order in which those of a weight lie in memory."""
+    if _is_channels_last(weight):
+        filters = filters.permute(0, 2, 3, 1)
+    return filters.flatten(1)
+
+
+def _like(filters: Tensor, weight: Tensor) -> Tensor:
+    """The inverse: rows in the shape and memory format of a weight."""
+    if _is_channels_last(weight):
+        outputs, inputs, height, width = weight.shape
+        return filters.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+    return filters.view(weight.shape)

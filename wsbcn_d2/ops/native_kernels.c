@@ -214,6 +214,7 @@ INLINE void apply_to(
     }
 }
 
+/* `grad_x` may be `grad`. */
 INLINE void apply_backward_to(
     const void *grad, const void *x, void *grad_x, int64_t from, int64_t count, int64_t ahead,
     const float *m, const float *scale, const float *shift, const float *q, const float *c,
@@ -1015,7 +1016,7 @@ int wsbcn_standardize(const Pass *pass) {
     return DONE;
 }
 
-/* The gradient of the weight, from that of the filters. */
+/* The gradient of the weight, which may be in the place of that of the filters. */
 int wsbcn_standardize_backward(const Pass *pass) {
     int64_t size = pass->pixels;
     Row row = row_of(pass, 0);

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_kernels as kernels
+from .eager import standardize, standardize_backward  # noqa: F401  # of the interpreter
 from .estimates import gradient_of_statistics, use_batch
 from .memory_format import dense, in_format_of
 from .normalization import Normalization
