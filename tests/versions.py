@@ -25,6 +25,11 @@ def _has_native_kernels():
 needs_compile = pytest.mark.skipif(
     not _compiles(), reason="this PyTorch has no torch.compile for this Python"
 )
+# PyTorch 2.4 lacks this function, and what else docs/versions.md says.
+needs_newer_torch = pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    reason="PyTorch 2.4 cannot do that, see docs/versions.md",
+)
 needs_native_kernels = pytest.mark.skipif(
     not _has_native_kernels(), reason="the kernels in C were not built with the installation"
 )

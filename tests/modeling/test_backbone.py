@@ -10,7 +10,7 @@ from detectron2.modeling import build_backbone
 from fvcore.nn import FlopCountAnalysis, parameter_count
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from versions import needs_compile
+from versions import needs_compile, needs_newer_torch
 
 from wsbcn_d2 import WSConv2d, add_wsbcn_config
 
@@ -74,6 +74,7 @@ def test_compile_without_graph_break(train):
 
 
 @needs_compile
+@needs_newer_torch
 def test_update_rate_schedule_does_not_compile_again():
     torch._dynamo.reset()
     model = block().conv1

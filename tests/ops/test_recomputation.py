@@ -8,6 +8,7 @@ import torch
 from ops.cases import make_inputs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from versions import needs_newer_torch
 
 from wsbcn_d2 import BatchChannelNorm, WSConv2d
 from wsbcn_d2.ops import recomputation
@@ -123,6 +124,7 @@ def test_equal_inputs_cannot_be_told_apart(use_reentrant):
     torch.testing.assert_close(x.grad, expected)
 
 
+@needs_newer_torch
 def test_passes_that_leave_no_graph_are_not_repeated():
     """For a loss alone, or ended by an error: equal inputs, and estimates that moved."""
     ours, theirs = make_net(), make_net()
@@ -146,6 +148,7 @@ def fails(*_):
     raise ArithmeticError
 
 
+@needs_newer_torch
 def test_reentrant_after_a_pass_that_was_recorded():
     ours, theirs = make_norm(), make_norm()
     theirs.load_state_dict(ours.state_dict())
@@ -205,6 +208,7 @@ def test_empty_input(use_reentrant):
     assert empty.grad.shape == empty.shape
 
 
+@needs_newer_torch
 def test_little_is_remembered():
     """Nothing without checkpointing, of a step what it needs, and no more than so many calls."""
     norm, inputs = make_norm(), views(3)
@@ -224,6 +228,7 @@ def test_little_is_remembered():
     assert len(recomputation._calls) == before - 1
 
 
+@needs_newer_torch
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_model_with_two_checkpointed_layers(dynamic):
     """Calls of a layer before one backward pass share buffers that change in place, which is

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
+from versions import needs_newer_torch
 
 import wsbcn_d2
 from wsbcn_d2.ops import state
@@ -69,6 +70,7 @@ def test_in_backward(x):
     assert answers == [False, True, False]
 
 
+@needs_newer_torch
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_forward_pass_that_may_be_repeated(x, use_reentrant):
     answers = [(state.may_be_repeated(), state.in_backward())]

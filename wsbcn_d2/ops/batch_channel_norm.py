@@ -106,8 +106,8 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 def check_arguments(x: Tensor, norm: Normalization, residual: Optional[Tensor]) -> None:
     """Raises ValueError or RuntimeError if tensors do not fit: kernels would read elsewhere."""
     channels, groups = x.shape[1], norm.group_weight.shape[0]
-    sizes = (channels, channels, groups, groups, channels, channels)
-    for name, table, size in zip(norm._fields, norm, sizes):
+    for name in ("weight", "bias", "group_weight", "group_bias", "running_mean", "running_var"):
+        table, size = getattr(norm, name), groups if name.startswith("group") else channels
         if table.shape != (size,):
             raise ValueError(f"{name} must be of shape ({size},), got {tuple(table.shape)}")
         if table.device != x.device:
@@ -127,7 +127,7 @@ class _BatchChannelNorm(torch.autograd.Function):
         ctx: Any,
         norm: Normalization,
         activation: str,
-        repeatable: bool,
+        repeatable: Optional[bool],
         x: Tensor,
         residual: Optional[Tensor],
         *parameters: Tensor,

@@ -87,7 +87,7 @@ class _Branch(torch.autograd.Function):
     def forward(
         ctx: Any,
         links: Sequence[Link],
-        options: Tuple[str, bool, bool],
+        options: Tuple[str, Optional[bool], bool],
         x: Tensor,
         residual: Optional[Tensor],
         *_: Tensor,

@@ -29,7 +29,10 @@ def batch_channel_norm_compiled(
     y, _, mean, var, skipped, seen = _operation(
         x,
         residual,
-        *norm.parameters,
+        norm.weight,
+        norm.bias,
+        norm.group_weight,
+        norm.group_bias,
         norm.running_mean,
         norm.running_var,
         norm.layer,

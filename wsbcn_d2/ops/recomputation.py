@@ -67,7 +67,7 @@ def forward(
     norm: Normalization,
     residual: Optional[Tensor],
     activation: str,
-    repeatable: bool,
+    repeatable: Optional[bool],
     node: Any = None,
 ) -> Tuple[Tensor, Tensor]:
     """A forward pass of batch-channel normalization, or its repetition by a backward pass.
@@ -76,6 +76,7 @@ def forward(
         kernels: the backend.
         x, norm, residual, activation: see :mod:`.batch_channel_norm`.
         repeatable: whether it may be repeated; of a repetition, whether it is not a reentrant one.
+            None: unknown.
         node: what the call is in the graph if autograd records it.
 
     Returns:
@@ -91,7 +92,7 @@ def forward(
             norm = _call_of(norm, x, m, v, repeatable)
         return kernels.forward(x, norm._replace(update_rate=None), residual, activation)
     y, tables = kernels.forward(x, norm, residual, activation)
-    if repeatable and norm.layer is not None and x.numel():
+    if repeatable is not False and norm.layer is not None and x.numel():
         split = split_tables(tables, x.shape[0], x.shape[1], norm.group_weight.shape[0])
         _remember(norm, x, split.m, split.v, node)
     return y, tables
@@ -109,7 +110,9 @@ def _remember(norm: Normalization, x: Tensor, m: Tensor, v: Tensor, node: Any) -
     calls.append(_Call(x.shape, m.mean(0), v.mean(0), *estimates, alive))
 
 
-def _call_of(norm: Normalization, x: Tensor, m: Tensor, v: Tensor, recorded: bool) -> Normalization:
+def _call_of(
+    norm: Normalization, x: Tensor, m: Tensor, v: Tensor, recorded: Optional[bool]
+) -> Normalization:
     """The normalization of the call that is repeated, by the estimates that it used."""
     calls = [call for call in _calls.get(norm.layer, []) if call.shape == x.shape]
     if not calls:
@@ -130,7 +133,8 @@ def _call_of(norm: Normalization, x: Tensor, m: Tensor, v: Tensor, recorded: boo
         equal = [call for call, distance in zip(calls, near) if distance == least]
         # Reentrant checkpointing repeats calls that were not recorded, the other kind those whose
         # graph is there: neither a pass for its loss alone, nor one that an error ended.
-        equal = [call for call in equal if (call.node() is not None) == recorded] or equal
+        same = [call for call in equal if recorded in (None, call.node() is not None)]
+        equal = same or equal
         call = equal[0]
         if not all(torch.equal(other.mean, call.mean) for other in equal):
             raise RuntimeError(

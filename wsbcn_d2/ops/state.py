@@ -6,7 +6,7 @@ gone or means something else.
 """
 
 import contextlib
-from typing import Any, Iterator
+from typing import Any, Iterator, Optional
 
 import torch
 from torch import Tensor
@@ -27,16 +27,18 @@ def in_backward() -> bool:
     return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def may_be_repeated() -> bool:
+def may_be_repeated() -> Optional[bool]:
     """Whether a forward pass may be one that activation checkpointing will repeat: it runs without
-    gradients (reentrant), or something decides what autograd saves (not reentrant)."""
+    gradients (reentrant), or something decides what autograd saves (not reentrant). None: nobody
+    knows, since PyTorch 2.4 does not say."""
     if not torch.is_grad_enabled():
         return True
-    hooks: Any = torch._C._autograd  # its types lack one
+    hooks: Any = torch._C._autograd  # its types lack them
     # While hooks are disabled there are none, and asking for them is an error.
     if not hooks._saved_tensors_hooks_is_enabled():
         return False
-    return hooks._top_saved_tensors_default_hooks(True) is not None
+    top = getattr(hooks, "_top_saved_tensors_default_hooks", None)
+    return None if top is None else top(True) is not None
 
 
 def is_transformed(*tensors: Tensor) -> bool:
