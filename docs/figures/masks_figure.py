@@ -31,9 +31,11 @@ WINDOW = range(400, 700)
 BASE = "bcn_ws"
 # By the name of a setting, its title and colour.
 SETTINGS = {
-    "gn_ws_longer": ("GN+WS, pretrained twice as long", "#0f2f58"),
-    "bcn_ws_longer": ("BCN+WS, pretrained twice as long", "#8a5fc0"),
+    "gn_ws_longer": ("GN+WS, pretrained for 1,200 steps", "#0f2f58"),
+    "bcn_ws_longer": ("BCN+WS, pretrained for 1,200 steps", "#8a5fc0"),
     "gn_ws": ("GN+WS", "#1f5fa8"),
+    "gn_ws_shorter": ("GN+WS, pretrained for 450 steps", "#2aa5b5"),
+    "backbone_cn": ("BCN+WS, backbone CN+WS", "#d070a8"),
     "backbone_gn": ("BCN+WS, backbone GN+WS", "#5f9fd8"),
     "heads_gn": ("BCN+WS, FPN and heads GN+WS", "#3a9a5b"),
     "mask_gn": ("BCN+WS, mask head GN+WS", "#90b040"),
@@ -62,7 +64,7 @@ def mean_loss(columns: Columns) -> float:
 
 def draw(runs: Dict[str, Columns]) -> None:
     figure, (curves, points) = plt.subplots(
-        1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(3, 2)
+        1, 2, figsize=(10, 4.2), layout="constrained", width_ratios=(3, 2)
     )
     for row, (setting, (_, color)) in enumerate(reversed(SETTINGS.items())):
         own = [runs[name] for name in runs if name.rpartition("_s")[0] == setting]
@@ -84,10 +86,10 @@ def draw(runs: Dict[str, Columns]) -> None:
 def compare(what: str, values: Dict[str, float]) -> None:
     """Prints settings, and their paired differences from BASE."""
     for setting in dict.fromkeys(name.rpartition("_s")[0] for name in values):
-        own = [value for name, value in values.items() if name.rpartition("_s")[0] == setting]
+        names = [name for name in values if name.rpartition("_s")[0] == setting]
+        own = [values[name] for name in names]
         text = f"{what} of {setting}, {len(own)} runs: {statistics.mean(own):.3f}"
-        seeds = [name.rpartition("_s")[2] for name in values if name.startswith(f"{setting}_s")]
-        pairs = [(f"{setting}_s{seed}", f"{BASE}_s{seed}") for seed in seeds]
+        pairs = [(name, f"{BASE}_s{name.rpartition('_s')[2]}") for name in names]
         steps = [values[a] - values[b] for a, b in pairs if b in values]
         if len(steps) > 1 and setting != BASE:
             # Welch's interval with a constant is that of paired values.
