@@ -160,6 +160,22 @@ def test_reentrant_after_a_pass_that_was_recorded():
     assert kept.requires_grad
 
 
+@REENTRANT
+def test_where_pytorch_does_not_say_what_is_checkpointed(use_reentrant, monkeypatch):
+    """As 2.4 does not. What would have to be guessed is an error."""
+    name = "_top_saved_tensors_default_hooks"
+    monkeypatch.delattr(torch._C._autograd, name, raising=False)
+    ours, inputs = make_norm(), views(3)
+    theirs = copy.deepcopy(ours)
+    expected = gradients(theirs, inputs, plainly)
+    found = by_backward(ours, inputs, checkpointed(use_reentrant))
+    torch.testing.assert_close(found, expected)
+    kept = checkpoint(ours, inputs[0], use_reentrant=False)
+    with pytest.raises(RuntimeError, match="cannot be told"):
+        by_backward(ours, inputs[:1], checkpointed(use_reentrant))
+    assert kept.requires_grad
+
+
 class Repeats(torch.autograd.Function):
     """Calls a layer in its backward pass, for some other input."""
 

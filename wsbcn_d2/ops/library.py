@@ -29,7 +29,7 @@ def batch_channel_norm_compiled(
     y, _, mean, var, skipped, seen = _operation(
         x,
         residual,
-        norm.weight,
+        norm.weight,  # one by one: torch.compile of PyTorch 2.4 knows no properties of tuples
         norm.bias,
         norm.group_weight,
         norm.group_bias,
