@@ -284,8 +284,18 @@ BAD_PREDICTIONS = [
     ({"images": []}, "must be a list in COCO's result format, not dict"),
     (["x"], "prediction 0 is not in COCO's result format"),
     ([{"image_id": 1, "category_id": 3, "score": 1.0}], "prediction 0 is not in COCO's"),
-    ([dict(image_id=1, category_id=3, bbox=[1, 2, 3], score=1)], "bbox of 4 numbers"),
+    ([dict(image_id=1, category_id=3, bbox=[1, 2, 3], score=1)], "finite score, bbox of x, y, w"),
     ([dict(image_id=1, category_id=3, bbox=[1, 2, 3, 4], score="1")], "score"),
+    ([dict(image_id=1, category_id=[3], bbox=[1, 2, 3, 4], score=1)], "not in COCO's result"),
+    (
+        [
+            dict(
+                **dict(image_id=1, category_id=3, bbox=[1, 2, 3, 4], score=1),
+                segmentation={"size": [9, 9], "counts": "garbage!!"},
+            )
+        ],
+        "prediction 0: the counts of its mask are not those of its size",
+    ),
     ([dict(image_id=1, category_id=0, bbox=[1, 2, 3, 4], score=1)], "category_id 0; .* has 3, 7"),
     (
         [dict(image_id=99, category_id=3, bbox=[1, 2, 3, 4], score=1)],

@@ -18,7 +18,7 @@ from wsbcn_d2.analysis.norm_analysis import (
 from wsbcn_d2.analysis.norms_page import norms_page
 from wsbcn_d2.analysis.probe import STEPS
 from wsbcn_d2.analysis.runs import read_run, split_label
-from wsbcn_d2.command_line import HelpFormatter
+from wsbcn_d2.command_line import HelpFormatter, file_name, seed
 from wsbcn_d2.engine import load_config
 from wsbcn_d2.engine.checkpoint import check_output
 
@@ -46,9 +46,11 @@ def main() -> int:
         metavar="STEP",
         help="steps of the probe, in multiples of SOLVER.BASE_LR",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of images")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the choice of images")
     parser.add_argument("--output", default="norms", help="folder to write to")
-    parser.add_argument("--name", default="norms", help="name of the files, without extension")
+    parser.add_argument(
+        "--name", type=file_name, default="norms", help="name of the files, without extension"
+    )
     parser.add_argument(
         "--from",
         dest="analyses",

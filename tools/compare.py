@@ -22,7 +22,7 @@ from wsbcn_d2.analysis.runs import (
     read_run,
     split_label,
 )
-from wsbcn_d2.command_line import HelpFormatter
+from wsbcn_d2.command_line import HelpFormatter, file_name, seed
 from wsbcn_d2.engine.checkpoint import check_output
 
 GROUPINGS = {
@@ -49,7 +49,9 @@ def main() -> int:
     )
     parser.add_argument("--baseline", help="label of the setting that others are compared with")
     parser.add_argument("--output", default="comparison", help="folder to write to")
-    parser.add_argument("--name", default="comparison", help="name of the files, without extension")
+    parser.add_argument(
+        "--name", type=file_name, default="comparison", help="name of the files, without extension"
+    )
     parser.add_argument(
         "--from",
         dest="files",
@@ -66,7 +68,7 @@ def main() -> int:
     parser.add_argument(
         "--draws", type=int, default=1000, help="draws of the bootstrap; 0: no intervals"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the bootstrap")
     args = parser.parse_args()
     if not args.runs and not args.files:
         parser.error("give OUTPUT_DIRs, --from JSON files, or both")

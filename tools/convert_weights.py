@@ -60,7 +60,7 @@ def main() -> int:
         parser.error("--output or --dry-run is needed")
     try:
         if not args.dry_run:
-            check_output(args.output)
+            check_output(args.output, source=args.input)
         opts = [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
         cfg = load_config(args.config_file, opts, needs=())
         checkpoint = read_checkpoint(args.input)
@@ -69,20 +69,21 @@ def main() -> int:
         state, report = convert_state_dict(
             checkpoint, model, args.layout, args.formula, args.leave_out, args.trust_config
         )
+        written = not args.dry_run and not report.missing
+        if written:  # before the report, whose reader may close it: | head
+            author = f"wsbcn_d2, from {report.layout}"
+            content = {"model": state, "__author__": author, "trained_with": keys_of(model)}
+            with atomic_write(args.output) as file:
+                torch.save(content, file)
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print(report)
+    if written:
+        print(f"written: {args.output}")
     if report.missing:
         print(f"{parser.prog}: {_missing(report)}", file=sys.stderr)
-        return 1
-    if not args.dry_run:
-        author = f"wsbcn_d2, from {report.layout}"
-        content = {"model": state, "__author__": author, "trained_with": keys_of(model)}
-        with atomic_write(args.output) as file:
-            torch.save(content, file)
-        print(f"written: {args.output}")
-    return 0
+    return 1 if report.missing else 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from matplotlib import rc_context
 from PIL import Image
 
 from .data import check_datasets
-from .engine.checkpoint import atomic_write
+from .data.coco_format import NO_COCO_RESULT, is_coco_result, is_run_length_encoded
+from .engine.checkpoint import atomic_write, check_output
 
 # All in pixels of the picture.
 _PANEL_SIDE = 480  # the longer side of an image
@@ -243,6 +244,7 @@ def _check_arguments(output_path: str, num_images: int, score_threshold: float) 
         raise ValueError(f"score_threshold is {score_threshold!r}; it must be from 0 to 1")
     if not output_path.endswith(".png"):
         raise ValueError(f"output_path is {output_path!r}; it must end in .png")
+    check_output(output_path)
 
 
 def _load_dataset(dataset_name: str) -> Tuple[List[Dict[str, Any]], Metadata]:
@@ -323,10 +325,13 @@ def _check_predictions(
             f"predictions must be a list in COCO's result format, not {type(predictions).__name__}"
         )
     for index, prediction in enumerate(predictions):
-        if not _is_result(prediction):
+        if not is_coco_result(prediction):
+            raise ValueError(f"prediction {index} {NO_COCO_RESULT}: {repr(prediction)[:200]}")
+        mask = prediction.get("segmentation")
+        if isinstance(mask, dict) and not is_run_length_encoded(mask):
             raise ValueError(
-                f"prediction {index} is not in COCO's result format (image_id, category_id, bbox "
-                f"of 4 numbers, score): {repr(prediction)[:200]}"
+                f"prediction {index}: the counts of its mask are not those of its size: "
+                f"{repr(mask)[:200]}"
             )
         if prediction["category_id"] not in class_indices:
             raise ValueError(
@@ -338,18 +343,6 @@ def _check_predictions(
             f"none of the {len(predictions)} predictions is of an image of {dataset_name!r}; "
             f"the first is of image_id {predictions[0]['image_id']!r}"
         )
-
-
-def _is_result(prediction: Any) -> bool:
-    if not isinstance(prediction, dict):
-        return False
-    bbox, score = prediction.get("bbox"), prediction.get("score")
-    return (
-        {"image_id", "category_id"} <= prediction.keys()
-        and isinstance(bbox, (list, tuple))
-        and len(bbox) == 4
-        and all(isinstance(number, Real) for number in (*bbox, score))
-    )
 
 
 def _from_annotation(annotation: Dict[str, Any]) -> _Object:

@@ -120,10 +120,20 @@ def test_predictions_of_another_dataset():
 
 def test_what_cannot_be_evaluated():
     content, predictions = random_coco()
-    polygons = {**predictions[0], "segmentation": [[0, 0, 9, 0, 9, 9]]}
-    with pytest.raises(ValueError, match="mask of a prediction for .* is not run-length encoded"):
-        CocoEvaluation(load(content), [*predictions, polygons], "segm")
-    CocoEvaluation(load(content), [*predictions, polygons], "bbox")
+    for mask in (
+        [[0, 0, 9, 0, 9, 9]],
+        None,
+        {**predictions[0]["segmentation"], "size": [80, 320]},  # as many pixels
+        {**predictions[0]["segmentation"], "counts": "garbage!!"},
+        {**predictions[0]["segmentation"], "counts": ""},
+    ):
+        wrong = [*predictions, {**predictions[0], "segmentation": mask}]
+        message = (
+            rf"prediction {len(predictions)}: the mask must be run-length encoded, .* \[160, 160\]"
+        )
+        with pytest.raises(ValueError, match=message):
+            CocoEvaluation(load(content), wrong, "segm")
+        CocoEvaluation(load(content), wrong, "bbox")
     with pytest.raises(ValueError, match="the annotations have no categories"):
         CocoEvaluation(load({**content, "categories": []}), [], "bbox")
 

@@ -300,7 +300,13 @@ def test_comparisons_that_cannot_be_merged(runs, tmp_path):
 
 def test_files_that_are_something_else(tmp_path):
     path = tmp_path / "x.json"
-    for text, message in (("{", "is not a JSON file"), ("[]", '"kind" is not'), ("{}", "kind")):
+    kind = '{"kind": "comparison", "runs": [3]}'
+    for text, message in (
+        ("{", "is not a JSON file"),
+        ("[]", '"kind" is not'),
+        ("{}", "kind"),
+        (kind, 'x.json is not complete: it has no list "groups"'),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             load_results(str(path))
@@ -328,6 +334,9 @@ def test_predictions_of_another_evaluation_are_noticed(runs, tmp_path):
     assert results["runs"][0]["ap"]["bbox"]["AP"]["low"] is None
 
 
+PREDICTION = '{"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [1, 2, 3, 4]}'
+
+
 def test_runs_that_cannot_be_compared(runs, tmp_path):
     with pytest.raises(ValueError, match="no config.yaml says which dataset"):
         compare_runs(runs, ["A"] * 4)
@@ -337,9 +346,12 @@ def test_runs_that_cannot_be_compared(runs, tmp_path):
     with pytest.raises(FileNotFoundError, match="no annotation file 'nowhere.json'"):
         compare_runs(runs, ["A"] * 4, annotations="nowhere.json")
     for prediction, message in (
-        ('{"image_id": 77, "score": 0.5}', "image_id 77"),
-        ('{"image_id": 1, "score": NaN}', "prediction 0 has no finite score"),
-        ("3", "prediction 0 has no finite score"),
+        (PREDICTION.replace('"image_id": 1', '"image_id": 77'), "image_id 77"),
+        (PREDICTION.replace("0.5", "NaN"), "prediction 0 is not in COCO's result format"),
+        (PREDICTION.replace("[1,", "[NaN,"), "prediction 0 is not in COCO's result format"),
+        (PREDICTION.replace("4]", "-4]"), "prediction 0 is not in COCO's result format"),
+        (PREDICTION.replace(", 4]", "]"), "prediction 0 is not in COCO's result format"),
+        ("3", "prediction 0 is not in COCO's result format"),
     ):
         runs[0].predictions_file.write_text(f"[{prediction}]")
         with pytest.raises(ValueError, match=f"coco_instances_results.json: .*{message}"):

@@ -16,6 +16,7 @@ from detectron2_models import logged
 from PIL import Image
 
 from wsbcn_d2.data import check_datasets, check_images, coco_format
+from wsbcn_d2.data.coco_format import is_run_length_encoded
 
 
 def changed(place, index, value=None, **keys):
@@ -93,11 +94,19 @@ WRONG = {
     ),
     "run lengths": (
         annotation(segmentation={"counts": [0, 100, 3995], "size": [SIDE, SIDE]}),
-        "counts must be integers whose sum is that of the pixels, 4096",
+        "run lengths: counts whose sum is that of the pixels, 4096",
     ),
     "texts as run lengths": (
         annotation(segmentation={"counts": ["a"], "size": [SIDE, SIDE]}),
-        "counts must be integers whose sum",
+        "run lengths: counts whose sum",
+    ),
+    "run lengths of too few pixels": (
+        annotation(segmentation={"counts": "", "size": [SIDE, SIDE]}),
+        "segmentation is .* run lengths: counts whose sum",
+    ),
+    "text that is no run lengths": (
+        annotation(segmentation={"counts": "garbage!!", "size": [SIDE, SIDE]}),
+        "segmentation is .* run lengths: counts whose sum",
     ),
     "nan in a polygon": (annotation(segmentation=[[1, 1, 5, 1, float("nan"), 5]]), "list of polyg"),
     "keypoints": (annotation(keypoints=[1, 2]), "keypoints is .* x, y and visibility"),
@@ -169,6 +178,18 @@ def _counts(mask):
     flat = np.concatenate([[0], mask.flatten(order="F"), [2]])
     ends = np.flatnonzero(np.diff(flat))
     return np.diff(ends, prepend=0).tolist()
+
+
+@pytest.mark.parametrize("density", [0, 0.001, 0.1, 0.5, 1])
+def test_run_lengths_that_pycocotools_writes(density):
+    mask = np.random.default_rng(0).random((60, 300)) < density
+    encoded = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+    counts = encoded["counts"].decode()
+    for form in (counts, encoded["counts"], _counts(mask)):
+        assert is_run_length_encoded({"size": [60, 300], "counts": form})
+        assert not is_run_length_encoded({"size": [60, 301], "counts": form})
+    for broken in (counts[:-1], counts + counts, counts[:-1] + "~", counts + "é"):
+        assert not is_run_length_encoded({"size": [60, 300], "counts": broken})
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 2, 3], [-1, 5, 6, 7], ["a", "b", "c", "d"]])

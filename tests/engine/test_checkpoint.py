@@ -1,6 +1,8 @@
 """Files appear when they are complete, whatever happens while they are written."""
 
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -286,3 +288,37 @@ def test_output_that_is_no_file(path, tmp_path, monkeypatch):
         with atomic_write(path) as file:
             file.write(b"1")
     check_output("new/file.pth")
+
+
+def test_output_that_would_replace_something_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.pth").write_bytes(b"1")
+    os.symlink("old.pth", "link.pth")
+    os.mkfifo("pipe.pth")
+    check_output("old.pth", source="detectron2://old.pth")
+    for path, message in (
+        ("old.pth", "'old.pth' is the file to read; give another one to write"),
+        ("link.pth", "'link.pth' is the file to read"),
+        ("pipe.pth", "cannot write 'pipe.pth': it is a device, or no regular file"),
+        (os.devnull, "it is a device"),
+        ("new.pkl", "cannot write 'new.pkl': checkpoints are written as .pth"),
+        ("new.safetensors", "checkpoints are written as .pth"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_output(path, source="old.pth")
+
+
+def test_a_full_disk(tmp_path):
+    """The error names the file, and the file is the old one."""
+    path = tmp_path / "old.pth"
+    path.write_bytes(b"1")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="old.pth' *: is the disk full|File too large"):
+            with atomic_write(str(path)) as file:
+                torch.save(torch.zeros(1 << 20), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"1" and os.listdir(tmp_path) == ["old.pth"]

@@ -84,6 +84,13 @@ def test_device_follows_the_machine(config_file):
         ),
         (["OUTPUT_DIR", ""], "OUTPUT_DIR is empty"),
         (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER: must be at least 1, got 0"),
+        (["SOLVER.BASE_LR", "-0.1"], "SOLVER.BASE_LR: must be at least 0, got -0.1"),
+        (["SOLVER.WARMUP_METHOD", "x"], "WARMUP_METHOD: 'x' is not one of 'constant', 'linear'"),
+        # What Detectron2's loader knows, and its config has no key for.
+        (
+            ["DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler"],
+            "is not one of 'TrainingSampler'",
+        ),
         (["SOLVER.STEPS", "(20, 10)"], r"STEPS: must be iterations in ascending .* got \(20, 10\)"),
         (["SOLVER.STEPS", "(0.5, 0.9)"], "SOLVER.STEPS: must be iterations in ascending order"),
         (
@@ -268,6 +275,20 @@ def test_weights_are_not_needed_to_resume(config_file, tmp_path):
             load_config(config_file, opts, resume=True, needs=())
     (tmp_path / "model_0000001.pth").touch()
     load_config(config_file, opts, resume=True, needs=())
+    (tmp_path / "last_checkpoint").unlink()  # killed between the two
+    (tmp_path / "model_pretrained.pth").touch()
+    with pytest.raises(ConfigError, match="has model_0000001.pth, which would be overwritten, and"):
+        load_config(config_file, opts, resume=True, needs=())
+    opts[1] = str(tmp_path / "model_pretrained.pth")
+    (tmp_path / "model_0000001.pth").unlink()
+    load_config(config_file, opts, resume=True, needs=())
+
+
+def test_config_that_is_no_text(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\x80\x81")
+    with pytest.raises(ConfigError, match="config.yaml cannot be read: .*utf-8"):
+        load_config(str(path))
 
 
 def test_lazy_config():

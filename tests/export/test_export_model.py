@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,20 @@ def test_errors(trained, tmp_path, monkeypatch, config, opts, output, format, me
     with pytest.raises((ValueError, OSError), match=message):
         export_checkpoint(cfg, output, format)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["detectron2", "tracing"])
+def test_the_trained_checkpoint_stays(trained, tmp_path, format):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    weights = folder / "model.pth"  # what an export for Detectron2 is called
+    shutil.copy(trained[0], weights)
+    path = CONFIGS / "mask_rcnn_R_18_FPN_bcn_ws.yaml"
+    cfg = load_config(str(path), [*SMALL, "MODEL.WEIGHTS", str(weights)], needs=())
+    before = weights.read_bytes()
+    with pytest.raises(ValueError, match="model.pth' is the file to read; give another one"):
+        export_checkpoint(cfg, str(folder if format == "detectron2" else weights), format)
+    assert weights.read_bytes() == before and os.listdir(folder) == ["model.pth"]
 
 
 def test_weights_without_standardization(tmp_path):

@@ -89,6 +89,7 @@ def test_an_error_is_one_line(digits, tmp_path):
         ("bcn", "in.pth", f"{__file__}/out.pth", 1, "cannot write .* is not a folder"),
         ("bcn", "in.pth", "out.pth", 0, "number of images must be positive, got 0"),
         ("gn_ws", "in.pth", "out.pth", 1, "has no BCN layers"),
+        ("bcn", __file__, __file__, 1, "test_recalibrate.py' is the file to read"),
     ],
 )
 def test_errors(digits, tmp_path, config, weights, output, images, message):

@@ -756,7 +756,8 @@ def test_tool(run, tmp_path):
     assert "layer1.0.conv1.weight -> backbone.bottom_up.res2.0.conv1.weight" in out
     command = [sys.executable, TOOL, *arguments, *SMALL]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([*map(str, command)], env=environment, check=True)
+    with subprocess.Popen([*map(str, command)], env=environment, stdout=subprocess.PIPE) as process:
+        process.stdout.close()  # as "| head" does
     assert sorted(os.listdir(tmp_path)) == [output.name, "gn_ws.pth.tar"]
     model = torch.load(output, weights_only=True)["model"]
     assert "backbone.bottom_up.stem.conv1.ws_eps" in model
@@ -769,6 +770,11 @@ def test_tool(run, tmp_path):
             ConfigError, match=f"was converted for another config, with {key} {was}:"
         ):
             AtomicCheckpointer(build_model(config(extra=[key, value]))).load(str(output))
+
+    before = Path(path).read_bytes()
+    status, _, err = run(*arguments[:-3], path, "--formula", "gn", *SMALL)
+    assert status == 2 and "gn_ws.pth.tar' is the file to read; give another one to write" in err
+    assert Path(path).read_bytes() == before
 
     output.unlink()
     del random.sd["layer3.1.conv2.weight"]

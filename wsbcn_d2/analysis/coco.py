@@ -10,14 +10,14 @@ as often as it was drawn, for many draws at a time.
 import contextlib
 import copy
 import io
-import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from ..data.coco_format import NO_COCO_RESULT, is_coco_result, is_run_length_encoded
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 IOU_TYPES = {"bbox": "box", "segm": "mask"}  # the name of pycocotools, and that of papers
@@ -69,19 +69,16 @@ class CocoEvaluation:
                 scores; COCO's number by default.
 
         Raises:
-            ValueError: if a prediction is of an image or a class that the dataset lacks, or its
-                mask is not run-length encoded, or the dataset has no categories.
+            ValueError: if a prediction is not in that format, or of an image or a class that the
+                dataset lacks, or its mask is not run-length encoded or of another size than the
+                image, or the dataset has no categories.
         """
         if not ground_truth.getCatIds():
             raise ValueError("the annotations have no categories")
         image_ids, category_ids = set(ground_truth.getImgIds()), set(ground_truth.getCatIds())
         for index, prediction in enumerate(predictions):
-            score = prediction.get("score") if isinstance(prediction, dict) else None
-            if not isinstance(score, Real) or not math.isfinite(score):
-                raise ValueError(
-                    f"prediction {index} has no finite score, as COCO's result format wants: "
-                    f"{repr(prediction)[:200]}"
-                )
+            if not is_coco_result(prediction):
+                raise ValueError(f"prediction {index} {NO_COCO_RESULT}: {repr(prediction)[:200]}")
             if prediction["image_id"] not in image_ids:
                 raise ValueError(
                     f"there are predictions for image_id {prediction['image_id']!r}, which is not "
@@ -92,12 +89,8 @@ class CocoEvaluation:
                     f"there are predictions of category_id {prediction['category_id']!r}, which is "
                     "not in the dataset"
                 )
-            if iou_type == "segm" and not isinstance(prediction["segmentation"], dict):
-                raise ValueError(
-                    f"the mask of a prediction for image_id {prediction['image_id']!r} is not "
-                    "run-length encoded ({'size': [height, width], 'counts': ...}), as those that "
-                    "COCOEvaluator writes are"
-                )
+            if iou_type == "segm":
+                _check_mask(index, prediction, ground_truth.imgs[prediction["image_id"]])
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports by print
             judge = COCOeval(ground_truth, _detections(ground_truth, predictions, iou_type))
             judge.params.iouType = iou_type
@@ -163,6 +156,17 @@ class CocoEvaluation:
             else:
                 metrics[f"AP{area[0]}"] = _mean(precision)
         return metrics
+
+
+def _check_mask(index: int, prediction: Dict[str, Any], image: Dict[str, Any]) -> None:
+    mask = prediction.get("segmentation")
+    size = [image["height"], image["width"]]
+    if not is_run_length_encoded(mask) or list(mask["size"]) != size:
+        found = "none" if mask is None else repr(mask)[:100]
+        raise ValueError(
+            f"prediction {index}: the mask must be run-length encoded, as COCOEvaluator writes it, "
+            f"with the size of image {prediction['image_id']!r}, {size}; found {found}"
+        )
 
 
 def _detections(ground_truth: COCO, predictions: Sequence[Dict[str, Any]], iou_type: str) -> COCO:

@@ -196,7 +196,7 @@ def load_results(path: str) -> Results:
         OSError: if the file cannot be read.
         ValueError: if it holds something else.
     """
-    return load_kind(path, KIND)
+    return load_kind(path, KIND, ["runs", "groups"])
 
 
 def difference(results: Results, of: str, minus: str) -> Dict[str, Dict[str, Dict[str, Any]]]:
@@ -470,7 +470,7 @@ def _has_masks(ground_truth: COCO, predictions: Sequence[Dict[str, Any]], run: R
     if not any(a.get("segmentation") for a in ground_truth.anns.values()):
         return False
     if predictions:
-        return all("segmentation" in p for p in predictions if isinstance(p, dict))
+        return any("segmentation" in p for p in predictions if isinstance(p, dict))
     return bool(run.settings.get("MODEL.MASK_ON"))
 
 

@@ -167,7 +167,7 @@ def load_analyses(path: str) -> List[Analysis]:
         OSError: if the file cannot be read.
         ValueError: if it holds something else.
     """
-    return load_kind(path, KIND)["models"]
+    return load_kind(path, KIND, ["models"])["models"]
 
 
 def _list(values: Any) -> Optional[List[Optional[float]]]:

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
 
 import pycocotools.mask as mask_util
@@ -20,6 +21,11 @@ from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 
 logger = logging.getLogger("detectron2.wsbcn_d2.data")
+
+NO_COCO_RESULT = (
+    "is not in COCO's result format (image_id, category_id, finite score, bbox of x, y, width and "
+    "height)"
+)
 
 _NUMBERS = frozenset((int, float))
 # Detectron2 allows files with this in their names to have ids twice, as COCO's minival of 2014 has.
@@ -388,12 +394,70 @@ def _check_segmentation(
         if size is not None:
             allowed += f", {list(size)}"
         _wrong(path, place, "segmentation", annotation, allowed)
-    counts, pixels = segmentation["counts"], math.prod(found)
-    if type(counts) is list and not (
-        all(type(n) is int and n >= 0 for n in counts) and sum(counts) == pixels
-    ):
-        allowed = f"run lengths: counts must be integers whose sum is that of the pixels, {pixels}"
+    if not is_run_length_encoded(segmentation):
+        allowed = f"run lengths: counts whose sum is that of the pixels, {math.prod(found)}"
         _wrong(path, place, "segmentation", annotation, allowed)
+
+
+def is_run_length_encoded(segmentation: Any) -> bool:
+    """Whether a mask is of COCO's run-length encoding, as text or as numbers, and of its size.
+
+    pycocotools does not say: of counts for too few pixels it makes a mask whose other pixels are
+    arbitrary.
+    """
+    size, counts = (
+        (segmentation.get("size"), segmentation.get("counts"))
+        if isinstance(segmentation, dict)
+        else (None, None)
+    )
+    if isinstance(counts, bytes):
+        counts = counts.decode("latin-1")
+    if isinstance(counts, str):
+        counts = _decoded(counts)
+    return (
+        isinstance(size, (list, tuple))
+        and type(counts) is list
+        and len(size) == 2
+        and _NUMBERS.issuperset(map(type, size))
+        and {int}.issuperset(map(type, counts))
+        and min((*size, *counts)) >= 0
+        and sum(counts) == math.prod(size)
+    )
+
+
+def is_coco_result(prediction: Any) -> bool:
+    """Whether a detection is in COCO's format of results, apart from its mask."""
+    if not isinstance(prediction, dict):
+        return False
+    bbox, score = prediction.get("bbox"), prediction.get("score")
+    return (
+        isinstance(prediction.get("image_id"), (int, str))
+        and isinstance(prediction.get("category_id"), (int, str))
+        and isinstance(bbox, (list, tuple))
+        and len(bbox) == 4
+        and all(isinstance(number, Real) and math.isfinite(number) for number in (*bbox, score))
+        and min(bbox[2:]) >= 0
+    )
+
+
+def _decoded(counts: str) -> Optional[List[int]]:
+    """The numbers that pycocotools writes as text: 5 bits in a character, the lowest first, each
+    from the fourth on minus the last but one. None if the text is not of that kind."""
+    numbers: List[int] = []
+    number = bits = 0
+    for code in map(ord, counts):
+        value = code - ord("0")
+        if not 0 <= value < 64:
+            return None
+        number |= (value & 31) << bits
+        bits += 5
+        if value & 32:  # more of the number follows
+            continue
+        if value & 16:  # its sign
+            number -= 1 << bits
+        numbers.append(number + (numbers[-2] if len(numbers) > 2 else 0))
+        number = bits = 0
+    return None if bits else numbers
 
 
 def _has_mask(segmentation: Any) -> bool:

@@ -25,18 +25,32 @@ from ..weights.files import (
 from ..weights.training import as_options, differences, keys_of
 
 _COUNTER = ".num_batches_tracked"
+# Detectron2 reads files of these names in formats that this package does not write.
+_FORMATS_OF_OTHERS = (".pkl", SAFETENSORS)
 
 
-def check_output(path: str) -> None:
+def check_output(path: str, source: str = "") -> None:
     """Finds out, before long work, whether a file can be written later; makes nothing.
+
+    Args:
+        path: the file to write; one that is there will be replaced.
+        source: a file that is read, and must not be replaced.
 
     Raises:
         IsADirectoryError: if ``path`` is a folder, or names one by a "/" at its end, or is empty.
         NotADirectoryError: if what should be its folder, or one above, is a file.
         PermissionError: if the folder must not be written to.
+        ValueError: if ``path`` is ``source``, or a device, or its name is that of another format.
     """
     if os.path.isdir(path) or not os.path.basename(path):
         raise IsADirectoryError(f"{path!r} is a folder; give a file to write")
+    if path.endswith(_FORMATS_OF_OTHERS):
+        raise ValueError(f"cannot write {path!r}: checkpoints are written as .pth")
+    if os.path.exists(path):
+        if not os.path.isfile(path):
+            raise ValueError(f"cannot write {path!r}: it is a device, or no regular file")
+        if os.path.exists(source) and os.path.samefile(path, source):
+            raise ValueError(f"{path!r} is the file to read; give another one to write")
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.exists(folder) and folder != os.path.dirname(folder):  # a missing drive
         folder = os.path.dirname(folder)
@@ -67,9 +81,12 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+        if isinstance(error, RuntimeError) and "inline_container" in str(error):
+            # What torch.save makes of a full disk.
+            raise OSError(f"cannot write {path!r}: is the disk full? ({error})") from error
         raise
 
 

@@ -25,7 +25,7 @@ def recalibrate_checkpoint(
 
     Raises:
         ValueError: if there is nothing to recalibrate, or nothing to do it with, or the weights are
-            not those of the model.
+            not those of the model, or ``output`` is their file.
         OSError: if ``output`` cannot be written.
     """
     if num_images < 1:
@@ -34,7 +34,7 @@ def recalibrate_checkpoint(
         raise ValueError("MODEL.WEIGHTS is empty; it must name the checkpoint to recalibrate")
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty, and must name a dataset")
-    check_output(output)
+    check_output(output, source=cfg.MODEL.WEIGHTS)
     cfg = changed(cfg, "DATALOADER.NUM_WORKERS", 0)  # as `seeded_batches` needs it
     model = built_model(cfg)
     if next(named_batch_channel_norms(model), None) is None:

@@ -3,7 +3,9 @@
 import difflib
 import os
 import re
-from typing import Any, Iterable, Sequence
+import traceback
+from pathlib import Path
+from typing import Any, Iterable, List, Sequence
 
 import torch
 import yaml
@@ -24,6 +26,7 @@ from .hooks import UPDATE_RATE_SCHEDULES
 TO_TRAIN = ("TRAIN", "TEST", "OUTPUT_DIR")
 TO_EVALUATE = ("TEST", "WEIGHTS", "OUTPUT_DIR")
 
+_BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 # What keys may say, where a program would notice late, or not name the key.
 _WORDS = {
     "MODEL.WSBCN.UPDATE_RATE_SCHEDULE": UPDATE_RATE_SCHEDULES,
@@ -31,12 +34,16 @@ _WORDS = {
     "SOLVER.LR_SCHEDULER_NAME": (
         *("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
     ),
-    "DATALOADER.SAMPLER_TRAIN": (
-        *("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"),
-        *("WeightedTrainingSampler", "WeightedCategoryTrainingSampler"),
-    ),
+    # Detectron2's loader knows more, for which its config lacks the keys.
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),
+    "SOLVER.WARMUP_METHOD": ("constant", "linear"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
 }
 # The least that numbers may be.
 _LEAST = {
@@ -44,6 +51,19 @@ _LEAST = {
     "SOLVER.IMS_PER_BATCH": 1,
     "SOLVER.CHECKPOINT_PERIOD": 1,
     "SOLVER.ACCUMULATE_STEPS": 1,
+    "SOLVER.BASE_LR": 0,
+    "SOLVER.MOMENTUM": 0,
+    "SOLVER.WEIGHT_DECAY": 0,
+    "SOLVER.WARMUP_ITERS": 0,
+    "DATALOADER.NUM_WORKERS": 0,
+    "DATALOADER.REPEAT_THRESHOLD": 0,
+    "INPUT.MAX_SIZE_TRAIN": 1,
+    "INPUT.MAX_SIZE_TEST": 1,
+    "INPUT.MIN_SIZE_TEST": 0,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 1,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 1,
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 1,
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 1,
     "TEST.PRECISE_BCN.NUM_IMAGES": 1,
     "MODEL.WSBCN.SYNC_PERIOD": 0,
     "MODEL.WSBCN.MAX_SKIPPED_UPDATES": 0,
@@ -191,6 +211,14 @@ def check_processes(
         )
 
 
+def reason(error: Exception) -> str:
+    """What an error says; and, where that is as little as a name, its type and the line of code."""
+    if isinstance(error, (ImportError, TypeError, ValueError)) or " " in str(error):
+        return str(error)
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    return f"{type(error).__name__} {error}".rstrip() + f" in `{line}`"
+
+
 def built_model(cfg: CfgNode) -> nn.Module:
     """The model of a config.
 
@@ -199,15 +227,21 @@ def built_model(cfg: CfgNode) -> nn.Module:
     """
     try:
         return build_model(cfg)
-    except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        ImportError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         keys = [
             key
             for key, value in flatten_config(cfg.MODEL, "MODEL.").items()
             if key.endswith(".NORM") and value and repr(value) in str(error)
         ]
-        kind = f"{type(error).__name__} " if isinstance(error, KeyError) else ""
         where = f" ({', '.join(keys)})" if keys else ""
-        message = f"the model of the config cannot be built: {kind}{error}{where}"
+        message = f"the model of the config cannot be built: {reason(error)}{where}"
         raise ConfigError(message) from error
 
 
@@ -270,14 +304,17 @@ def _refuse_lazy_run(config_file: str) -> None:
     """The config.yaml in the folder of a LazyConfig's run is none of Detectron2's YAML configs."""
     if not os.path.isfile(config_file):
         return
-    with open(config_file, errors="replace") as file:
-        if "_target_:" in file.read():
-            raise ConfigError(
-                f"{config_file} is of a run of a LazyConfig, and a YAML config is needed here. In "
-                "Python, the model is instantiate(LazyConfig.load(CONFIG).model), and with the "
-                "weights in it the functions of the tools take it: wsbcn_d2.fold, "
-                "wsbcn_d2.engine.recalibrate_estimates, wsbcn_d2.analysis.analyze_model"
-            )
+    try:
+        text = Path(config_file).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{config_file} cannot be read: {error}") from error
+    if "_target_:" in text:
+        raise ConfigError(
+            f"{config_file} is of a run of a LazyConfig, and a YAML config is needed here. In "
+            "Python, the model is instantiate(LazyConfig.load(CONFIG).model), and with the "
+            "weights in it the functions of the tools take it: wsbcn_d2.fold, "
+            "wsbcn_d2.engine.recalibrate_estimates, wsbcn_d2.analysis.analyze_model"
+        )
 
 
 def _unknown_key(cfg: CfgNode, message: str) -> str:
@@ -386,6 +423,12 @@ def check_folder(key: str, folder: str) -> None:
         raise ConfigError(f"{key}: {error}") from error
 
 
+def _checkpoints_of(output_dir: str) -> List[str]:
+    """The names of those that a training has written to its folder."""
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    return sorted(name for name in names if re.fullmatch(r"model_(\d+|final)\.pth", name))
+
+
 def check_weights(key: str, path: str, output_dir: str, *, needed: bool, resume: bool) -> None:
     """Looks for the weights that a program is to begin with.
 
@@ -405,13 +448,19 @@ def check_weights(key: str, path: str, output_dir: str, *, needed: bool, resume:
         with open(last, errors="replace") as file:
             name = file.read().strip()
         if not name or not os.path.isfile(os.path.join(output_dir, name)):
-            found = sorted(n for n in os.listdir(output_dir) if n.endswith(".pth"))
+            found = _checkpoints_of(output_dir)
             raise ConfigError(
                 f"--resume: {last!r} names {name!r}, which is not there. Write the name of a "
                 f"checkpoint of that folder into it ({', '.join(found) or 'there is none'}), or "
                 "remove it to begin anew"
             )
         return
+    left = resume and _checkpoints_of(output_dir)
+    if left:
+        raise ConfigError(
+            f"--resume: {output_dir!r} has {', '.join(left)}, which would be overwritten, and no "
+            "last_checkpoint, which says where to go on: write the name of one of them into it"
+        )
     if needed and not path:
         raise ConfigError(
             f"{key} is empty, and must name the checkpoint (to evaluate, --resume takes that of "

@@ -22,6 +22,7 @@ from .checkpoint import AtomicCheckpointer
 from .data import check_data
 from .evaluation import build_evaluator, inference_folder
 from .hooks import build_hooks
+from .setup import reason
 
 logger = logging.getLogger("detectron2.wsbcn_d2")  # so that it is shown where Detectron2 is
 
@@ -66,7 +67,7 @@ class Trainer(DefaultTrainer):
         try:
             data_loader = self.build_train_loader(cfg)
         except AssertionError as error:  # of Detectron2, where nothing is left to train with
-            raise ConfigError(f"the training data cannot be loaded: {error}") from error
+            raise ConfigError(f"the training data cannot be loaded: {reason(error)}") from error
         model = self.build_model(cfg)
         if cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
             checkpoint_activations_(model, cfg.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)

@@ -27,7 +27,8 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
         What was written, for the person who asked for it.
 
     Raises:
-        ValueError: if the weights do not belong to the model, or the format cannot express it.
+        ValueError: if the weights do not belong to the model, or the format cannot express it,
+            or their file would be replaced.
         OSError: if the output cannot be written.
         ImportError: if the package ``onnx`` is needed, and not installed.
     """
@@ -35,11 +36,12 @@ def export_checkpoint(cfg: CfgNode, output: str, format: str = "detectron2") -> 
         raise ValueError(f"unknown format {format!r}; allowed are {', '.join(FORMATS)}")
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("MODEL.WEIGHTS is empty; it must name the checkpoint to export")
-    check_output(os.path.join(output, CONFIG) if format == "detectron2" else output)
     if format == "detectron2":
+        check_output(os.path.join(output, CHECKPOINT), source=cfg.MODEL.WEIGHTS)
         check_folder(output)
         stock_config(cfg)  # raises, before long work, if there is none
     else:
+        check_output(output, source=cfg.MODEL.WEIGHTS)
         from .deployment import export_backbone_onnx, export_onnx, script, trace
     original = built_model(cfg)
     CompleteCheckpointer(original).load(cfg.MODEL.WEIGHTS)
