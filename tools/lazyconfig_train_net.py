@@ -53,6 +53,7 @@ from wsbcn_d2.engine.setup import (
     check_resume,
     check_values,
     check_weights,
+    reason,
 )
 from wsbcn_d2.norm_options import NormOption
 
@@ -80,6 +81,15 @@ WSBCN_KEYS = (
     "SYNC_PERIOD",
     "MAX_SKIPPED_UPDATES",
 )
+# The least that numbers may be.
+LEAST = {
+    "train.max_iter": 1,
+    "train.log_period": 1,
+    "train.checkpointer.period": 1,
+    "train.eval_period": 0,
+    "optimizer.lr": 0,
+    "dataloader.train.num_workers": 0,
+}
 
 
 def test(cfg: DictConfig, model: nn.Module) -> Optional[Dict[str, Any]]:
@@ -140,7 +150,7 @@ def train(cfg: DictConfig, resume: bool) -> None:
     try:
         loader = instantiate(cfg.dataloader.train)
     except AssertionError as error:  # of Detectron2, where nothing is left to train with
-        raise ConfigError(f"the training data cannot be loaded: {error}") from error
+        raise ConfigError(f"the training data cannot be loaded: {reason(error)}") from error
     model = instantiate(cfg.model).to(cfg.train.device)
     if keys.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS:
         checkpoint_activations_(model, keys.MODEL.WSBCN.CHECKPOINT_ACTIVATIONS)
@@ -258,6 +268,13 @@ def check(cfg: DictConfig, eval_only: bool, resume: bool) -> None:
     lacking = [key for key in needed if OmegaConf.select(cfg, key) is None]
     if lacking:
         raise ConfigError(f"the config has no {', '.join(lacking)}")
+    for key, least in LEAST.items():
+        value = OmegaConf.select(cfg, key)
+        if not eval_only and value is not None:
+            whole = key != "optimizer.lr"
+            if not isinstance(value, int if whole else (int, float)) or value < least:
+                kind = "an integer" if whole else "a number"
+                raise ConfigError(f"{key}: must be {kind} of at least {least}, got {value!r}")
     key, output = "train.init_checkpoint", cfg.train.output_dir
     check_folder("train.output_dir", output)
     check_weights(key, cfg.train.init_checkpoint, output, needed=eval_only, resume=resume)
@@ -268,8 +285,8 @@ def check(cfg: DictConfig, eval_only: bool, resume: bool) -> None:
     try:
         model = instantiate(cfg.model)
         checkpoint_activations_(model, what)
-    except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"the model of the config cannot be built: {error}") from error
+    except (AssertionError, ImportError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"the model of the config cannot be built: {reason(error)}") from error
     check_resume(model, output, resume and not eval_only)
 
 

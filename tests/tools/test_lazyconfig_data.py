@@ -115,6 +115,12 @@ def test_all_detections_that_the_model_returns_are_evaluated(tool, register):
         (("optimizer", None), "^the config has no optimizer$"),
         (("train.eval_period", None), "^the config has no train.eval_period$"),
         (("train.wsbcn", "all"), "^train.wsbcn: 'all' has no keys; allowed are CHECKPOINT_ACT"),
+        (
+            ("train.max_iter", "abc"),
+            "^train.max_iter: must be an integer of at least 1, got 'abc'$",
+        ),
+        (("train.checkpointer.period", 0), "^train.checkpointer.period: must be .* got 0$"),
+        (("optimizer.lr", -0.1), "^optimizer.lr: must be a number of at least 0, got -0.1$"),
         (("train.amp.enabled", True), "^train.amp.enabled: True needs a GPU, and the device is"),
     ],
 )
