@@ -75,6 +75,10 @@ decays.
 In brackets: the source ([authors] are those of the paper), the images of all GPUs together, and the
 schedule if it is another one. The published `FrozenBN` models have a box head of two fully
 connected layers.
+
+Published models start from ImageNet weights, unless they are called `scratch`. These configs start
+from random weights, for which `1x` and `2x` are too short:
+[convert weights](docs/weights.md) first, and name them by `MODEL.WEIGHTS`.
 """
 
 _LAZY_HEADER = """\

@@ -113,13 +113,13 @@ class NormOption:
         if match is None or match[1] not in _KINDS:
             by_small_letters = {name.lower(): name for name in _KINDS}
             word = re.split(r"\W", text)[0].lower()
-            close = difflib.get_close_matches(word, by_small_letters, n=3, cutoff=0.5)
+            close = [
+                by_small_letters[name] + _WS * ("+" in text)
+                for name in difflib.get_close_matches(word, by_small_letters, n=3, cutoff=0.5)
+            ]
             raise ValueError(
                 f"unknown norm option {option!r}"
-                + (
-                    f"; close to it are {', '.join(by_small_letters[c] for c in close)}"
-                    * bool(close)
-                )
+                + f"; close to it are {', '.join(close)}" * bool(close)
                 + f"; allowed are {', '.join(_KINDS)}, each optionally "
                 "followed by '+WS', and '' for none. Groups are written as in 'BCN(groups=16)+WS'."
             )

@@ -37,7 +37,7 @@ def test_device_follows_the_machine(config_file):
         ),
         (
             ["MODEL.FPN.NORM", "bcn+ws"],
-            "unknown norm option 'bcn.ws'; close to it are BCN, .*allowed",
+            "unknown norm option 'bcn.ws'; close to it are BCN.WS, .*allowed",
         ),
         (
             ["MODEL.FPN.NORM", "BCN(groups=16"],
