@@ -46,6 +46,8 @@ def test_device_follows_the_machine(config_file):
         (["MODEL.FPN.NORM", "BN(momentum=2)"], "'momentum=2'; BN takes no arguments$"),
         (["MODEL.RESNETS.NORM", "GN(size=3)"], "MODEL.RESNETS.NORM: .*'size=3'; GN takes groups"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no file 'nowhere.pth'"),
+        (["DATASETS.TRAIN", "(5,)"], "no dataset 5 is registered"),
+        (["DATASETS.TRAIN", "(['a'],)"], r"no dataset \['a'\] is registered"),
         (["DATASETS.TRAIN", "('coco_2017_trian',)"], "'coco_2017_trian'.*coco_2017_train"),
         (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
         (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH: must be at least 1, got 0"),

@@ -90,7 +90,7 @@ def check_datasets(names: Iterable[str]) -> None:
         OSError: a file or folder of a registered dataset does not exist or cannot be read.
     """
     for name in names:
-        if name not in DatasetCatalog:
+        if not isinstance(name, str) or name not in DatasetCatalog:
             raise ValueError(_describe_unknown(name, DatasetCatalog.list()))
         metadata = MetadataCatalog.get(name)
         for attribute in _PATH_ATTRIBUTES:
@@ -229,8 +229,8 @@ def _show(classes: Sequence[str]) -> str:
     return ", ".join(shown[:_MAX_SHOWN_CLASSES]) + (f" and {hidden} more" if hidden > 0 else "")
 
 
-def _describe_unknown(name: str, registered: List[str]) -> str:
-    close = difflib.get_close_matches(name, registered, n=5)
+def _describe_unknown(name: object, registered: List[str]) -> str:
+    close = difflib.get_close_matches(str(name), registered, n=5)
     hint = f"similar names: {', '.join(close)}" if close else "none has a similar name"
     return (
         f"no dataset {name!r} is registered; {len(registered)} others are, {hint}. One of your own "
