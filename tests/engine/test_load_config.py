@@ -279,7 +279,7 @@ def test_weights_are_not_needed_to_resume(config_file, tmp_path):
     load_config(config_file, opts, resume=True, needs=())
     (tmp_path / "last_checkpoint").unlink()  # killed between the two
     (tmp_path / "model_pretrained.pth").touch()
-    with pytest.raises(ConfigError, match="has model_0000001.pth, which would be overwritten, and"):
+    with pytest.raises(ConfigError, match="has model_0000001.pth, and no last_checkpoint that"):
         load_config(config_file, opts, resume=True, needs=())
     opts[1] = str(tmp_path / "model_pretrained.pth")
     (tmp_path / "model_0000001.pth").unlink()

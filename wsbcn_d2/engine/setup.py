@@ -213,7 +213,7 @@ def check_processes(
 
 def reason(error: Exception) -> str:
     """What an error says; and, where that is as little as a name, its type and the line of code."""
-    if isinstance(error, (ImportError, TypeError, ValueError)) or " " in str(error):
+    if " " in str(error):
         return str(error)
     line = traceback.extract_tb(error.__traceback__)[-1].line
     return f"{type(error).__name__} {error}".rstrip() + f" in `{line}`"
@@ -458,8 +458,8 @@ def check_weights(key: str, path: str, output_dir: str, *, needed: bool, resume:
     left = resume and _checkpoints_of(output_dir)
     if left:
         raise ConfigError(
-            f"--resume: {output_dir!r} has {', '.join(left)}, which would be overwritten, and no "
-            "last_checkpoint, which says where to go on: write the name of one of them into it"
+            f"--resume: {output_dir!r} has {', '.join(left)}, and no last_checkpoint that says which "
+            "to go on with: write the name of one of them into it, or move them away to begin anew"
         )
     if needed and not path:
         raise ConfigError(
