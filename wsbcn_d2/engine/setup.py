@@ -458,8 +458,8 @@ def check_weights(key: str, path: str, output_dir: str, *, needed: bool, resume:
     left = resume and _checkpoints_of(output_dir)
     if left:
         raise ConfigError(
-            f"--resume: {output_dir!r} has {', '.join(left)}, and no last_checkpoint that says which "
-            "to go on with: write the name of one of them into it, or move them away to begin anew"
+            f"--resume: {output_dir!r} has {', '.join(left)}, and no last_checkpoint that says "
+            "which to go on with: write one of the names into it, or move them away to begin anew"
         )
     if needed and not path:
         raise ConfigError(
