@@ -31,17 +31,16 @@ WINDOW = range(400, 700)
 BASE = "bcn_ws"
 # By the name of a setting, its title and colour.
 SETTINGS = {
-    "gn_ws_longer": ("GN+WS, pretrained for 1,200 steps", "#0f2f58"),
-    "bcn_ws_longer": ("BCN+WS, pretrained for 1,200 steps", "#8a5fc0"),
+    "gn_ws_predictor100": ("GN+WS, mask predictor × 100", "#0f2f58"),
+    "bcn_ws_predictor100": ("BCN+WS, mask predictor × 100", "#7a1f12"),
     "gn_ws": ("GN+WS", "#1f5fa8"),
-    "gn_ws_shorter": ("GN+WS, pretrained for 450 steps", "#2aa5b5"),
-    "backbone_cn": ("BCN+WS, backbone CN+WS", "#d070a8"),
     "backbone_gn": ("BCN+WS, backbone GN+WS", "#5f9fd8"),
-    "heads_gn": ("BCN+WS, FPN and heads GN+WS", "#3a9a5b"),
-    "mask_gn": ("BCN+WS, mask head GN+WS", "#90b040"),
-    "mask_batch": ("BCN+WS, mask head BatchBCN+WS", "#e0a030"),
-    "backbone_batch": ("BCN+WS, backbone BatchBCN+WS", "#a06a3a"),
+    "backbone_cn": ("BCN+WS, backbone CN+WS", "#d070a8"),
+    "all_groups8": ("BCN+WS with 8 groups", "#3a9a5b"),
+    "heads_gn": ("BCN+WS, FPN and heads GN+WS", "#90b040"),
+    "all_batch": ("BatchBCN+WS", "#e0a030"),
     BASE: ("BCN+WS", "#c8452d"),
+    "half": ("BCN+WS, half the output of heads", "#8a8a8a"),
 }
 
 Columns = List[List[float]]  # iterations, and the loss of the mask head there
