@@ -87,7 +87,7 @@ LEAST = {
     "train.log_period": 1,
     "train.checkpointer.period": 1,
     "train.eval_period": 0,
-    "optimizer.lr": 0,
+    "optimizer.lr": 0.0,
     "dataloader.train.num_workers": 0,
 }
 
@@ -268,13 +268,11 @@ def check(cfg: DictConfig, eval_only: bool, resume: bool) -> None:
     lacking = [key for key in needed if OmegaConf.select(cfg, key) is None]
     if lacking:
         raise ConfigError(f"the config has no {', '.join(lacking)}")
-    for key, least in LEAST.items():
-        value = OmegaConf.select(cfg, key)
-        if not eval_only and value is not None:
-            whole = key != "optimizer.lr"
-            if not isinstance(value, int if whole else (int, float)) or value < least:
-                kind = "an integer" if whole else "a number"
-                raise ConfigError(f"{key}: must be {kind} of at least {least}, got {value!r}")
+    for key, least in ({} if eval_only else LEAST).items():
+        value = OmegaConf.select(cfg, key, default=least)
+        if not isinstance(value, (int, type(least))) or value < least:
+            kind = "an integer" if isinstance(least, int) else "a number"
+            raise ConfigError(f"{key}: must be {kind} of at least {least}, got {value!r}")
     key, output = "train.init_checkpoint", cfg.train.output_dir
     check_folder("train.output_dir", output)
     check_weights(key, cfg.train.init_checkpoint, output, needed=eval_only, resume=resume)

@@ -4,8 +4,9 @@ Why BCN+WS learns masks late (docs/results.md): the loss of the mask head for ea
 and its mean over the iterations in which the norms part.
 
 With a FOLDER of runs, named SETTING_sSEED, their losses are read first, and added to
-docs/results/masks-heads.json. The picture is drawn from that file. Printed are the losses, and the
-differences from BCN+WS over equal seeds, with those of the mask AP of docs/results/masks.json.
+docs/results/masks-heads.json. The picture is drawn from that file. Printed are when the mean loss
+leaves its plateau, the losses, and the differences from BCN+WS over equal seeds, with those of the
+mask AP of docs/results/masks.json.
 """
 
 import json
@@ -28,6 +29,7 @@ DATA = DOCS / "results" / "masks-heads.json"
 COMPARISON = DOCS / "results" / "masks.json"
 # Most of the fall of the loss, before the learning rate falls.
 WINDOW = range(400, 700)
+PLATEAU = 0.6  # the loss is ln 2 at first
 BASE = "bcn_ws"
 # By the name of a setting, its title and colour.
 SETTINGS = {
@@ -61,13 +63,19 @@ def mean_loss(columns: Columns) -> float:
     return statistics.mean(loss for i, loss in zip(*columns) if i in WINDOW)
 
 
+def mean_curve(runs: Dict[str, Columns], setting: str) -> Columns:
+    """Over the runs of a setting."""
+    own = [columns for name, columns in runs.items() if name.rpartition("_s")[0] == setting]
+    return [own[0][0], torch.tensor([losses for _, losses in own]).mean(0).tolist()]
+
+
 def draw(runs: Dict[str, Columns]) -> None:
     figure, (curves, points) = plt.subplots(
         1, 2, figsize=(10, 4.2), layout="constrained", width_ratios=(3, 2)
     )
     for row, (setting, (_, color)) in enumerate(reversed(SETTINGS.items())):
         own = [runs[name] for name in runs if name.rpartition("_s")[0] == setting]
-        curves.plot(own[0][0], torch.tensor([c[1] for c in own]).mean(0), color=color)
+        curves.plot(*mean_curve(runs, setting), color=color)
         means = list(map(mean_loss, own))
         points.scatter(means, [row] * len(means), s=16, color=color, edgecolor="black", lw=0.5)
         points.vlines(statistics.mean(means), row - 0.3, row + 0.3, color=color, lw=2.5)
@@ -102,6 +110,9 @@ if __name__ == "__main__":
         read(Path(sys.argv[1]))
     losses: Dict[str, Columns] = json.loads(DATA.read_text())
     draw(losses)
+    for setting in SETTINGS:
+        ends = [i for i, loss in zip(*mean_curve(losses, setting)) if loss < PLATEAU]
+        print(f"loss of {setting} below {PLATEAU} from iteration {ends[0] if ends else 'none'}")
     compare("loss", {name: mean_loss(columns) for name, columns in losses.items()})
     compared = json.loads(COMPARISON.read_text())["runs"]
     compare("mask AP", {run["name"]: run["ap"]["segm"]["AP"]["value"] for run in compared})

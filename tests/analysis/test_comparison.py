@@ -358,6 +358,14 @@ def test_runs_that_cannot_be_compared(runs, tmp_path):
             compare_runs(runs, ["A"] * 4, annotations=str(tmp_path / "truth.json"))
 
 
+def test_a_prediction_without_a_mask_is_not_overlooked(runs, tmp_path):
+    predictions = runs[0].load_predictions()
+    del predictions[-1]["segmentation"]
+    runs[0].predictions_file.write_text(json.dumps(predictions))
+    with pytest.raises(ValueError, match=f"prediction {len(predictions) - 1}: the mask must be"):
+        compare_runs(runs, ["A"] * 4, annotations=str(tmp_path / "truth.json"))
+
+
 def test_ap_that_a_run_logged_for_another_dataset(runs):
     for run, name in zip(runs, ("digits_val", "other_val")):
         run.predictions_file, run.test_datasets = None, (name,)

@@ -120,7 +120,7 @@ def test_all_detections_that_the_model_returns_are_evaluated(tool, register):
             "^train.max_iter: must be an integer of at least 1, got 'abc'$",
         ),
         (("train.checkpointer.period", 0), "^train.checkpointer.period: must be .* got 0$"),
-        (("optimizer.lr", -0.1), "^optimizer.lr: must be a number of at least 0, got -0.1$"),
+        (("optimizer.lr", -0.1), "^optimizer.lr: must be a number of at least 0.0, got -0.1$"),
         (("train.amp.enabled", True), "^train.amp.enabled: True needs a GPU, and the device is"),
     ],
 )

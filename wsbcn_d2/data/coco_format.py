@@ -431,8 +431,8 @@ def is_coco_result(prediction: Any) -> bool:
         return False
     bbox, score = prediction.get("bbox"), prediction.get("score")
     return (
-        isinstance(prediction.get("image_id"), (int, str))
-        and isinstance(prediction.get("category_id"), (int, str))
+        isinstance(prediction.get("image_id"), (Real, str))
+        and isinstance(prediction.get("category_id"), (Real, str))
         and isinstance(bbox, (list, tuple))
         and len(bbox) == 4
         and all(isinstance(number, Real) and math.isfinite(number) for number in (*bbox, score))
